@@ -1,0 +1,13 @@
+"""The trainer for Self-Distillation Fine-Tuning (Shenfeld et al. 2026, arXiv 2601.19897).
+
+The fused loss lives in its own package, `sdft_kernels`, which needs torch and triton alone.
+"""
+
+__version__ = "0.1.0"
+
+
+class SdftError(Exception):
+    """Something the user can put right: names the field or file, its value and the fix.
+
+    The commands print it as one line, without a traceback, and exit with status 2.
+    """
