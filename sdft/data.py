@@ -234,23 +234,29 @@ def encode_chat(tokenizer: Any, messages: Sequence[Message], where: str) -> list
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def encode_target(tokenizer: Any, messages: Sequence[Message], response: str, where: str) -> list[int]:
-    """Token ids of `response` as the assistant's answer, up to and with the end-of-turn token."""
+def encode_target(
+    tokenizer: Any, messages: Sequence[Message], response: str, stop_ids: Sequence[int], where: str
+) -> list[int]:
+    """Token ids of `response` as the assistant's answer, up to and with the token that ends the turn."""
     start = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
     turn = [*messages, Message(role="assistant", content=response)]
     whole = tokenizer.apply_chat_template(turn, tokenize=False)
-    eos = tokenizer.eos_token
     # Templates that rewrite earlier text (think blocks) do not continue the prompt: then the plain text it is.
     text = whole[len(start) :] if whole.startswith(start) else response
-    if eos and eos in text:
-        text = text[: text.index(eos)]
-    ids = tokenizer(text.rstrip("\n"), add_special_tokens=False)["input_ids"]
-    if not ids:
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    end = next((i for i, token in enumerate(ids) if token in stop_ids), None)
+    if end is None:
+        ids = tokenizer(text.rstrip("\n"), add_special_tokens=False)["input_ids"] + [stop_ids[0]]
+    else:
+        ids = ids[: end + 1]
+    if len(ids) < 2:
         raise SdftError(f"{where}: the demonstration has no tokens")
-    return [*ids, tokenizer.eos_token_id]
+    return ids
 
 
-def tokenize(examples: Sequence[Example], tokenizer: Any, data: DataConfig, teacher: TeacherConfig) -> Dataset:
+def tokenize(
+    examples: Sequence[Example], tokenizer: Any, stop_ids: Sequence[int], data: DataConfig, teacher: TeacherConfig
+) -> Dataset:
     """Token ids of every example; those over a length budget are dropped and counted, or refused.
 
     A prompt is never cut: a teacher that sees half a demonstration, or a student half a question, learns the
@@ -270,7 +276,7 @@ def tokenize(examples: Sequence[Example], tokenizer: Any, data: DataConfig, teac
         item = TokenizedExample(
             prompt=encode_chat(tokenizer, asked, example.source),
             teacher_prompt=encode_chat(tokenizer, shown, example.source),
-            target=encode_target(tokenizer, asked, target, example.source),
+            target=encode_target(tokenizer, asked, target, stop_ids, example.source),
         )
         for ids, limit, name in (
             (item.prompt, data.max_prompt_tokens, "data.max_prompt_tokens"),

@@ -1,0 +1,73 @@
+"""Prompts and completions -> padded token ids and the rows that predict completion tokens.
+
+Legend: B sequences, T padded length, N completion tokens of the batch.
+Row n of the student's and of the teacher's batch predicts the same token, so the two sides line up whatever
+the lengths of their prompts.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sdft.config import LossConfig
+
+
+@dataclass(frozen=True)
+class Batch:
+    input_ids: Tensor  # (B, T) int64, right-padded
+    rows: Tensor  # (N,) int64 index into the B * T positions: the position before each completion token
+    labels: Tensor  # (N,) int64, the completion tokens
+
+    def select(self, hidden: Tensor) -> Tensor:
+        """Hidden states (B, T, H) -> (N, H), those that predict a completion token."""
+        return hidden.flatten(0, 1).index_select(0, self.rows)
+
+
+def pack(
+    prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], pad_id: int, device: torch.device
+) -> Batch:
+    """Lays out prompt + completion per sequence, padded on the right."""
+    # The last token predicts nothing that is trained, so it need not be run.
+    sequences = [[*p, *c][:-1] for p, c in zip(prompts, completions, strict=True)]
+    width = max(len(s) for s in sequences)
+    ids = [[*s, *[pad_id] * (width - len(s))] for s in sequences]
+    rows = [
+        b * width + len(prompt) - 1 + j
+        for b, (prompt, completion) in enumerate(zip(prompts, completions, strict=True))
+        for j in range(len(completion))
+    ]
+    labels = [token for completion in completions for token in completion]
+    return Batch(
+        torch.tensor(ids, device=device),
+        torch.tensor(rows, device=device),
+        torch.tensor(labels, device=device),
+    )
+
+
+def token_weights(lengths: Sequence[int], config: LossConfig) -> list[list[float]]:
+    """Weight of every completion token of an optimizer step; they sum to 1.
+
+    lengths: completion lengths of *all* sequences of the step, so that micro-batches add up to the mean over the
+    step and not to a mean of means. The first `mask_first` tokens of a completion weigh nothing. average =
+    token: each remaining token the same. sequence: each sequence that has such a token the same, shared equally
+    among them. All zero where no token remains.
+    """
+    counted = [max(0, n - config.mask_first) for n in lengths]
+    tokens, sequences = sum(counted), sum(1 for n in counted if n)
+    weights = []
+    for n, m in zip(lengths, counted, strict=True):
+        if config.average == "token":
+            weight = 1.0 / tokens if tokens else 0.0
+        else:
+            weight = 1.0 / (m * sequences) if m else 0.0
+        weights.append([0.0] * (n - m) + [weight] * m)
+    return weights
+
+
+def micro_batches(lengths: Sequence[int], size: int) -> list[list[int]]:
+    """Indices of sequences in groups of at most `size` (0: one group), like lengths together."""
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    size = size or max(1, len(order))
+    return [order[i : i + size] for i in range(0, len(order), size)]

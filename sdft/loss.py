@@ -1,0 +1,82 @@
+"""Hidden states and heads -> the loss of a micro-batch, and what the metrics need of it.
+
+Legend: N completion rows, H hidden size, V vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from sdft_kernels import linear_divergence
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from sdft.config import LossConfig
+from sdft.models import Head
+
+CE_ROWS = 512  # rows whose logits exist at once in the cross-entropy
+
+
+@dataclass(frozen=True)
+class TokenLoss:
+    """Detached per-token values, (N,) float32 each, in the order of the batch's rows."""
+
+    loss: Tensor  # divergence, or cross-entropy
+    student_entropy: Tensor | None = None
+    teacher_entropy: Tensor | None = None
+    student_logprob: Tensor | None = None
+    teacher_logprob: Tensor | None = None
+    top1_agree: Tensor | None = None
+
+
+def divergence_loss(
+    hidden: Tensor,  # (N, H_s)
+    head: Head,
+    teacher_hidden: Tensor,  # (N, H_t)
+    teacher_head: Head,
+    labels: Tensor,  # (N,)
+    weights: Tensor,  # (N,)
+    config: LossConfig,
+) -> tuple[Tensor, TokenLoss]:
+    """sum_n w_n D_n by the fused loss (design sections 2 and 3), and per-token values at no extra pass."""
+    loss, tokens = linear_divergence(
+        hidden,
+        head.weight,
+        teacher_hidden,
+        teacher_head.weight,
+        divergence=config.divergence,
+        beta=config.beta,
+        bias=head.bias,
+        teacher_bias=teacher_head.bias,
+        temperature=config.temperature,
+        scale=head.scale,
+        softcap=head.softcap,
+        token_weights=weights,
+        labels=labels,
+        reduction="sum",
+        return_tokens=True,
+        chunk_bytes=config.chunk_bytes or None,
+        impl=None if config.impl == "auto" else config.impl,
+    )
+    return loss, TokenLoss(
+        tokens.divergence,
+        tokens.student_entropy,
+        tokens.teacher_entropy,
+        tokens.student_logprob,
+        tokens.teacher_logprob,
+        tokens.top1_agree,
+    )
+
+
+def cross_entropy_loss(hidden: Tensor, head: Head, labels: Tensor, weights: Tensor) -> tuple[Tensor, TokenLoss]:
+    """sum_n w_n (-log p(label_n)); the logits of CE_ROWS rows exist at a time and are recomputed backward."""
+    total, values = hidden.new_zeros((), dtype=torch.float32), []
+    for start in range(0, len(labels), CE_ROWS):
+        rows = slice(start, start + CE_ROWS)
+        ce = checkpoint(_cross_entropy, hidden[rows], head, labels[rows], use_reentrant=False)  # (n,)
+        total = total + (ce * weights[rows]).sum()
+        values.append(ce.detach())
+    return total, TokenLoss(torch.cat(values) if values else weights.new_zeros(0))
+
+
+def _cross_entropy(hidden: Tensor, head: Head, labels: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(head.logits(hidden).float(), labels, reduction="none")

