@@ -26,9 +26,16 @@ class Batch:
 
 
 def pack(
-    prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], pad_id: int, device: torch.device
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    pad_id: int,
+    device: torch.device,
+    mask_first: int = 0,
 ) -> Batch:
-    """Lays out prompt + completion per sequence, padded on the right."""
+    """Lays out prompt + completion per sequence, padded on the right.
+
+    The first `mask_first` tokens of each completion are context only: they get no row, so no head ever sees them.
+    """
     # The last token predicts nothing that is trained, so it need not be run.
     sequences = [[*p, *c][:-1] for p, c in zip(prompts, completions, strict=True)]
     width = max(len(s) for s in sequences)
@@ -36,34 +43,28 @@ def pack(
     rows = [
         b * width + len(prompt) - 1 + j
         for b, (prompt, completion) in enumerate(zip(prompts, completions, strict=True))
-        for j in range(len(completion))
+        for j in range(mask_first, len(completion))
     ]
-    labels = [token for completion in completions for token in completion]
+    labels = [token for completion in completions for token in completion[mask_first:]]
     return Batch(
         torch.tensor(ids, device=device),
-        torch.tensor(rows, device=device),
-        torch.tensor(labels, device=device),
+        torch.tensor(rows, device=device, dtype=torch.int64),
+        torch.tensor(labels, device=device, dtype=torch.int64),
     )
 
 
-def token_weights(lengths: Sequence[int], config: LossConfig) -> list[list[float]]:
-    """Weight of every completion token of an optimizer step; they sum to 1.
+def sequence_weights(lengths: Sequence[int], config: LossConfig) -> list[float]:
+    """For every sequence of an optimizer step, the weight of each of its unmasked tokens; over all, they sum to 1.
 
     lengths: completion lengths of *all* sequences of the step, so that micro-batches add up to the mean over the
-    step and not to a mean of means. The first `mask_first` tokens of a completion weigh nothing. average =
-    token: each remaining token the same. sequence: each sequence that has such a token the same, shared equally
-    among them. All zero where no token remains.
+    step and not to a mean of means. average = token: each unmasked token weighs the same. sequence: each sequence
+    that has such a token weighs the same, shared equally among its tokens. 0 for a sequence without any.
     """
     counted = [max(0, n - config.mask_first) for n in lengths]
     tokens, sequences = sum(counted), sum(1 for n in counted if n)
-    weights = []
-    for n, m in zip(lengths, counted, strict=True):
-        if config.average == "token":
-            weight = 1.0 / tokens if tokens else 0.0
-        else:
-            weight = 1.0 / (m * sequences) if m else 0.0
-        weights.append([0.0] * (n - m) + [weight] * m)
-    return weights
+    if config.average == "token":
+        return [1.0 / tokens if n else 0.0 for n in counted]
+    return [1.0 / (n * sequences) if n else 0.0 for n in counted]
 
 
 def micro_batches(lengths: Sequence[int], size: int) -> list[list[int]]:

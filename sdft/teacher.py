@@ -24,13 +24,13 @@ class Teacher:
         self.model = model
         self.kind = config.kind
         self.alpha = config.ema_alpha
-        # fp32 also where the weights are bf16: at alpha = 0.01 a bf16 average never moves (design section 4).
-        # They stay contiguous copies on the student's device.
         self.masters: dict[str, Tensor] = {}
-        self.start: dict[str, Tensor] = {}
+        self.origin: dict[str, Tensor] = {}
         if self.kind != "live":
+            # fp32 also where the weights are bf16: at alpha = 0.01 a bf16 average never moves (design section 4).
             dtype = torch.float32 if self.kind == "ema" else None
             self.masters = {k: p.detach().to(dtype, copy=True) for k, p in model.trainable().items()}
+            self.origin = {k: _sample(p.detach()).float().clone() for k, p in model.trainable().items()}
 
     @contextlib.contextmanager
     def weights(self) -> Iterator[None]:
@@ -69,12 +69,35 @@ class Teacher:
         torch._foreach_lerp_(masters, [p.detach().float() for p in parameters.values()], self.alpha)
 
     @torch.no_grad()
-    def lag(self) -> Tensor:
-        """|theta - phi| / |theta|: how far the student has left the teacher; 0-dim, on the device."""
-        parameters = self.model.trainable()
-        if not self.masters:
-            return torch.zeros((), device=self.model.device)
-        difference = [p.detach().float() - self.masters[name] for name, p in parameters.items()]
-        apart = torch.stack(torch._foreach_norm(difference)).norm()
-        whole = torch.stack(torch._foreach_norm([p.detach().float() for p in parameters.values()])).norm()
-        return apart / whole.clamp(min=1e-30)
+    def tracked(self) -> Tensor:
+        """Fraction of the student's way since the start that the teacher has gone too; 0-dim, on the device.
+
+        <phi - theta_0, theta - theta_0> / |theta - theta_0|^2 over a fixed sample of the weights, so that no whole
+        copy of theta_0 is kept. 0 for `base`, 1 for `live`; an EMA that stays near 0 teaches like `base`.
+        """
+        device = self.model.device
+        if self.kind != "ema":
+            return torch.full((), float(self.kind == "live"), device=device)
+        pairs = [
+            (_sample(p.detach()).float() - self.origin[name], _sample(self.masters[name]) - self.origin[name])
+            for name, p in self.model.trainable().items()
+        ]
+        along = torch.stack([(student * teacher).sum() for student, teacher in pairs]).sum()
+        whole = torch.stack([(student * student).sum() for student, _ in pairs]).sum()
+        return along / whole.clamp(min=1e-30)
+
+    def state(self) -> dict[str, Tensor]:
+        """Every tensor a resumed teacher needs, for safetensors."""
+        return {f"masters.{k}": t for k, t in self.masters.items()} | {f"origin.{k}": t for k, t in self.origin.items()}
+
+    @torch.no_grad()
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Takes over what `state` of a teacher of the same kind and model returned."""
+        for name, tensor in self.state().items():
+            tensor.copy_(state[name])
+
+
+def _sample(tensor: Tensor, size: int = 1024) -> Tensor:
+    """About `size` entries, evenly spread; always the same ones."""
+    flat = tensor.reshape(-1)
+    return flat[:: max(1, flat.numel() // size)]

@@ -1,0 +1,135 @@
+"""Task accuracy by greedy generation, and the teacher-uplift check. Knows nothing of training."""
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from sdft import SdftError
+from sdft.config import RolloutConfig
+from sdft.data import Example, encode_chat, student_messages
+from sdft.models import LanguageModel
+from sdft.rollout import generate
+
+
+@dataclass(frozen=True)
+class Answer:
+    prompt: str  # the request, as text
+    expected: tuple[str, ...]
+    given: str
+    correct: bool
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    answers: tuple[Answer, ...]
+
+    @property
+    def accuracy(self) -> float:
+        """Fraction of correct answers."""
+        return sum(a.correct for a in self.answers) / len(self.answers)
+
+
+def check_exact(given: str, expected: str) -> bool:
+    """Equal but for surrounding white space."""
+    return given.strip() == expected.strip()
+
+
+def check_contains(given: str, expected: str) -> bool:
+    """The expected text stands in the answer as whole words, whatever the case."""
+    return re.search(rf"(?<!\w){re.escape(expected.strip())}(?!\w)", given, re.IGNORECASE) is not None
+
+
+def check_tool_call(given: str, expected: str) -> bool:
+    """The same calls in the same order: function names equal, arguments equal as JSON."""
+    calls = parse_tool_calls(given)
+    return bool(calls) and calls == parse_tool_calls(expected)
+
+
+def parse_tool_calls(text: str) -> list[tuple[str, Any]]:
+    """(function, arguments) of every `Action: name` / `Action Input: {...}` pair; bad JSON stays text."""
+    calls = []
+    for name, raw in re.findall(r"Action:\s*([^\n]+?)\s*\nAction Input:\s*(.*?)\s*(?=\nAction:|\Z)", text, re.DOTALL):
+        try:
+            arguments: Any = json.loads(raw)
+        except json.JSONDecodeError:
+            arguments = " ".join(raw.split())
+        calls.append((name, arguments))
+    return calls
+
+
+CHECKS: dict[str, Callable[[str, str], bool]] = {
+    "exact": check_exact,
+    "contains": check_contains,
+    "tool_call": check_tool_call,
+}
+
+
+def check_evaluable(examples: Sequence[Example], path: str) -> None:
+    """Raises SdftError for an example without an answer or with an unknown check, before any generation."""
+    for example in examples:
+        if not example.answers:
+            raise SdftError(f"{example.source}: an evaluation record needs an 'answer' (or a 'demonstration')")
+        if example.check not in CHECKS:
+            raise SdftError(f"{example.source}: check {example.check!r} is unknown; valid: {', '.join(CHECKS)}")
+
+
+def evaluate(
+    model: LanguageModel,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    batch_size: int,
+    weights: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> EvalResult:
+    """Greedy answers to `prompts` (token ids, one for each example), each compared by its example's check."""
+    greedy = RolloutConfig(temperature=0.0, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    completions = generate(model, prompts, greedy, weights)
+    answers = []
+    for example, completion in zip(examples, completions, strict=True):
+        given = tokenizer.decode(completion.ids, skip_special_tokens=True)
+        correct = any(CHECKS[example.check](given, expected) for expected in example.answers)
+        answers.append(Answer(example.messages[-1]["content"], example.answers, given, correct))
+    return EvalResult(tuple(answers))
+
+
+def student_prompts(tokenizer: Any, examples: Sequence[Example], system: str) -> list[list[int]]:
+    """Token ids of the examples' requests, without demonstration."""
+    return [encode_chat(tokenizer, student_messages(e, system), e.source) for e in examples]
+
+
+@dataclass(frozen=True)
+class Uplift:
+    """What `sdft check` found: the same requests answered without and with the demonstration."""
+
+    student: EvalResult
+    teacher: EvalResult
+
+    @property
+    def uplift(self) -> float:
+        """Teacher accuracy minus student accuracy."""
+        return self.teacher.accuracy - self.student.accuracy
+
+    def verdict(self) -> tuple[bool, str]:
+        """Whether SDFT can work here, and why, in words."""
+        student, teacher = self.student.accuracy, self.teacher.accuracy
+        figures = f"{student:.0%} without the demonstration, {teacher:.0%} with it"
+        if teacher < 0.2:
+            return False, (
+                f"No: the teacher hardly uses the demonstration ({figures}); it has nothing to teach. Try "
+                "teacher.context = 'as_turns' with two turns or more, a larger model, or SFT."
+            )
+        if self.uplift < 0.1:
+            return False, (
+                f"No: the demonstration adds little ({figures}); the student knows this already, or the context "
+                "does not bring the demonstration across."
+            )
+        if teacher < 0.7:
+            return True, (
+                f"Partly: the teacher is better than the student but often wrong ({figures}); the student will "
+                "not pass it. More turns or a larger model would help."
+            )
+        return True, f"Yes: the demonstration makes the teacher much better ({figures})."
