@@ -365,7 +365,9 @@ def describe(config: Config) -> str:
         "mixed": "samples of student and teacher, half and half",
     }[config.rollout.source]
     masked = f", first {config.loss.mask_first} tokens masked" if config.loss.mask_first else ""
-    mean = "mean over all answer tokens" if config.loss.average == "token" else "mean of each answer, then of the answers"
+    mean = (
+        "mean over all answer tokens" if config.loss.average == "token" else "mean of each answer, then of the answers"
+    )
     return (
         f"SDFT: {direction}, on {who}{masked}; {mean}. "
         f"Teacher: {teacher}, shown the demonstration {config.teacher.context}."

@@ -105,7 +105,9 @@ def read_head(lm: Any) -> Head:
     scale = getattr(config, "logit_scale", None) or 1.0
     if divisor := getattr(config, "logits_scaling", None):
         scale = scale / divisor
-    return Head(head.weight, getattr(head, "bias", None), float(scale), getattr(config, "final_logit_softcapping", None))
+    return Head(
+        head.weight, getattr(head, "bias", None), float(scale), getattr(config, "final_logit_softcapping", None)
+    )
 
 
 @torch.no_grad()

@@ -38,9 +38,7 @@ def generate(
     return [done[i] for i in range(len(prompts))]
 
 
-def _generate_batch(
-    model: LanguageModel, prompts: Sequence[Sequence[int]], config: RolloutConfig
-) -> list[Completion]:
+def _generate_batch(model: LanguageModel, prompts: Sequence[Sequence[int]], config: RolloutConfig) -> list[Completion]:
     from transformers import GenerationConfig
 
     width = max(len(p) for p in prompts)

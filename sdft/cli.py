@@ -1,0 +1,266 @@
+"""The command `sdft`: train, check, eval, generate, convert."""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from sdft import SdftError, __version__
+from sdft.config import Config, ModelConfig, load_config, validate
+
+OVERVIEW = """sdft: Self-Distillation Fine-Tuning (arXiv 2601.19897)
+
+  sdft train CONFIG.toml [--optim.lr 2e-5 ...]   train; every setting of the file can be overridden
+  sdft check CONFIG.toml [--count 32]            can the teacher use the demonstrations? run this first
+  sdft eval MODEL DATA.jsonl                     accuracy by greedy generation
+  sdft generate MODEL PROMPT                     an answer
+  sdft convert toolalpaca FILE OUT.jsonl         other formats to records
+  sdft convert gguf FILE.gguf FOLDER             a GGUF model to a Hugging Face folder
+
+`sdft COMMAND --help` explains every option."""
+
+
+@dataclass(frozen=True)
+class CheckArgs:
+    """`sdft check CONFIG.toml`: greedy accuracy on training records without and with the demonstration."""
+
+    count: int = 32
+    """Records to check, taken evenly from the training data."""
+    show: int = 3
+    """Requests whose answers are printed side by side."""
+    config: Config = field(default_factory=Config)
+    """The run's settings; model, data, teacher and eval.max_new_tokens matter here."""
+
+
+@dataclass(frozen=True)
+class EvalArgs:
+    """`sdft eval MODEL DATA.jsonl`: accuracy by greedy generation, each record by its own check."""
+
+    model: tyro.conf.Positional[str]
+    """A model: folder, adapter folder, hub name, .gguf file or smollm2-135m."""
+    data: tyro.conf.Positional[str]
+    """Records with prompt and answer."""
+    max_new_tokens: int = 64
+    """Longest answer."""
+    batch_size: int = 64
+    """Prompts that generate together."""
+    system: str = ""
+    """System message for records that bring none."""
+    show: int = 0
+    """Answers to print."""
+    output: str = ""
+    """Write every answer to this .jsonl file."""
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """dtype of the matrix products."""
+    device: str = "auto"
+    """auto (cuda, then cpu), or a torch device."""
+
+
+@dataclass(frozen=True)
+class GenerateArgs:
+    """`sdft generate MODEL PROMPT`: one answer, or several."""
+
+    model: tyro.conf.Positional[str]
+    """A model: folder, adapter folder, hub name, .gguf file or smollm2-135m."""
+    prompt: tyro.conf.Positional[str]
+    """The user's turn."""
+    system: str = ""
+    """System message."""
+    max_new_tokens: int = 128
+    """Longest answer."""
+    temperature: float = 0.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    """Nucleus sampling."""
+    count: int = 1
+    """Answers to sample."""
+    seed: int = 0
+    """Seed of the sampling."""
+    device: str = "auto"
+    """auto (cuda, then cpu), or a torch device."""
+
+
+@dataclass(frozen=True)
+class ConvertArgs:
+    """`sdft convert KIND SOURCE TARGET`."""
+
+    kind: tyro.conf.Positional[Literal["toolalpaca", "gguf"]]
+    """toolalpaca: evaluation file to records. gguf: model to a folder of safetensors."""
+    source: tyro.conf.Positional[Path]
+    """File to read."""
+    target: tyro.conf.Positional[Path]
+    """File or folder to write."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point; a mistake of the user's is one line on stderr and exit status 2."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    commands: dict[str, Callable[[list[str]], None]] = {
+        "train": train_command,
+        "check": check_command,
+        "eval": eval_command,
+        "generate": generate_command,
+        "convert": convert_command,
+    }
+    if not args or args[0] in ("-h", "--help"):
+        print(OVERVIEW)
+        return
+    if args[0] in ("-V", "--version"):
+        print(f"sdft {__version__}")
+        return
+    try:
+        if args[0] not in commands:
+            raise SdftError(f"unknown command {args[0]!r}; valid: {', '.join(commands)}")
+        quiet_libraries()
+        commands[args[0]](args[1:])
+    except SdftError as error:
+        print(f"sdft: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+def quiet_libraries() -> None:
+    """No telemetry, and none of transformers' notes about matters the user cannot act on."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def config_from(args: list[str]) -> tuple[Config, list[str]]:
+    """The config of a command line CONFIG.toml [overrides], and the overrides that are left to parse."""
+    if not args or args[0].startswith("-"):
+        if {"-h", "--help"} & set(args):
+            return Config(), ["--help"]
+        raise SdftError("the config file is missing; it comes first: sdft train CONFIG.toml [--optim.lr 2e-5 ...]")
+    path, rest = args[0], ["--train.resume" if a == "--resume" else a for a in args[1:]]
+    return load_config(path), rest
+
+
+def train_command(args: list[str]) -> None:
+    from sdft.train import train
+
+    config, rest = config_from(args)
+    train(tyro.cli(Config, default=config, args=rest, prog="sdft train CONFIG.toml"))
+
+
+def check_command(args: list[str]) -> None:
+    config, rest = config_from(args)
+    parsed = tyro.cli(
+        CheckArgs,
+        default=CheckArgs(config=config),
+        args=rest,
+        prog="sdft check CONFIG.toml",
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+    check(parsed.config, parsed.count, parsed.show)
+
+
+def check(config: Config, count: int = 32, show: int = 3) -> bool:
+    """Teacher uplift on `count` training records; prints examples and a verdict, returns it."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from sdft import evaluate, models
+    from sdft.data import encode_chat, load_records, set_chat_template, teacher_messages
+
+    validate(replace(config, train=replace(config.train, output=config.train.output or "unused")))
+    records = load_records(config.data.train, config.data.split)
+    picked = [records[i * len(records) // min(count, len(records))] for i in range(min(count, len(records)))]
+    for example in picked:
+        if not example.demonstrations:
+            raise SdftError(f"{example.source}: 'demonstration' is missing; the check compares with and without it")
+    evaluate.check_evaluable(picked, config.data.train)
+    tokenizer, stop_ids = models.load_tokenizer(config.model)
+    set_chat_template(tokenizer, config.data.chat_template)
+    model = models.load(config.model, tokenizer, stop_ids)
+    asked = evaluate.student_prompts(tokenizer, picked, config.data.system)
+    shown = [encode_chat(tokenizer, teacher_messages(e, config.teacher, config.data.system), e.source) for e in picked]
+    c = config.eval
+    results = [
+        evaluate.evaluate(model, tokenizer, picked, prompts, c.max_new_tokens, c.batch_size)
+        for prompts in (asked, shown)
+    ]
+    uplift = evaluate.Uplift(*results)
+    table = Table("request", "expected", "student", "teacher", title=f"Greedy answers ({config.teacher.context})")
+    for student, teacher in list(zip(uplift.student.answers, uplift.teacher.answers, strict=True))[:show]:
+        table.add_row(*(_clip(t) for t in (student.prompt, student.expected[0], student.given, teacher.given)))
+    Console().print(table, markup=False)
+    works, words = uplift.verdict()
+    print(f"Can SDFT work here? {words}")
+    return works
+
+
+def _clip(text: str, width: int = 300) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= width else text[: width - 3] + "..."
+
+
+def eval_command(args: list[str]) -> None:
+    a = tyro.cli(EvalArgs, args=args, prog="sdft eval")
+    from sdft import evaluate
+    from sdft.convert import write_jsonl
+    from sdft.data import load_records
+
+    examples = load_records(a.data)
+    evaluate.check_evaluable(examples, a.data)
+    tokenizer, model = _load(ModelConfig(name=a.model, compute_dtype=a.compute_dtype, device=a.device))
+    prompts = evaluate.student_prompts(tokenizer, examples, a.system)
+    result = evaluate.evaluate(model, tokenizer, examples, prompts, a.max_new_tokens, a.batch_size)
+    for answer in result.answers[: a.show]:
+        print(f"[{'ok' if answer.correct else '--'}] {_clip(answer.prompt)}\n     {_clip(answer.given)}")
+    if a.output:
+        from dataclasses import asdict
+
+        write_jsonl(Path(a.output), [asdict(answer) for answer in result.answers])
+    right = sum(answer.correct for answer in result.answers)
+    print(f"accuracy {result.accuracy:.1%} ({right} of {len(result.answers)})")
+
+
+def generate_command(args: list[str]) -> None:
+    a = tyro.cli(GenerateArgs, args=args, prog="sdft generate")
+    import torch
+
+    from sdft.config import RolloutConfig
+    from sdft.data import Message, encode_chat
+    from sdft.rollout import generate
+
+    tokenizer, model = _load(ModelConfig(name=a.model, device=a.device))
+    messages = [Message(role="system", content=a.system)] if a.system else []
+    prompt = encode_chat(tokenizer, [*messages, Message(role="user", content=a.prompt)], "prompt")
+    torch.manual_seed(a.seed)
+    sampling = RolloutConfig(max_new_tokens=a.max_new_tokens, temperature=a.temperature, top_p=a.top_p)
+    for completion in generate(model, [prompt] * a.count, sampling):
+        print(tokenizer.decode(completion.ids, skip_special_tokens=True))
+
+
+def _load(config: ModelConfig) -> tuple[Any, Any]:
+    from sdft import models
+    from sdft.data import set_chat_template
+
+    tokenizer, stop_ids = models.load_tokenizer(config)
+    set_chat_template(tokenizer, "")
+    return tokenizer, models.load(config, tokenizer, stop_ids)
+
+
+def convert_command(args: list[str]) -> None:
+    a = tyro.cli(ConvertArgs, args=args, prog="sdft convert")
+    if not a.source.exists():
+        raise SdftError(f"{a.source}: no such file")
+    if a.kind == "toolalpaca":
+        from sdft.convert import toolalpaca
+
+        print(f"{toolalpaca(a.source, a.target)} records in {a.target}")
+    else:
+        from sdft.models import convert_gguf
+
+        if a.target.exists():
+            raise SdftError(f"{a.target} exists; give a new folder")
+        a.target.parent.mkdir(parents=True, exist_ok=True)
+        convert_gguf(a.source.resolve(), a.target)
+        print(f"model in {a.target}")

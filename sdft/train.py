@@ -1,0 +1,403 @@
+"""The loop: batch -> rollout -> score -> loss -> update -> metrics -> checkpoint. Read it top to bottom."""
+
+import contextlib
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sdft import SdftError, card, checkpoint, evaluate, models, optim
+from sdft.batch import micro_batches, pack, sequence_weights
+from sdft.config import Config, describe, load_config, to_toml, validate
+from sdft.data import Dataset, Example, TokenizedExample, batch_indices, load_records, tokenize
+from sdft.loss import TokenLoss, cross_entropy_loss, divergence_loss
+from sdft.metrics import MetricsLog, Phases, ProgressBar, check_trackers, peak_memory, token_metrics
+from sdft.models import LanguageModel
+from sdft.rollout import Completion, generate
+from sdft.teacher import Teacher
+
+# Settings that may differ between a run and its resumption: they change nothing that is computed.
+FREE_ON_RESUME = ("train.resume", "train.trackers", "train.save_every", "train.keep_checkpoints", "train.output")
+
+
+@dataclass
+class Run:
+    """Everything a step needs."""
+
+    config: Config
+    model: LanguageModel
+    tokenizer: Any
+    data: Dataset
+    evals: dict[str, tuple[list[Example], list[list[int]]]]
+    teacher: Teacher | None  # None for SFT
+    optimizer: torch.optim.Optimizer
+    steps: int
+    phases: Phases
+    result: dict[str, Any] = field(default_factory=dict)  # the newest evaluation
+
+
+class NonFiniteError(SdftError):
+    """NaN or inf in a loss or gradient; weights untouched, batch saved."""
+
+
+def train(config: Config) -> Path:
+    """Runs or resumes a training run; returns the folder of the finished model.
+
+    Raises SdftError for anything the user can put right, before long work starts where that can be known;
+    KeyboardInterrupt after Ctrl-C, with a checkpoint written.
+    """
+    validate(config)
+    print(describe(config))
+    output = Path(config.train.output)
+    start_from = prepare_output(config, output)
+    run = set_up(config, output)
+    step = 0
+    if start_from is not None:
+        step = resume(run, start_from)
+    log = MetricsLog(output, step, config.train.trackers, asdict(config))
+    bar = ProgressBar(step, run.steps)
+    try:
+        with interrupt_after_step() as interrupted:
+            if step == 0:
+                evaluate_now(run, 0, log, bar)
+            while step < run.steps:
+                line = train_step(run, step, output)
+                step += 1
+                log.write({"step": step, **line})
+                bar.update(step, line)
+                if config.eval.every and (step % config.eval.every == 0 or step == run.steps):
+                    evaluate_now(run, step, log, bar)
+                if interrupted() or (config.train.save_every and step % config.train.save_every == 0):
+                    save_checkpoint(run, step, output)
+                if interrupted() and step < run.steps:
+                    bar.say(f"Stopped after step {step}; saved. Go on with --resume.")
+                    raise KeyboardInterrupt
+        save_checkpoint(run, step, output)
+        folder = finish(run, output)
+    finally:
+        bar.close()
+        log.close()
+    print(f"Model: {folder}")
+    return folder
+
+
+# One step.
+
+
+def train_step(run: Run, step: int, output: Path) -> dict[str, Any]:
+    """One optimizer step; returns its metrics. Raises NonFiniteError with the weights untouched."""
+    config, began = run.config, time.perf_counter()
+    seed_step(config.train.seed, step)
+    examples = [
+        run.data.examples[i]
+        for i in batch_indices(len(run.data.examples), config.train.batch_size, step, config.train.seed)
+    ]
+    run.phases.spans.clear()
+    with run.phases("rollout"):
+        examples, completions = answers(run, examples, step)
+
+    parts, positions, loss = accumulate_gradients(run, examples, completions)
+    with run.phases("update"):
+        rate = optim.learning_rate(step, run.steps, config.optim)
+        parameters = list(run.model.trainable().values())
+        norm = optim.clip(parameters, config.optim)
+        # The step's one wait for the device: an update with NaN in it could not be taken back.
+        finite = bool(torch.isfinite(norm + loss))
+        if finite:
+            for group in run.optimizer.param_groups:
+                group["lr"] = rate
+            run.optimizer.step()
+        run.optimizer.zero_grad(set_to_none=True)
+        if finite and run.teacher is not None:
+            run.teacher.update()
+    if not finite:
+        on_nonfinite(run, step, examples, completions, loss.item(), norm.item(), output)
+
+    tokens = sum(len(c.ids) for c in completions)
+    seconds = run.phases.seconds()
+    return {
+        "loss": loss.item(),
+        "grad_norm": norm.item(),
+        "lr": rate,
+        **({} if finite else {"skipped": True}),
+        **({"teacher_tracked": run.teacher.tracked().item()} if run.teacher else {}),
+        **token_metrics(parts, positions),
+        "answer_tokens": tokens / len(completions),
+        "truncated": sum(c.truncated for c in completions) / len(completions),
+        "tokens": tokens,
+        "tokens_per_second": tokens / (time.perf_counter() - began),
+        "seconds": seconds,
+        "peak_memory": peak_memory(run.model.device),
+    }
+
+
+def seed_step(seed: int, step: int) -> None:
+    """Every draw of a step follows from (seed, step): a resumed run samples what the undisturbed one would have."""
+    torch.manual_seed(random.Random(f"{seed}/{step}").getrandbits(63))
+
+
+def answers(run: Run, examples: list[TokenizedExample], step: int) -> tuple[list[TokenizedExample], list[Completion]]:
+    """The step's answers: demonstrations for SFT, samples otherwise; examples repeated to match."""
+    config = run.config
+    if run.teacher is None:
+        return examples, [Completion(e.target, truncated=False) for e in examples]
+    examples = [e for e in examples for _ in range(config.rollout.per_prompt)]
+    draw = random.Random(f"{config.train.seed}/{step}/source")
+    by_teacher = [
+        config.rollout.source == "teacher" or (config.rollout.source == "mixed" and draw.random() < 0.5)
+        for _ in examples
+    ]
+    done: dict[int, Completion] = {}
+    for teacher_samples in (False, True):
+        picked = [i for i, flag in enumerate(by_teacher) if flag == teacher_samples]
+        if picked:
+            prompts = [examples[i].teacher_prompt if teacher_samples else examples[i].prompt for i in picked]
+            weights = run.teacher.weights if teacher_samples else contextlib.nullcontext
+            done.update(zip(picked, generate(run.model, prompts, config.rollout, weights), strict=True))
+    return examples, [done[i] for i in range(len(examples))]
+
+
+def accumulate_gradients(
+    run: Run, examples: Sequence[TokenizedExample], completions: Sequence[Completion]
+) -> tuple[list[TokenLoss], list[list[int]], torch.Tensor]:
+    """Scores and backpropagates the step in micro-batches; gradients add up in the parameters.
+
+    Returns per-token values and answer positions of each micro-batch, and the loss of the whole step.
+    """
+    config, model = run.config, run.model
+    skip = config.loss.mask_first if run.teacher is not None else 0
+    lengths = [len(c.ids) for c in completions]
+    weights = sequence_weights(lengths, config.loss if skip else _unmasked(config.loss))
+    parts, positions = [], []
+    total = torch.zeros((), device=model.device)
+    sizes = [len(e.prompt) + n for e, n in zip(examples, lengths, strict=True)]
+    for group in micro_batches(sizes, config.train.micro_batch_size):
+        where = [j for i in group for j in range(skip, lengths[i])]
+        if not where:
+            continue
+        ids = [completions[i].ids for i in group]
+        row_weights = torch.tensor(
+            [weights[i] for i in group for _ in range(skip, lengths[i])], device=model.device
+        )  # (N,)
+        with run.phases("score"):
+            teacher_side = None
+            if run.teacher is not None:
+                shown = pack([examples[i].teacher_prompt for i in group], ids, model.pad_id, model.device, skip)
+                teacher_side = run.teacher.hidden(shown)  # (N, H), head
+            batch = pack([examples[i].prompt for i in group], ids, model.pad_id, model.device, skip)
+            hidden = batch.select(model.hidden(batch.input_ids))  # (N, H)
+        with run.phases("loss"), model.autocast():
+            if teacher_side is None:
+                loss, part = cross_entropy_loss(hidden, model.head(), batch.labels, row_weights)
+            else:
+                loss, part = divergence_loss(
+                    hidden, model.head(), *teacher_side, batch.labels, row_weights, config.loss
+                )
+        with run.phases("loss"):
+            loss.backward()
+        total += loss.detach()
+        parts.append(part)
+        positions.append(where)
+    return parts, positions, total
+
+
+def _unmasked(loss: Any) -> Any:
+    from dataclasses import replace
+
+    return replace(loss, mask_first=0)
+
+
+def on_nonfinite(
+    run: Run,
+    step: int,
+    examples: Sequence[TokenizedExample],
+    completions: Sequence[Completion],
+    loss: float,
+    norm: float,
+    output: Path,
+) -> None:
+    """Saves the offending batch; raises NonFiniteError unless the step is to be skipped."""
+    path = output / f"nonfinite-step-{step + 1:06d}.json"
+    rows = [
+        {"prompt": e.prompt, "teacher_prompt": e.teacher_prompt, "completion": c.ids}
+        for e, c in zip(examples, completions, strict=True)
+    ]
+    path.write_text(json.dumps({"step": step + 1, "loss": str(loss), "grad_norm": str(norm), "batch": rows}))
+    if run.config.train.on_nonfinite == "stop":
+        raise NonFiniteError(
+            f"step {step + 1}: loss {loss}, gradient norm {norm}; the weights are untouched and the batch is in "
+            f"{path}. Lower optim.lr, or set train.on_nonfinite = 'skip'"
+        )
+
+
+# Before and after.
+
+
+def prepare_output(config: Config, output: Path) -> Path | None:
+    """Makes the run's folder, or checks that it may go on; returns the checkpoint to resume from, if any."""
+    saved = output / "config.toml"
+    if saved.exists():
+        if not config.train.resume:
+            raise SdftError(
+                f"train.output = {str(output)!r} holds another run; give another folder, or --resume to go on with it"
+            )
+        same_run(load_config(saved), config, output)
+    elif output.exists() and any(output.iterdir()):
+        raise SdftError(f"train.output = {str(output)!r} is not empty and not a run of sdft; give another folder")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        saved.write_text(to_toml(config))
+    except OSError as error:
+        raise SdftError(f"train.output = {str(output)!r} cannot be written ({error.strerror})") from None
+    return checkpoint.latest(output) if config.train.resume else None
+
+
+def same_run(old: Config, new: Config, output: Path) -> None:
+    """Raises SdftError for the first setting that would make the resumed run another one."""
+    before, now = _dotted(asdict(old)), _dotted(asdict(new))
+    for key in now:
+        if key not in FREE_ON_RESUME and before.get(key) != now[key]:
+            raise SdftError(
+                f"--resume: {key} was {before.get(key)!r} in {output} and is now {now[key]!r}; "
+                "put it back, or start another run"
+            )
+
+
+def _dotted(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        flat |= _dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def set_up(config: Config, output: Path) -> Run:
+    """Data first (cheap, and most mistakes are there), then the weights."""
+    check_trackers(config.train.trackers)
+    records = load_records(config.data.train, config.data.split)
+    eval_records = {name: load_records(path) for name, path in config.eval.sets.items()}
+    for name, examples in eval_records.items():
+        evaluate.check_evaluable(examples, name)
+    tokenizer, stop_ids = models.load_tokenizer(config.model)
+    data = tokenize(records, tokenizer, stop_ids, config.data, config.teacher)
+    if data.dropped:
+        print(f"Data: {data.dropped} of {len(records)} records are over a length budget and dropped.")
+    evals = {
+        name: (examples, evaluate.student_prompts(tokenizer, examples, config.data.system))
+        for name, examples in eval_records.items()
+    }
+    model = models.load(config.model, tokenizer, stop_ids)
+    if config.lora.rank:
+        models.add_lora(model, config.lora, config.train.seed)
+    if config.model.gradient_checkpointing:
+        models.enable_gradient_checkpointing(model)
+    model.lm.train()
+    teacher = Teacher(model, config.teacher) if config.loss.method == "sdft" else None
+    parameters = model.trainable()
+    trained = sum(p.numel() for p in parameters.values())
+    print(
+        f"Model: {config.model.name}, {trained / 1e6:.1f}M weights train; {model.device.type}, products in "
+        f"{str(model.compute_dtype).removeprefix('torch.')}, attention {model.inner.config._attn_implementation}. "
+        f"Data: {len(data.examples)} records."
+    )
+    check_space(config, model, output)
+    steps = config.train.steps or math.ceil(config.train.epochs * len(data.examples) / config.train.batch_size)
+    optimizer = optim.make_optimizer(parameters.values(), config.optim)
+    return Run(config, model, tokenizer, data, evals, teacher, optimizer, steps, Phases(model.device))
+
+
+def check_space(config: Config, model: LanguageModel, output: Path) -> None:
+    """Raises SdftError where checkpoints and the model will not fit on the disk."""
+    ema = config.loss.method == "sdft" and config.teacher.kind != "live"
+    one = checkpoint.checkpoint_bytes(model, ema)
+    need = one * (config.train.keep_checkpoints + 1) + sum(
+        p.numel() * p.element_size() for p in model.trainable().values()
+    )
+    free = shutil.disk_usage(output).free
+    if free < need:
+        raise SdftError(
+            f"train.output = {str(output)!r}: {need / 2**30:.1f} GiB may be needed for checkpoints and model, "
+            f"{free / 2**30:.1f} GiB are free; free some, or lower train.keep_checkpoints"
+        )
+
+
+def save_checkpoint(run: Run, step: int, output: Path) -> None:
+    """Checkpoint of `step` finished steps, unless it is there already."""
+    if checkpoint.checkpoint_folder(output, step).exists():
+        return
+    facts = {"data": run.data.digest, "result": run.result}
+    checkpoint.save_checkpoint(
+        output, step, run.model, run.teacher, run.optimizer, facts, run.config.train.keep_checkpoints
+    )
+
+
+def resume(run: Run, folder: Path) -> int:
+    """Puts a checkpoint in place; returns the number of finished steps."""
+    state = checkpoint.load_checkpoint(folder, run.model, run.teacher, run.optimizer)
+    if state["data"] != run.data.digest:
+        raise SdftError(
+            f"--resume: the data in {run.config.data.train} is not what {folder} was trained on; put it back"
+        )
+    run.result = state["result"]
+    print(f"Resumed after step {state['step']} from {folder}.")
+    return int(state["step"])
+
+
+@contextlib.contextmanager
+def interrupt_after_step() -> Iterator[Any]:
+    """Ctrl-C (or SIGTERM) lets the step finish; a second one does not wait. Yields a function that tells."""
+    seen: list[int] = []
+
+    def handle(number: int, frame: Any) -> None:
+        if seen:
+            raise KeyboardInterrupt
+        seen.append(number)
+        print("\nStopping after this step (once more to stop at once) ...", flush=True)
+
+    try:
+        old = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not in the main thread: signals are someone else's
+        yield lambda: False
+        return
+    try:
+        yield lambda: bool(seen)
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def evaluate_now(run: Run, step: int, log: MetricsLog, bar: ProgressBar) -> None:
+    """Greedy accuracy on every evaluation set; a line in metrics.jsonl and the answers under eval/."""
+    if not run.config.eval.every:
+        return
+    for name, (examples, prompts) in run.evals.items():
+        c = run.config.eval
+        result = evaluate.evaluate(run.model, run.tokenizer, examples, prompts, c.max_new_tokens, c.batch_size)
+        run.result[name] = result.accuracy
+        folder = Path(run.config.train.output) / "eval"
+        folder.mkdir(exist_ok=True)
+        rows = "".join(json.dumps(asdict(a)) + "\n" for a in result.answers)
+        (folder / f"step-{step:06d}-{name}.jsonl").write_text(rows)
+    log.write({"step": step, "eval": dict(run.result)})
+    bar.say(f"step {step}: " + "  ".join(f"{name} {value:.1%}" for name, value in run.result.items()))
+
+
+def finish(run: Run, output: Path) -> Path:
+    """Writes the model (or adapter), its tokenizer and its card, aside first."""
+    final, partial = output / "model", output / "partial-model"
+    shutil.rmtree(partial, ignore_errors=True)
+    models.save(run.model, run.tokenizer, partial)
+    (partial / "README.md").write_text(
+        card.model_card(run.config, run.data.digest, len(run.data.examples), run.steps, run.result)
+    )
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(partial, final)
+    return final
