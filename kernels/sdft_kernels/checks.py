@@ -1,0 +1,182 @@
+"""What a caller may ask for: the options, their validation, and the per-token outputs.
+
+Every message names the field, the value that was given and the way out. Nothing here reads a tensor's
+values, so that no check makes the host wait for a device.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+DivergenceName = Literal["reverse_kl", "forward_kl", "jsd"]
+Reduction = Literal["mean", "sum", "none"]
+Impl = Literal["triton", "torch"]
+Same = Literal["same"]
+
+DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
+REDUCTIONS = ("mean", "sum", "none")
+IMPLS = ("triton", "torch")
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class TokenStats(NamedTuple):
+    """Per-token outputs, all (N,), detached, fp32 (fp64 for fp64 inputs); zeros where the weight is zero."""
+
+    divergence: Tensor  # D_n, not multiplied by the token's weight
+    student_entropy: Tensor
+    teacher_entropy: Tensor
+    student_logprob: Tensor | None  # of labels[n]; None without labels
+    teacher_logprob: Tensor | None
+    top1_agree: Tensor  # bool: the teacher's most likely token is the student's (or ties with it)
+
+
+@dataclass(frozen=True)
+class Activation:
+    """What one model does to its raw logits: z = softcap·tanh(scale·raw / softcap) / temperature."""
+
+    scale: float
+    softcap: float | None
+    temperature: float
+
+
+@dataclass(frozen=True)
+class Options:
+    """Everything static about one call, validated once."""
+
+    kind: DivergenceName  # jsd with β = 0 or 1 is already forward_kl or reverse_kl here
+    beta: float
+    reduction: Reduction
+    vocab: int
+    student: Activation
+    teacher: Activation
+    return_tokens: bool
+    chunk_bytes: int | None
+
+    def without_tokens(self) -> "Options":
+        """The same call without per-token outputs."""
+        return replace(self, return_tokens=False)
+
+
+def check_choice(field: str, value: object, valid: tuple[str, ...]) -> None:
+    """Raise ValueError unless value is one of valid."""
+    if value not in valid:
+        raise ValueError(f"{field}={value!r} is unknown: use one of {', '.join(map(repr, valid))}")
+
+
+def check_positive(field: str, value: float | None, *, none_is_off: bool = False) -> None:
+    """Raise ValueError unless value is a finite number above zero (or None, where None is allowed)."""
+    if value is None and none_is_off:
+        return
+    hint = " or None for none" if none_is_off else ""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        raise ValueError(f"{field}={value!r} is not a finite number above 0: give one{hint}")
+
+
+def make_options(
+    *,
+    divergence: str,
+    beta: float,
+    temperature: float,
+    reduction: str,
+    vocab: int,
+    return_tokens: bool,
+    chunk_bytes: int | None,
+    softcap: float | None = None,
+    teacher_softcap: float | None | Same = "same",
+    scale: float = 1.0,
+    teacher_scale: float | Same = "same",
+) -> Options:
+    """Validate the static arguments of one call; ValueError names what is wrong."""
+    check_choice("divergence", divergence, DIVERGENCES)
+    check_choice("reduction", reduction, REDUCTIONS)
+    if isinstance(beta, bool) or not isinstance(beta, int | float) or not 0 <= beta <= 1:
+        raise ValueError(f"beta={beta!r} is outside [0, 1]: 0 is forward KL, 1 is reverse KL")
+    t_softcap = softcap if teacher_softcap == "same" else teacher_softcap
+    t_scale = scale if teacher_scale == "same" else teacher_scale
+    check_positive("temperature", temperature)
+    check_positive("softcap", softcap, none_is_off=True)
+    check_positive("scale", scale)
+    for field, value, off in (("teacher_softcap", t_softcap, True), ("teacher_scale", t_scale, False)):
+        if isinstance(value, str):
+            raise ValueError(f"{field}={value!r} is unknown: give a number, or 'same' for the student's")
+        check_positive(field, value, none_is_off=off)
+    if chunk_bytes is not None and (isinstance(chunk_bytes, bool) or not isinstance(chunk_bytes, int) or chunk_bytes <= 0):
+        raise ValueError(f"chunk_bytes={chunk_bytes!r} is not a positive integer: give bytes, or None for the default")
+    kind = divergence
+    if kind == "jsd" and beta in (0, 1):
+        kind = "reverse_kl" if beta == 1 else "forward_kl"
+    return Options(
+        kind=kind,  # type: ignore[arg-type]
+        beta=float(beta),
+        reduction=reduction,  # type: ignore[arg-type]
+        vocab=vocab,
+        student=Activation(float(scale), softcap, float(temperature)),
+        teacher=Activation(float(t_scale), t_softcap, float(temperature)),  # type: ignore[arg-type]
+        return_tokens=return_tokens,
+        chunk_bytes=chunk_bytes,
+    )
+
+
+def check_matrix(field: str, value: object, like: tuple[str, Tensor] | None = None) -> None:
+    """Raise ValueError unless value is a 2-D floating tensor on the same device as `like`."""
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{field} is a {type(value).__name__}: give a tensor")
+    if value.ndim != 2:
+        raise ValueError(f"{field} has shape {tuple(value.shape)}: it must be 2-D; flatten batch and time first")
+    if value.dtype not in FLOATS:
+        raise ValueError(f"{field} has dtype {value.dtype}: use one of {', '.join(map(str, FLOATS))}")
+    if like is not None and value.device != like[1].device:
+        raise ValueError(f"{field} is on {value.device} but {like[0]} is on {like[1].device}: move one of them")
+
+
+def check_vector(field: str, value: Tensor | None, length: int, like: tuple[str, Tensor]) -> None:
+    """Raise ValueError unless value is None or a 1-D tensor of that length on the same device as `like`."""
+    if value is None:
+        return
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{field} is a {type(value).__name__}: give a tensor")
+    if value.shape != (length,):
+        raise ValueError(f"{field} has shape {tuple(value.shape)}: it must be ({length},), one entry per row")
+    if value.device != like[1].device:
+        raise ValueError(f"{field} is on {value.device} but {like[0]} is on {like[1].device}: move one of them")
+
+
+def check_tokens(token_weights: Tensor | None, labels: Tensor | None, rows: int, like: tuple[str, Tensor]) -> None:
+    """Validate the two per-token inputs. Their values are not read: a label >= vocab_size is not refused here."""
+    check_vector("token_weights", token_weights, rows, like)
+    check_vector("labels", labels, rows, like)
+    if token_weights is not None and not token_weights.is_floating_point():
+        raise ValueError(f"token_weights has dtype {token_weights.dtype}: convert it with .float()")
+    if token_weights is not None and token_weights.requires_grad:
+        raise ValueError("token_weights requires grad, and no gradient flows to it: pass token_weights.detach()")
+    if labels is not None and labels.dtype != torch.int64:
+        raise ValueError(f"labels has dtype {labels.dtype}: convert it with .long()")
+
+
+def check_teacher(**tensors: Tensor | None) -> None:
+    """Refuse teacher inputs that require grad: the teacher is a constant of the loss."""
+    for field, value in tensors.items():
+        if value is not None and value.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{field} requires grad, but no gradient flows to the teacher: pass {field}.detach()")
+
+
+def check_vocab(vocab_size: int | None, student: int, teacher: int) -> int:
+    """Return the number of vocabulary rows compared: vocab_size, or the smaller of the two."""
+    most = min(student, teacher)
+    if vocab_size is None:
+        return most
+    if isinstance(vocab_size, bool) or not isinstance(vocab_size, int) or not 0 < vocab_size <= most:
+        raise ValueError(
+            f"vocab_size={vocab_size!r} must be in 1..{most}: the student has {student} rows, the teacher {teacher}"
+        )
+    return vocab_size
+
+
+def check_impl(impl: str | None) -> None:
+    """Only "torch" runs today; "triton" is refused rather than replaced behind the caller's back."""
+    if impl is not None:
+        check_choice("impl", impl, IMPLS)
+    if impl == "triton":
+        raise NotImplementedError("impl='triton' is not there yet: use impl='torch' or None")

@@ -1,0 +1,35 @@
+"""From per-row divergences and token weights to the loss, shared by both public functions."""
+
+import torch
+from torch import Tensor
+
+from .checks import Reduction, TokenStats
+
+
+def scale_rows(token_weights: Tensor | None, reduction: Reduction, rows: int) -> tuple[Tensor | None, float]:
+    """dLoss/dD_n as ((N,) tensor or None, the factor of every row if None)."""
+    if token_weights is None:
+        return None, 1.0 / max(1, rows) if reduction == "mean" else 1.0
+    weights = token_weights.detach().to(torch.promote_types(token_weights.dtype, torch.float32))
+    if reduction == "mean":
+        weights = weights * inverse_sum(weights)
+    return weights, 1.0
+
+
+def inverse_sum(weights: Tensor) -> Tensor:
+    """1 / Σ w, or 0 where the sum is 0, without the host looking at it."""
+    total = weights.sum()
+    return torch.where(total == 0, 0.0, 1.0 / total)
+
+
+def finish(divergence: Tensor, token_weights: Tensor | None, reduction: Reduction) -> Tensor:
+    """(N,) divergences -> the loss: () or, for "none", (N,)."""
+    weights, uniform = scale_rows(token_weights, reduction, divergence.shape[0])
+    # A row of weight 0 has divergence 0 here: it was never computed, so no inf·0 can arise.
+    values = divergence * (uniform if weights is None else weights.to(divergence.dtype))
+    return values if reduction == "none" else values.sum()
+
+
+def token_tuple(tokens: TokenStats | None) -> tuple[Tensor | None, ...]:
+    """The outputs as a flat tuple for an autograd.Function; the divergence is a copy that stays detached."""
+    return () if tokens is None else tuple(tokens)

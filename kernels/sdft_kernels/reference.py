@@ -1,0 +1,153 @@
+"""The dense truth: plain autograd PyTorch that keeps every logit, for tests and benchmarks.
+
+Any floating dtype; run it in float64 to judge the fused forms. Same options, same semantics, no chunks.
+"""
+
+import torch
+from torch import Tensor
+
+from .checks import Activation, Options, Same, TokenStats, check_vocab, make_options
+from .reduce import finish
+
+
+def linear_divergence_reference(
+    x: Tensor,  # (N, H_s)
+    w: Tensor,  # (V_s, H_s)
+    teacher_x: Tensor,  # (N, H_t)
+    teacher_w: Tensor,  # (V_t, H_t)
+    *,
+    divergence: str = "reverse_kl",
+    beta: float = 0.5,
+    bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    teacher_softcap: float | None | Same = "same",
+    scale: float = 1.0,
+    teacher_scale: float | Same = "same",
+    token_weights: Tensor | None = None,
+    labels: Tensor | None = None,
+    reduction: str = "mean",
+    vocab_size: int | None = None,
+    return_tokens: bool = False,
+) -> Tensor | tuple[Tensor, TokenStats]:
+    """As `linear_divergence`, densely, in the inputs' own dtype and with torch's own autograd."""
+    options = make_options(
+        divergence=divergence,
+        beta=beta,
+        temperature=temperature,
+        reduction=reduction,
+        vocab=check_vocab(vocab_size, w.shape[0], teacher_w.shape[0]),
+        return_tokens=return_tokens,
+        chunk_bytes=None,
+        softcap=softcap,
+        teacher_softcap=teacher_softcap,
+        scale=scale,
+        teacher_scale=teacher_scale,
+    )
+    s = dense_logits(x, w, bias, options.student, options.vocab)
+    t = dense_logits(teacher_x, teacher_w, teacher_bias, options.teacher, options.vocab).detach()
+    return dense_divergence(s, t, options, token_weights, labels)
+
+
+def divergence_reference(
+    student_logits: Tensor,  # (N, V_s)
+    teacher_logits: Tensor,  # (N, V_t)
+    *,
+    divergence: str = "reverse_kl",
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    token_weights: Tensor | None = None,
+    labels: Tensor | None = None,
+    reduction: str = "mean",
+    vocab_size: int | None = None,
+    return_tokens: bool = False,
+) -> Tensor | tuple[Tensor, TokenStats]:
+    """As `divergence`, densely, in the inputs' own dtype and with torch's own autograd."""
+    options = make_options(
+        divergence=divergence,
+        beta=beta,
+        temperature=temperature,
+        reduction=reduction,
+        vocab=check_vocab(vocab_size, student_logits.shape[1], teacher_logits.shape[1]),
+        return_tokens=return_tokens,
+        chunk_bytes=None,
+    )
+    s = student_logits[:, : options.vocab] / temperature
+    t = teacher_logits[:, : options.vocab].detach() / temperature
+    return dense_divergence(s, t, options, token_weights, labels)
+
+
+def dense_logits(h: Tensor, w: Tensor, bias: Tensor | None, act: Activation, vocab: int) -> Tensor:
+    """(N, vocab) final logits of one side."""
+    z = h @ w[:vocab].T
+    if bias is not None:
+        z = z + bias[:vocab]
+    z = z * act.scale
+    if act.softcap is not None:
+        z = act.softcap * torch.tanh(z / act.softcap)
+    return z / act.temperature
+
+
+def dense_divergence(
+    s: Tensor,  # (N, V) final student logits
+    t: Tensor,  # (N, V) final teacher logits
+    options: Options,
+    token_weights: Tensor | None,
+    labels: Tensor | None,
+) -> Tensor | tuple[Tensor, TokenStats]:
+    """The loss of final logits, and TokenStats if asked for."""
+    log_p, log_q = torch.log_softmax(s, -1), torch.log_softmax(t, -1)
+    values = row_divergence(log_p, log_q, options)
+    # A row whose divergence is infinite keeps the value and gets no gradient.
+    values = torch.where(values.isinf(), values.detach(), values)
+    if token_weights is not None:
+        values = torch.where(token_weights == 0, torch.zeros_like(values), values)
+    loss = finish(values, token_weights, options.reduction)
+    if not options.return_tokens:
+        return loss
+    return loss, dense_tokens(values.detach(), log_p.detach(), log_q.detach(), token_weights, labels)
+
+
+def weighted(log_p: Tensor, f: Tensor) -> Tensor:
+    """Σ p·f by row, p = exp(log_p), with 0 where p = 0."""
+    p = log_p.exp()
+    return torch.where(p == 0, torch.zeros_like(f), p * torch.where(p == 0, torch.zeros_like(f), f)).sum(-1)
+
+
+def row_divergence(log_p: Tensor, log_q: Tensor, options: Options) -> Tensor:
+    """(N,) divergences as design section 2 writes them."""
+    both = log_p.isneginf() & log_q.isneginf()  # agreed: −inf − −inf must not become NaN, nor its gradient
+    log_p, log_q = log_p.masked_fill(both, 0.0), log_q.masked_fill(both, 0.0)
+    p_mask, q_mask = log_p.masked_fill(both, -torch.inf), log_q.masked_fill(both, -torch.inf)
+    if options.kind == "reverse_kl":
+        return weighted(p_mask, log_p - log_q)
+    if options.kind == "forward_kl":
+        return weighted(q_mask, log_q - log_p)
+    beta = options.beta
+    log_m = torch.log(beta * q_mask.exp() + (1 - beta) * p_mask.exp())
+    log_m = torch.where(both, torch.zeros_like(log_m), log_m)
+    return beta * weighted(q_mask, log_q - log_m) + (1 - beta) * weighted(p_mask, log_p - log_m)
+
+
+def dense_tokens(
+    values: Tensor, log_p: Tensor, log_q: Tensor, token_weights: Tensor | None, labels: Tensor | None
+) -> TokenStats:
+    """TokenStats of dense log-probabilities; rows of weight zero are zeroed."""
+
+    def live(out: Tensor) -> Tensor:
+        return out if token_weights is None else torch.where(token_weights == 0, torch.zeros_like(out), out)
+
+    def of_label(log: Tensor) -> Tensor | None:
+        return None if labels is None else live(log.gather(1, labels.unsqueeze(1)).squeeze(1))
+
+    choice = log_q.argmax(-1, keepdim=True)
+    agree = log_p.gather(1, choice).squeeze(1) >= log_p.amax(-1)
+    return TokenStats(
+        live(values),
+        live(-weighted(log_p, log_p)),
+        live(-weighted(log_q, log_q)),
+        of_label(log_p),
+        of_label(log_q),
+        live(agree),
+    )

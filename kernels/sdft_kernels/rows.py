@@ -1,0 +1,149 @@
+"""The divergence of a block of rows, and its gradient in place: the only math of the loss.
+
+Shapes: R rows of the block, V vocabulary. `s` holds the student's final logits on entry and dD/ds on
+return; `t` holds the teacher's and is destroyed. Source: design section 2; the gradient of the printed
+reverse KL in the paper omits the factor p, the one here does not.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .checks import Activation, Options
+
+# log1p(β·expm1(u)) overflows fp32 past u = 88. Clamping u at ±80 is exact: where it acts, the side with
+# the smaller probability is below e^-80 of the other, so the log-ratio it would weigh cannot be seen.
+MAX_RATIO = 80.0
+
+
+class RowStats(NamedTuple):
+    """One block's per-row outputs; the entries after the first are None unless asked for."""
+
+    divergence: Tensor  # (R,)
+    student_entropy: Tensor | None = None
+    teacher_entropy: Tensor | None = None
+    student_logprob: Tensor | None = None
+    teacher_logprob: Tensor | None = None
+    top1_agree: Tensor | None = None
+
+
+def activate_(raw: Tensor, bias: Tensor | None, act: Activation) -> Tensor:
+    """raw (R, V) -> final logits z, in place."""
+    if bias is not None:
+        raw.add_(bias)
+    if act.softcap is None:
+        return raw if act.scale == act.temperature else raw.mul_(act.scale / act.temperature)
+    return raw.mul_(act.scale / act.softcap).tanh_().mul_(act.softcap / act.temperature)
+
+
+def deactivate_(
+    grad: Tensor,  # (R, V) dD/dz, becomes dD/draw / (scale / temperature)
+    z: Tensor,  # (R, V) final logits, destroyed
+    act: Activation,
+) -> Tensor:
+    """Chain rule of the softcap: dz/draw = scale/temperature · (1 − tanh²). The constant goes into the GEMMs."""
+    assert act.softcap is not None, "no softcap, no chain rule"
+    z.mul_(act.temperature / act.softcap).square_()
+    return grad.addcmul_(grad, z, value=-1.0)
+
+
+def dots(a: Tensor, b: Tensor) -> Tensor:
+    """Row-wise dot products of two (R, V) blocks -> (R,)."""
+    if a.device.type == "cpu":  # BLAS dots leave no temporary behind, and the block is in cache
+        return torch.stack([torch.dot(i, j) for i, j in zip(a.unbind(), b.unbind(), strict=True)])
+    return torch.linalg.vecdot(a, b)
+
+
+def weighted_sum_(p: Tensor, f_: Tensor) -> Tensor:
+    """Σ p·f by row, where an entry with p = 0 counts 0 even if f is infinite or NaN (f_ is cleaned in place)."""
+    total = dots(p, f_)
+    # Cleaning costs two passes. On the CPU a look at R numbers tells whether it is needed; elsewhere that
+    # look would make the host wait.
+    if p.device.type != "cpu" or not torch.isfinite(total).all():
+        f_.masked_fill_(p == 0, 0.0)
+        total = dots(p, f_)
+    return total
+
+
+def softmax_backward(p: Tensor, f: Tensor, out: Tensor) -> Tensor:
+    """p·(f − Σ p·f) by row: the gradient of Σ p·f with respect to the logits of p, f held fixed."""
+    return torch._softmax_backward_data(f, p, 1, p.dtype, grad_input=out)
+
+
+def block_divergence_(
+    s: Tensor,  # (R, V) final student logits; dD/ds on return if need_grad
+    t: Tensor,  # (R, V) final teacher logits; destroyed
+    scratch: Tensor,  # (2, R, V)
+    options: Options,
+    labels: Tensor | None,  # (R,)
+    need_grad: bool,
+) -> RowStats:
+    """D of every row, the per-token outputs if options ask for them, and the gradient in place."""
+    log_p = torch._log_softmax(s, 1, False, out=s)
+    log_q = torch._log_softmax(t, 1, False, out=t)
+    extra = token_outputs(log_p, log_q, scratch, labels) if options.return_tokens else ()
+    form = {"reverse_kl": _reverse_kl_, "forward_kl": _forward_kl_, "jsd": _jsd_}[options.kind]
+    return RowStats(form(log_p, log_q, scratch, options.beta, need_grad), *extra)
+
+
+def token_outputs(
+    log_p: Tensor, log_q: Tensor, scratch: Tensor, labels: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """Entropies, log-probabilities of the labels, and whether the teacher's first choice is the student's."""
+
+    def entropy(log: Tensor) -> Tensor:
+        prob = torch.exp(log, out=scratch[0])
+        return -weighted_sum_(prob, scratch[1].copy_(log))
+
+    def of_label(log: Tensor) -> Tensor | None:
+        return None if labels is None else log.gather(1, labels.unsqueeze(1)).squeeze(1)
+
+    choice = log_q.argmax(1, keepdim=True)
+    agree = log_p.gather(1, choice).squeeze(1) >= log_p.amax(1)
+    return entropy(log_p), entropy(log_q), of_label(log_p), of_label(log_q), agree
+
+
+def _reverse_kl_(log_p: Tensor, log_q: Tensor, scratch: Tensor, beta: float, need_grad: bool) -> Tensor:
+    """KL(p‖q) = Σ p·(log p − log q); gradient p·(log p − log q − D)."""
+    p = torch.exp(log_p, out=scratch[0])
+    ratio = torch.sub(log_p, log_q, out=log_q)
+    value = weighted_sum_(p, ratio)
+    if need_grad:
+        softmax_backward(p, ratio, out=log_p)
+        drop_infinite_(log_p, value)
+    return value
+
+
+def _forward_kl_(log_p: Tensor, log_q: Tensor, scratch: Tensor, beta: float, need_grad: bool) -> Tensor:
+    """KL(q‖p) = Σ q·(log q − log p); gradient p − q."""
+    q = torch.exp(log_q, out=scratch[0])
+    value = weighted_sum_(q, torch.sub(log_q, log_p, out=log_q))
+    if need_grad:
+        log_p.exp_().sub_(q)
+        drop_infinite_(log_p, value)
+    return value
+
+
+def _jsd_(log_p: Tensor, log_q: Tensor, scratch: Tensor, beta: float, need_grad: bool) -> Tensor:
+    """β·KL(q‖m) + (1−β)·KL(p‖m), m = βq + (1−β)p; gradient (1−β)·p·(log(p/m) − Σ p·log(p/m)).
+
+    With u = log q − log p: log(p/m) = −log1p(β·expm1(u)), which keeps its digits as u -> 0, and
+    log(q/m) = u + log(p/m).
+    """
+    ratio = torch.sub(log_q, log_p, out=scratch[0]).clamp_(-MAX_RATIO, MAX_RATIO)
+    p, q = log_p.exp_(), log_q.exp_()
+    log_pm = torch.expm1(ratio, out=scratch[1]).mul_(beta).log1p_().neg_()
+    student = weighted_sum_(p, log_pm)
+    teacher = weighted_sum_(q, ratio.add_(log_pm))
+    if need_grad:
+        softmax_backward(p, log_pm, out=log_p).mul_(1.0 - beta)
+    return beta * teacher + (1.0 - beta) * student
+
+
+def drop_infinite_(grad: Tensor, value: Tensor) -> None:
+    """An infinite divergence has no useful gradient: its row's becomes 0, and the value stays infinite."""
+    infinite = value == math.inf
+    if grad.device.type != "cpu" or bool(infinite.any()):
+        grad.masked_fill_(infinite.unsqueeze(1), 0.0)

@@ -1,0 +1,62 @@
+"""The portable loss of ready logits: copy a chunk to fp32, run the row math, write the gradient back."""
+
+import torch
+from torch import Tensor
+
+from .checks import Options, TokenStats
+from .torch_impl import DEFAULT_CHUNK_BYTES, Outputs, RowPass, block_rows, blocks, compute_dtype, power_of_two_below
+from .torch_impl import put, take
+
+
+def run_logits(
+    student: Tensor,  # (N, V_s)
+    teacher: Tensor,  # (N, V_t)
+    labels: Tensor | None,  # (N,)
+    options: Options,
+    into: Tensor | None,  # (N, V_s) where the gradient goes; may be student itself; None for values alone
+    row_weights: Tensor | None,  # (N,) dLoss/dD_n, or None for `uniform` on every row
+    uniform: float,
+    keep: Tensor | None,  # indices of the rows that count, or None for all
+) -> tuple[Tensor, TokenStats | None]:
+    """(N,) divergences of the kept rows, the per-token outputs, and the gradient in `into`."""
+    dtype, device = compute_dtype(student, teacher), student.device
+    rows, vocab = student.shape[0] if keep is None else keep.numel(), options.vocab
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        outputs = Outputs(student.shape[0], dtype, device, options.return_tokens, labels is not None)
+        _clear_untouched(into, student.shape[0], vocab, keep)
+        if rows == 0:
+            return outputs.divergence, outputs.tokens()
+        size = _chunk(options, dtype, device, rows)
+        z = torch.empty(2, size, vocab, dtype=dtype, device=device)
+        row_pass = RowPass((None, None), options, size, dtype, device)
+        for lo, hi in blocks(rows, size):
+            s = z[0, : hi - lo].copy_(take(student, keep, lo, hi)[:, :vocab])
+            t = z[1, : hi - lo].copy_(take(teacher, keep, lo, hi)[:, :vocab])
+            label = None if labels is None else take(labels, keep, lo, hi)
+            weights = None if row_weights is None else take(row_weights, keep, lo, hi)
+            for b_lo, b_hi, stats in row_pass.run(s, t, label, weights, into is not None):
+                outputs.write(keep, lo + b_lo, lo + b_hi, stats)
+            if into is not None:
+                s.mul_(uniform * options.student.scale / options.student.temperature)
+                put(into[:, :vocab], keep, lo, hi, s)
+        return outputs.divergence, outputs.tokens()
+
+
+def _clear_untouched(into: Tensor | None, rows: int, vocab: int, keep: Tensor | None) -> None:
+    """Zero what no chunk writes: padded columns, and rows of weight zero."""
+    if into is None:
+        return
+    into[:, vocab:].zero_()
+    if keep is not None:
+        gone = torch.ones(rows, dtype=torch.bool, device=into.device)
+        gone[keep] = False
+        into.masked_fill_(gone.unsqueeze(1), 0.0)
+
+
+def _chunk(options: Options, dtype: torch.dtype, device: torch.device, rows: int) -> int:
+    """Rows per chunk. On the CPU no GEMM wants more rows than the elementwise block has."""
+    block = min(rows, block_rows(options.vocab, dtype.itemsize, device))
+    if device.type == "cpu":
+        return block
+    budget = (options.chunk_bytes or DEFAULT_CHUNK_BYTES) - 2 * block * options.vocab * dtype.itemsize
+    return min(rows, power_of_two_below(budget // (2 * options.vocab * dtype.itemsize)))
