@@ -3,13 +3,14 @@
 import platform
 from importlib.metadata import version
 
+from sdft import __version__
 from sdft.config import Config, describe, to_toml
 
 
 def model_card(config: Config, digest: str, records: int, steps: int, result: dict[str, float]) -> str:
     """Markdown with the front matter Hugging Face reads; config, data hash, versions, metrics."""
-    packages = ("sdft", "torch", "transformers", *(("peft",) if config.lora.rank else ()))
-    versions = ", ".join(f"{name} {version(name)}" for name in packages)
+    packages = ("torch", "transformers", *(("peft",) if config.lora.rank else ()))
+    versions = f"sdft {__version__}, " + ", ".join(f"{name} {version(name)}" for name in packages)
     library = "peft" if config.lora.rank else "transformers"
     scores = "\n".join(f"| {name} | {value:.1%} |" for name, value in result.items())
     measured = f"| evaluation set | accuracy, greedy |\n|---|---|\n{scores}" if scores else "Not evaluated."

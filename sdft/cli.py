@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -32,7 +32,7 @@ class CheckArgs:
     """Records to check, taken evenly from the training data."""
     show: int = 3
     """Requests whose answers are printed side by side."""
-    config: Config = field(default_factory=Config)
+    config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
     """The run's settings; model, data, teacher and eval.max_new_tokens matter here."""
 
 
@@ -151,13 +151,7 @@ def train_command(args: list[str]) -> None:
 
 def check_command(args: list[str]) -> None:
     config, rest = config_from(args)
-    parsed = tyro.cli(
-        CheckArgs,
-        default=CheckArgs(config=config),
-        args=rest,
-        prog="sdft check CONFIG.toml",
-        config=(tyro.conf.OmitArgPrefixes,),
-    )
+    parsed = tyro.cli(CheckArgs, default=CheckArgs(config=config), args=rest, prog="sdft check CONFIG.toml")
     check(parsed.config, parsed.count, parsed.show)
 
 

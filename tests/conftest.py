@@ -1,0 +1,136 @@
+"""Tiny random models of several families with a byte-level tokenizer, and small data."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def two_threads() -> None:
+    torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+def byte_tokenizer() -> Any:
+    """Every byte is a token; <|im_end|> ends a turn. 259 tokens."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(letters)}, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens([AddedToken(t, special=True) for t in ("<|im_start|>", "<|im_end|>", "<|pad|>")])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|pad|>", chat_template=TEMPLATE
+    )
+
+
+def tiny_config(kind: str) -> Any:
+    """A config of 2 layers and 16 to 32 channels; vocabulary 264, a little more than the tokenizer has."""
+    import transformers as t
+
+    common = {
+        "vocab_size": 264,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "bos_token_id": None,
+        "eos_token_id": 257,
+        "pad_token_id": 258,
+    }
+    if kind == "llama":
+        return t.LlamaConfig(**common, tie_word_embeddings=False)
+    if kind == "llama-tied":
+        return t.LlamaConfig(**common, tie_word_embeddings=True)
+    if kind == "qwen3":
+        return t.Qwen3Config(**common, head_dim=8)
+    if kind == "gemma3":
+        return t.Gemma3TextConfig(**common, head_dim=8, final_logit_softcapping=5.0, sliding_window=64)
+    if kind == "gpt2":
+        return t.GPT2Config(
+            vocab_size=264, n_embd=32, n_layer=2, n_head=4, n_positions=512, bos_token_id=None, eos_token_id=257,
+            pad_token_id=258,
+        )  # fmt: skip
+    if kind == "phi":  # its head has a bias
+        return t.PhiConfig(**common)
+    if kind == "granite":  # its logits are scaled
+        return t.GraniteConfig(**common, logits_scaling=4.0)
+    raise ValueError(kind)
+
+
+FAMILIES = ("llama", "llama-tied", "qwen3", "gemma3", "gpt2", "phi", "granite")
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """model_folder(kind) is a saved tiny random model of that family, with its tokenizer."""
+    made: dict[str, Path] = {}
+
+    def make(kind: str = "llama") -> Path:
+        if kind not in made:
+            import transformers
+
+            torch.manual_seed(0)
+            lm = transformers.AutoModelForCausalLM.from_config(tiny_config(kind))
+            for parameter in lm.parameters():  # away from the tiny default scale, so that outputs are peaked
+                parameter.data.normal_(0, 0.3 if parameter.ndim > 1 else 0.1)
+            folder = tmp_path_factory.mktemp(kind)
+            lm.save_pretrained(folder)
+            byte_tokenizer().save_pretrained(folder)
+            made[kind] = folder
+        return made[kind]
+
+    return make
+
+
+@pytest.fixture
+def skill(tmp_path: Path) -> Path:
+    """12 records of a toy skill."""
+    rows = [{"prompt": f"say {w}", "demonstration": w.upper()} for w in "ab cd ef gh ij kl mn op qr st uv wx".split()]
+    path = tmp_path / "skill.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return path
+
+
+@pytest.fixture
+def make_config(model_folder: Callable[[str], Path], skill: Path, tmp_path: Path) -> Callable[..., Any]:
+    """make_config(**{"optim.lr": 1e-3, ...}) is a valid config of a short run on the tiny Llama."""
+    from dataclasses import replace
+
+    from sdft.config import Config
+
+    def make(kind: str = "llama", **overrides: Any) -> Any:
+        values = {
+            "model.name": str(model_folder(kind)),
+            "model.compute_dtype": "float32",
+            "data.train": str(skill),
+            "teacher.context": "as_turns",
+            "rollout.max_new_tokens": 6,
+            "optim.lr": 1e-3,
+            "optim.warmup_steps": 1,
+            "train.output": str(tmp_path / "run"),
+            "train.steps": 4,
+            "train.batch_size": 3,
+        } | overrides
+        config = Config()
+        for key, value in values.items():
+            section, name = key.split(".")
+            config = replace(config, **{section: replace(getattr(config, section), **{name: value})})
+        return config
+
+    return make
