@@ -72,6 +72,9 @@ class TeacherConfig:
     """How the teacher is shown the demonstration. Small models need as_turns; see `sdft check`."""
     turns: int = 2
     """as_turns: how many earlier turns show a demonstration (they are repeated if fewer are given)."""
+    request: str = "{request}"
+    """as_turns: the last turn, with {request} in it. "{request} Answer in a full sentence." makes the teacher
+    restate a demonstration of another style in its own words."""
     template: str = ""
     """context = template: the user turn, with {request} and {demonstration} in it."""
     max_prompt_tokens: int = 2048
@@ -326,6 +329,8 @@ def validate(config: Config) -> None:
     for ok, key, problem in checks:
         if not ok:
             raise SdftError(f"{key} = {_get(config, key)!r} {problem}")
+    if "{request}" not in c.teacher.request:
+        raise SdftError(f"teacher.request = {c.teacher.request!r} has no {{request}}; write it where it belongs")
     if c.teacher.context == "template":
         for name in ("{request}", "{demonstration}"):
             if name not in c.teacher.template:

@@ -199,7 +199,8 @@ def teacher_messages(example: Example, config: TeacherConfig, system: str = "") 
             shown = example.demonstrations[i % len(example.demonstrations)]
             asked = messages[len(head) :] if shown.prompt is None else [Message(role="user", content=shown.prompt)]
             turns += [*asked, Message(role="assistant", content=shown.response)]
-        return head + turns + messages[len(head) :]
+        last = Message(role="user", content=config.request.replace("{request}", messages[-1]["content"]))
+        return [*head, *turns, *messages[len(head) : -1], last]
     template = IN_PROMPT if config.context == "in_prompt" else config.template
     shown_text = "\n\n".join(
         d.response if d.prompt is None else f"{d.prompt}\n{d.response}" for d in example.demonstrations
