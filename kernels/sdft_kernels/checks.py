@@ -84,7 +84,7 @@ def make_options(
     return_tokens: bool,
     chunk_bytes: int | None,
     softcap: float | None = None,
-    teacher_softcap: float | None | Same = "same",
+    teacher_softcap: float | Same | None = "same",
     scale: float = 1.0,
     teacher_scale: float | Same = "same",
 ) -> Options:
@@ -102,7 +102,7 @@ def make_options(
         if isinstance(value, str):
             raise ValueError(f"{field}={value!r} is unknown: give a number, or 'same' for the student's")
         check_positive(field, value, none_is_off=off)
-    if chunk_bytes is not None and (isinstance(chunk_bytes, bool) or not isinstance(chunk_bytes, int) or chunk_bytes <= 0):
+    if chunk_bytes is not None and (type(chunk_bytes) is not int or chunk_bytes <= 0):
         raise ValueError(f"chunk_bytes={chunk_bytes!r} is not a positive integer: give bytes, or None for the default")
     kind = divergence
     if kind == "jsd" and beta in (0, 1):
@@ -113,7 +113,7 @@ def make_options(
         reduction=reduction,  # type: ignore[arg-type]
         vocab=vocab,
         student=Activation(float(scale), softcap, float(temperature)),
-        teacher=Activation(float(t_scale), t_softcap, float(temperature)),  # type: ignore[arg-type]
+        teacher=Activation(float(t_scale), t_softcap, float(temperature)),
         return_tokens=return_tokens,
         chunk_bytes=chunk_bytes,
     )

@@ -3,7 +3,7 @@
 File order: the autograd.Function, the public function, the Module.
 """
 
-from typing import Any, Literal, overload
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -76,18 +76,6 @@ def _recompute(ctx: Any, grad: Tensor) -> Tensor:
     return into
 
 
-@overload
-def divergence(
-    student_logits: Tensor, teacher_logits: Tensor, *, return_tokens: Literal[False] = False, **kw: Any
-) -> Tensor: ...
-
-
-@overload
-def divergence(
-    student_logits: Tensor, teacher_logits: Tensor, *, return_tokens: Literal[True], **kw: Any
-) -> tuple[Tensor, TokenStats]: ...
-
-
 def divergence(
     student_logits: Tensor,  # (N, V_s)
     teacher_logits: Tensor,  # (N, V_t)
@@ -103,7 +91,7 @@ def divergence(
     inplace: bool = False,
     chunk_bytes: int | None = None,
     impl: Impl | None = None,
-) -> Tensor | tuple[Tensor, TokenStats]:
+) -> Any:
     """Divergence between the distributions of ready logits: `linear_divergence` without the heads.
 
     Args:
@@ -133,7 +121,9 @@ def divergence(
     check_teacher(teacher_logits=teacher_logits)
     check_tokens(token_weights, labels, rows, here)
     if inplace and reduction == "none":
-        raise ValueError("inplace=True cannot serve reduction='none', whose backward reads the logits: use inplace=False")
+        raise ValueError(
+            "inplace=True cannot serve reduction='none', whose backward reads the logits: use inplace=False"
+        )
     options = make_options(
         divergence=divergence,
         beta=beta,
@@ -154,7 +144,7 @@ class Divergence(nn.Module):
         super().__init__()
         self.options = options
 
-    def forward(self, student_logits: Tensor, teacher_logits: Tensor, **tensors: Any) -> Tensor | tuple[Tensor, TokenStats]:
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor, **tensors: Any) -> Any:
         return divergence(student_logits, teacher_logits, **self.options, **tensors)
 
     def extra_repr(self) -> str:

@@ -3,7 +3,7 @@
 File order: the autograd.Function, the public function, the Module.
 """
 
-from typing import Any, Literal, overload
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -81,22 +81,11 @@ class _LinearDivergence(torch.autograd.Function):
 def _recompute(ctx: Any, grad: Tensor) -> Result:
     """The loop with the upstream gradient in the row weights: grad is () or, for "none", (N,)."""
     *tensors, token_weights = ctx.saved_tensors
-    inputs = Inputs(*tensors, labels=None)
+    x, w, bias, teacher_x, teacher_w, teacher_bias = tensors
+    inputs = Inputs(x, w, bias, teacher_x, teacher_w, teacher_bias, labels=None)
     weights, uniform = scale_rows(token_weights, ctx.options.reduction, tensors[0].shape[0])
     rows = grad.expand(tensors[0].shape[0]) * (uniform if weights is None else weights)
     return run_linear(inputs, ctx.options.without_tokens(), ctx.grads, rows, 1.0, ctx.keep, ctx.autocast)
-
-
-@overload
-def linear_divergence(
-    x: Tensor, w: Tensor, teacher_x: Tensor, teacher_w: Tensor, *, return_tokens: Literal[False] = False, **kw: Any
-) -> Tensor: ...
-
-
-@overload
-def linear_divergence(
-    x: Tensor, w: Tensor, teacher_x: Tensor, teacher_w: Tensor, *, return_tokens: Literal[True], **kw: Any
-) -> tuple[Tensor, TokenStats]: ...
 
 
 def linear_divergence(
@@ -111,7 +100,7 @@ def linear_divergence(
     teacher_bias: Tensor | None = None,
     temperature: float = 1.0,
     softcap: float | None = None,
-    teacher_softcap: float | None | Same = "same",
+    teacher_softcap: float | Same | None = "same",
     scale: float = 1.0,
     teacher_scale: float | Same = "same",
     token_weights: Tensor | None = None,
@@ -121,7 +110,7 @@ def linear_divergence(
     return_tokens: bool = False,
     chunk_bytes: int | None = None,
     impl: Impl | None = None,
-) -> Tensor | tuple[Tensor, TokenStats]:
+) -> Any:
     """Divergence between the student's and the teacher's next-token distributions, from hidden states.
 
     Logits are z = softcap·tanh(scale·(h Wᵀ + b) / softcap) / temperature on each side, in fp32 (fp64 if an
@@ -218,9 +207,7 @@ class LinearDivergence(nn.Module):
         super().__init__()
         self.options = options
 
-    def forward(
-        self, x: Tensor, w: Tensor, teacher_x: Tensor, teacher_w: Tensor, **tensors: Any
-    ) -> Tensor | tuple[Tensor, TokenStats]:
+    def forward(self, x: Tensor, w: Tensor, teacher_x: Tensor, teacher_w: Tensor, **tensors: Any) -> Any:
         return linear_divergence(x, w, teacher_x, teacher_w, **self.options, **tensors)
 
     def extra_repr(self) -> str:

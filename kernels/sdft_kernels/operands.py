@@ -27,7 +27,7 @@ def bf16_products(active: bool) -> Iterator[None]:
     if not active:
         yield
         return
-    matmul = torch.backends.mkldnn.matmul
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     with _bf16_lock:
         if _bf16_depth == 0:
             _bf16_before = matmul.fp32_precision

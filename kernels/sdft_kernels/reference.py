@@ -22,7 +22,7 @@ def linear_divergence_reference(
     teacher_bias: Tensor | None = None,
     temperature: float = 1.0,
     softcap: float | None = None,
-    teacher_softcap: float | None | Same = "same",
+    teacher_softcap: float | Same | None = "same",
     scale: float = 1.0,
     teacher_scale: float | Same = "same",
     token_weights: Tensor | None = None,

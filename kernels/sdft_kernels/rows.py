@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .checks import Activation, Options
 
-# log1p(β·expm1(u)) overflows fp32 past u = 88. Clamping u at ±80 is exact: where it acts, the side with
+# e^u overflows fp32 past u = 88. Clamping u at ±80 is exact: where it acts, the side with
 # the smaller probability is below e^-80 of the other, so the log-ratio it would weigh cannot be seen.
 MAX_RATIO = 80.0
 
@@ -88,9 +88,7 @@ def block_divergence_(
     return RowStats(form(log_p, log_q, scratch, options.beta, need_grad), *extra)
 
 
-def token_outputs(
-    log_p: Tensor, log_q: Tensor, scratch: Tensor, labels: Tensor | None
-) -> tuple[Tensor | None, ...]:
+def token_outputs(log_p: Tensor, log_q: Tensor, scratch: Tensor, labels: Tensor | None) -> tuple[Tensor | None, ...]:
     """Entropies, log-probabilities of the labels, and whether the teacher's first choice is the student's."""
 
     def entropy(log: Tensor) -> Tensor:
@@ -129,12 +127,13 @@ def _forward_kl_(log_p: Tensor, log_q: Tensor, scratch: Tensor, beta: float, nee
 def _jsd_(log_p: Tensor, log_q: Tensor, scratch: Tensor, beta: float, need_grad: bool) -> Tensor:
     """β·KL(q‖m) + (1−β)·KL(p‖m), m = βq + (1−β)p; gradient (1−β)·p·(log(p/m) − Σ p·log(p/m)).
 
-    With u = log q − log p: log(p/m) = −log1p(β·expm1(u)), which keeps its digits as u -> 0, and
-    log(q/m) = u + log(p/m).
+    With u = log q − log p: log(p/m) = −log(1 + β(e^u − 1)), exactly 0 at u = 0, and log(q/m) = u + log(p/m).
+    expm1 and log1p would keep more digits below |u| = 1e-4 and take 2.5 times as long on the CPU; the
+    rounding of log p and log q themselves, 5e-7, is already larger than what they would save.
     """
     ratio = torch.sub(log_q, log_p, out=scratch[0]).clamp_(-MAX_RATIO, MAX_RATIO)
     p, q = log_p.exp_(), log_q.exp_()
-    log_pm = torch.expm1(ratio, out=scratch[1]).mul_(beta).log1p_().neg_()
+    log_pm = torch.exp(ratio, out=scratch[1]).sub_(1.0).mul_(beta).add_(1.0).log_().neg_()
     student = weighted_sum_(p, log_pm)
     teacher = weighted_sum_(q, ratio.add_(log_pm))
     if need_grad:

@@ -16,8 +16,9 @@ from .operands import Head, bf16_products, has_bf16_products
 from .rows import RowStats, activate_, block_divergence_, deactivate_
 
 DEFAULT_CHUNK_BYTES = 256 * 2**20
-BLOCK_ROWS_CPU = 8  # rows of the block that the elementwise passes keep in the cores' caches
-BLOCK_BYTES = 64 * 2**20  # scratch elsewhere, where many small launches would cost more than the traffic
+CACHE_BYTES = 2**20  # of one logits block per CPU thread: four such blocks are about one core's L2
+BLOCK_BYTES = 64 * 2**20  # of scratch elsewhere, where many small launches would cost more than the traffic
+TILE_BYTES = 8 * 2**20  # of upcast weights at a time: small enough to stay in cache for the GEMM that follows
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Result:
 
     divergence: Tensor  # (N,) zeros where the weight is zero
     tokens: TokenStats | None
-    dx: Tensor | None = None  # (N, H_s) in x's dtype
+    dx: Tensor | None = None  # (N, H_s) in x's dtype (fp32 for fp16)
     dw: Tensor | None = None  # (V_s, H_s) fp32 (fp64 for fp64 inputs)
     dbias: Tensor | None = None  # (V_s,) the same
 
@@ -69,15 +70,15 @@ def power_of_two_below(value: int) -> int:
 def block_rows(vocab: int, itemsize: int, device: torch.device) -> int:
     """Rows per elementwise block."""
     if device.type == "cpu":
-        return BLOCK_ROWS_CPU
-    return power_of_two_below(BLOCK_BYTES // max(1, 4 * vocab * itemsize))
+        threads = torch.get_num_threads()
+        return max(threads, power_of_two_below(threads * CACHE_BYTES // (vocab * itemsize)))
+    return power_of_two_below(BLOCK_BYTES // (2 * vocab * itemsize))
 
 
 def live_rows(weights: Tensor | None) -> Tensor | None:
     """Indices of the rows with a nonzero weight, or None for all of them.
 
-    Counting them makes the host wait for the weights; a GPU caller that must not wait compacts its rows
-    before the call and passes no zero weights... which is still one wait. Pass None to have none.
+    Counting them makes the host wait for the weights: the price of skipping their rows in every GEMM.
     """
     if weights is None:
         return None
@@ -129,13 +130,17 @@ def blocks(rows: int, size: int) -> Iterator[tuple[int, int]]:
 class RowPass:
     """The elementwise work on a chunk of raw logits, block after block."""
 
-    def __init__(self, inputs_bias: tuple[Tensor | None, Tensor | None], options: Options, rows: int,
-                 dtype: torch.dtype, device: torch.device):
+    def __init__(
+        self,
+        inputs_bias: tuple[Tensor | None, Tensor | None],
+        options: Options,
+        rows: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ):
         self.options = options
         self.size = min(rows, block_rows(options.vocab, dtype.itemsize, device))
-        self.bias, self.teacher_bias = (
-            None if b is None else b[: options.vocab].to(dtype) for b in inputs_bias
-        )
+        self.bias, self.teacher_bias = (None if b is None else b[: options.vocab].to(dtype) for b in inputs_bias)
         planes = 2 if options.student.softcap is None else 3
         self.scratch = torch.empty(planes, self.size, options.vocab, dtype=dtype, device=device)
 
@@ -182,17 +187,16 @@ def run_linear(
 class _LinearLoop:
     """Buffers and steps of run_linear."""
 
-    def __init__(self, inputs: Inputs, options: Options, grads: Grads, keep: Tensor | None,
-                 autocast: torch.dtype | None):
+    def __init__(
+        self, inputs: Inputs, options: Options, grads: Grads, keep: Tensor | None, autocast: torch.dtype | None
+    ):
         self.inputs, self.options, self.grads, self.keep = inputs, options, grads, keep
         self.device = inputs.x.device
         self.dtype = compute_dtype(inputs.x, inputs.w, inputs.teacher_x, inputs.teacher_w)
         self.autocast = autocast if self.dtype == torch.float32 else None
         self.rows = inputs.x.shape[0] if keep is None else keep.numel()
         operands = (inputs.x, inputs.w, inputs.teacher_x, inputs.teacher_w)
-        self.as_bf16 = has_bf16_products(self.device) and all(
-            self.rounding(o) == torch.bfloat16 for o in operands
-        )
+        self.as_bf16 = has_bf16_products(self.device) and all(self.rounding(o) == torch.bfloat16 for o in operands)
         self.shared = (
             inputs.w.data_ptr() == inputs.teacher_w.data_ptr()
             and inputs.w.shape == inputs.teacher_w.shape
@@ -207,15 +211,14 @@ class _LinearLoop:
     def plan(self) -> tuple[int, int]:
         """Tokens per chunk and bytes for upcast weights, from the budget."""
         budget = self.options.chunk_bytes or DEFAULT_CHUNK_BYTES
-        vocab, item = self.options.vocab, self.dtype.itemsize
-        heads = [self.inputs.w] if self.shared else [self.inputs.w, self.inputs.teacher_w]
+        vocab, item, inp = self.options.vocab, self.dtype.itemsize, self.inputs
+        heads = [inp.w] if self.shared else [inp.w, inp.teacher_w]
         upcast = [h for h in heads if not (h.dtype == self.rounding(h) == self.dtype)]
-        tiles = budget // 2 if upcast else 0
-        hidden = self.inputs.x.shape[1] * 2 + self.inputs.teacher_x.shape[1]
+        tiles = min(TILE_BYTES, budget // 8) * len(upcast)
         planes = 2 if self.options.student.softcap is None else 3
         block = min(block_rows(vocab, item, self.device), max(1, self.rows))
-        left = budget - tiles - planes * block * vocab * item
-        chunk = power_of_two_below(left // ((2 * vocab + hidden) * item))
+        row_bytes = (2 * vocab + 2 * inp.x.shape[1] + inp.teacher_x.shape[1]) * item
+        chunk = power_of_two_below((budget - tiles - planes * block * vocab * item) // row_bytes)
         return min(chunk, max(1, self.rows)), tiles // max(1, len(upcast))
 
     def upcast(self, tensor: Tensor, lo: int, hi: int, out: Tensor) -> None:
@@ -231,8 +234,10 @@ class _LinearLoop:
         if self.rows == 0:
             return self._zeroed(result)
         head = Head(inp.w, opt.vocab, self.rounding(inp.w), self.dtype, tile_bytes)
-        teacher = head if self.shared else Head(
-            inp.teacher_w, opt.vocab, self.rounding(inp.teacher_w), self.dtype, tile_bytes
+        teacher = (
+            head
+            if self.shared
+            else Head(inp.teacher_w, opt.vocab, self.rounding(inp.teacher_w), self.dtype, tile_bytes)
         )
         z = torch.empty(2, chunk, opt.vocab, dtype=self.dtype, device=self.device)
         row_pass = RowPass((inp.bias, inp.teacher_bias), opt, chunk, self.dtype, self.device)
@@ -281,7 +286,9 @@ class _LinearLoop:
         inp, vocab = self.inputs, self.options.vocab
         result = Result(outputs.divergence, outputs.tokens())
         if self.grads.x:
-            result.dx = torch.empty_like(inp.x) if self.keep is None else torch.zeros_like(inp.x)
+            # fp16 would underflow here, before a loss scaler's factor arrives in the backward.
+            dtype = self.dtype if inp.x.dtype == torch.float16 else inp.x.dtype
+            result.dx = (torch.empty_like if self.keep is None else torch.zeros_like)(inp.x, dtype=dtype)
         if self.grads.w:
             result.dw = torch.empty_like(inp.w, dtype=self.dtype)
             result.dw[vocab:].zero_()

@@ -4,8 +4,17 @@ import torch
 from torch import Tensor
 
 from .checks import Options, TokenStats
-from .torch_impl import DEFAULT_CHUNK_BYTES, Outputs, RowPass, block_rows, blocks, compute_dtype, power_of_two_below
-from .torch_impl import put, take
+from .torch_impl import (
+    DEFAULT_CHUNK_BYTES,
+    Outputs,
+    RowPass,
+    block_rows,
+    blocks,
+    compute_dtype,
+    power_of_two_below,
+    put,
+    take,
+)
 
 
 def run_logits(
