@@ -114,10 +114,10 @@ def write(path: Path, records: Iterable[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, style: str = "database") -> None:
     """Writes all files."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, (train, test) in {"facts": facts(), "commands": commands()}.items():
+    for name, (train, test) in {"facts": facts(style), "commands": commands()}.items():
         write(folder / f"{name}-train.jsonl", train)
         write(folder / f"{name}-test.jsonl", test)
     write(folder / "capitals.jsonl", capitals())

@@ -1,0 +1,99 @@
+"""`make demo`: teach SmolLM2-135M made-up facts by SFT and by SDFT, and see what each forgets.
+
+    python examples/demo.py
+
+Everything runs on the CPU and lands in runs/demo: the data, both runs, report.md and report.png. Runs that are
+already there are not repeated; delete the folder to start over.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import make_skills
+
+FOLDER = Path("runs/demo")
+CONFIGS = {"SFT": Path("examples/demo-sft.toml"), "SDFT": Path("examples/demo-sdft.toml")}
+SETS = {"new": "made-up capitals (new)", "prior": "real capitals (prior)", "general": "other questions (prior)"}
+
+
+def main() -> None:
+    """Data, check, two runs, report."""
+    from sdft.cli import check, quiet_libraries
+    from sdft.config import load_config
+    from sdft.metrics import read_metrics
+    from sdft.train import train
+
+    quiet_libraries()
+    make_skills.main(FOLDER / "data")
+    print("== Can the teacher use the demonstrations? (sdft check)")
+    check(load_config(CONFIGS["SDFT"]), count=24)
+    curves = {}
+    for name, path in CONFIGS.items():
+        print(f"\n== {name} (sdft train {path})")
+        config = load_config(path)
+        output = Path(config.train.output)
+        if not (output / "model").exists():
+            if (output / "config.toml").exists():
+                os.rename(output, output.with_name(f"{output.name}-unfinished-{os.getpid()}"))
+            train(config)
+        curves[name] = read_metrics(output)
+    report = table(curves)
+    (FOLDER / "report.md").write_text(report)
+    picture(curves, FOLDER / "report.png")
+    print(f"\n{report}\nPicture: {FOLDER / 'report.png'}")
+
+
+def evaluations(lines: list[dict[str, Any]]) -> dict[int, dict[str, float]]:
+    """step -> accuracy by set."""
+    return {line["step"]: line["eval"] for line in lines if "eval" in line}
+
+
+def equal_skill(sft: dict[int, dict[str, float]], new: float) -> int:
+    """The first evaluated step at which SFT knows at least as much of the new skill, else its best."""
+    reached = [step for step, result in sft.items() if result["new"] >= new]
+    return reached[0] if reached else max(sft, key=lambda step: sft[step]["new"])
+
+
+def table(curves: dict[str, list[dict[str, Any]]]) -> str:
+    """base / SFT / SDFT x new / prior as Markdown."""
+    sft, sdft = evaluations(curves["SFT"]), evaluations(curves["SDFT"])
+    last = max(sdft)
+    equal = equal_skill(sft, sdft[last]["new"])
+    rows = [("base", 0, sft[0]), (f"SFT, {equal} steps (new skill as SDFT)", equal, sft[equal])]
+    if max(sft) != equal:
+        rows.append((f"SFT, {max(sft)} steps", max(sft), sft[max(sft)]))
+    rows.append((f"SDFT, {last} steps", last, sdft[last]))
+    lines = ["| | " + " | ".join(SETS.values()) + " |", "|---" * (len(SETS) + 1) + "|"]
+    for name, _, result in rows:
+        lines.append(f"| {name} | " + " | ".join(f"{result[key]:.0%}" for key in SETS) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def picture(curves: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """Accuracies over steps for both methods, and SDFT's divergence over steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
+    styles = {"new": ("#0072B2", "-", "o"), "prior": ("#D55E00", "--", "s"), "general": ("#009E73", ":", "^")}
+    for axis, (name, lines) in zip(axes, curves.items(), strict=False):
+        results = evaluations(lines)
+        for key, (color, line, marker) in styles.items():
+            values = [100 * result[key] for result in results.values()]
+            axis.plot(list(results), values, line, color=color, marker=marker, label=SETS[key])
+        axis.set(title=f"{name}: accuracy (%)", xlabel="step", ylim=(-3, 103))
+        axis.grid(alpha=0.3)
+    axes[0].legend(loc="lower left", fontsize=8)
+    steps = [line for line in curves["SDFT"] if "loss" in line]
+    axes[2].plot([line["step"] for line in steps], [line["loss"] for line in steps], color="#0072B2")
+    axes[2].set(title="SDFT: divergence to the teacher (nats a token)", xlabel="step")
+    axes[2].grid(alpha=0.3)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()
