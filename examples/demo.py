@@ -1,37 +1,43 @@
 """`make demo`: teach SmolLM2-135M made-up facts by SFT and by SDFT, and see what each forgets.
 
-    python examples/demo.py
+    python examples/demo.py [--steps N] [--folder runs/demo]
 
 Everything runs on the CPU and lands in runs/demo: the data, both runs, report.md and report.png. Runs that are
 already there are not repeated; delete the folder to start over.
 """
 
+import argparse
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import make_skills
 
-FOLDER = Path("runs/demo")
 CONFIGS = {"SFT": Path("examples/demo-sft.toml"), "SDFT": Path("examples/demo-sdft.toml")}
 SETS = {"new": "made-up capitals (new)", "prior": "real capitals (prior)", "general": "other questions (prior)"}
 
 
 def main() -> None:
     """Data, check, two runs, report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path("runs/demo"), help="where everything lands")
+    parser.add_argument("--steps", type=int, default=0, help="steps of each run; 0: as the configs say")
+    options = parser.parse_args()
+    folder: Path = options.folder
+
     from sdft.cli import check, quiet_libraries
-    from sdft.config import load_config
     from sdft.metrics import read_metrics
     from sdft.train import train
 
     quiet_libraries()
-    make_skills.main(FOLDER / "data")
+    make_skills.main(folder / "data")
+    configs = {name: settle(path, folder, options.steps) for name, path in CONFIGS.items()}
     print("== Can the teacher use the demonstrations? (sdft check)")
-    check(load_config(CONFIGS["SDFT"]), count=24)
+    check(configs["SDFT"], count=24)
     curves = {}
-    for name, path in CONFIGS.items():
-        print(f"\n== {name} (sdft train {path})")
-        config = load_config(path)
+    for name, config in configs.items():
+        print(f"\n== {name} (sdft train {CONFIGS[name]})")
         output = Path(config.train.output)
         if not (output / "model").exists():
             if (output / "config.toml").exists():
@@ -39,9 +45,23 @@ def main() -> None:
             train(config)
         curves[name] = read_metrics(output)
     report = table(curves)
-    (FOLDER / "report.md").write_text(report)
-    picture(curves, FOLDER / "report.png")
-    print(f"\n{report}\nPicture: {FOLDER / 'report.png'}")
+    (folder / "report.md").write_text(report)
+    picture(curves, folder / "report.png")
+    print(f"\n{report}\nPicture: {folder / 'report.png'}")
+
+
+def settle(path: Path, folder: Path, steps: int) -> Any:
+    """The config at `path`, its files under `folder`."""
+    from sdft.config import load_config
+
+    c = load_config(path)
+    moved = {name: str(folder / "data" / Path(file).name) for name, file in c.eval.sets.items()}
+    return replace(
+        c,
+        data=replace(c.data, train=str(folder / "data" / Path(c.data.train).name)),
+        eval=replace(c.eval, sets=moved),
+        train=replace(c.train, output=str(folder / Path(c.train.output).name), steps=steps or c.train.steps),
+    )
 
 
 def evaluations(lines: list[dict[str, Any]]) -> dict[int, dict[str, float]]:
