@@ -213,13 +213,13 @@ def load_config(path: str | Path) -> Config:
     value of the wrong type. Ranges and required fields are left to `validate`, after the overrides.
     """
     try:
-        table = tomllib.loads(Path(path).read_text())
+        table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise SdftError(f"config {path}: cannot be read ({error.strerror}); give the path of a .toml file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SdftError(f"config {path}: not valid TOML: {error}") from None
     preset = table.get("preset", "")
-    if preset and preset not in PRESETS:
+    if preset not in ("", *PRESETS):
         raise SdftError(f"config {path}: preset = {preset!r} is unknown; valid: {', '.join(PRESETS)}")
     config = _merge(Config(), PRESETS.get(preset, {}), f"preset {preset}")
     return _merge(config, table, f"config {path}")
@@ -303,21 +303,23 @@ def validate(config: Config) -> None:
         (0 <= c.optim.min_lr_ratio <= 1, "optim.min_lr_ratio", "must lie between 0 and 1"),
         (c.optim.weight_decay >= 0, "optim.weight_decay", "must be 0 or more"),
         (all(0 <= b < 1 for b in c.optim.betas), "optim.betas", "must each lie in [0, 1)"),
+        (c.optim.eps > 0, "optim.eps", "must be above 0"),
         (c.optim.clip_norm >= 0, "optim.clip_norm", "must be 0 (no clipping) or more"),
         (0 <= c.loss.beta <= 1, "loss.beta", "must lie between 0 and 1"),
         (c.loss.temperature > 0, "loss.temperature", "must be above 0"),
         (c.loss.mask_first >= 0, "loss.mask_first", "must be 0 or more"),
-        (c.loss.mask_first < c.rollout.max_new_tokens, "loss.mask_first", "must be below rollout.max_new_tokens"),
         (c.loss.chunk_bytes >= 0, "loss.chunk_bytes", "must be 0 (the default) or more"),
         (0 < c.teacher.ema_alpha <= 1, "teacher.ema_alpha", "must lie in (0, 1]"),
         (c.teacher.turns >= 1, "teacher.turns", "must be at least 1"),
         (c.rollout.per_prompt >= 1, "rollout.per_prompt", "must be at least 1"),
         (c.rollout.max_new_tokens >= 1, "rollout.max_new_tokens", "must be at least 1"),
+        (c.loss.mask_first < c.rollout.max_new_tokens, "loss.mask_first", "must be below rollout.max_new_tokens"),
         (c.rollout.batch_size >= 1, "rollout.batch_size", "must be at least 1"),
         (c.rollout.temperature >= 0, "rollout.temperature", "must be 0 (greedy) or more"),
         (0 < c.rollout.top_p <= 1, "rollout.top_p", "must lie in (0, 1]"),
         (c.rollout.top_k >= 0, "rollout.top_k", "must be 0 (all tokens) or more"),
         (c.lora.rank >= 0, "lora.rank", "must be 0 (train every weight) or more"),
+        (c.lora.alpha > 0, "lora.alpha", "must be above 0"),
         (0 <= c.lora.dropout < 1, "lora.dropout", "must lie in [0, 1)"),
         (c.data.max_prompt_tokens >= 1, "data.max_prompt_tokens", "must be at least 1"),
         (c.teacher.max_prompt_tokens >= 1, "teacher.max_prompt_tokens", "must be at least 1"),
