@@ -18,8 +18,8 @@ TEMPLATE = (
 
 
 @pytest.fixture(autouse=True, scope="session")
-def two_threads() -> None:
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
+def few_threads() -> None:
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or min(2, os.cpu_count() or 1)))
 
 
 def byte_tokenizer() -> Any:
@@ -76,6 +76,12 @@ def tiny_config(kind: str) -> Any:
 FAMILIES = ("llama", "llama-tied", "qwen3", "gemma3", "gpt2", "phi", "granite")
 
 
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    """Runs the test once for every family."""
+    return request.param
+
+
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """model_folder(kind) is a saved tiny random model of that family, with its tokenizer."""
@@ -101,17 +107,47 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pa
 @pytest.fixture
 def skill(tmp_path: Path) -> Path:
     """12 records of a toy skill."""
-    rows = [{"prompt": f"say {w}", "demonstration": w.upper()} for w in "ab cd ef gh ij kl mn op qr st uv wx".split()]
+    words = [chr(i) + chr(i + 1) for i in range(ord("a"), ord("y"), 2)]  # ab, cd, ... wx
+    rows = [{"prompt": f"say {w}", "demonstration": w.upper()} for w in words]
     path = tmp_path / "skill.jsonl"
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
     return path
 
 
-@pytest.fixture
-def make_config(model_folder: Callable[[str], Path], skill: Path, tmp_path: Path) -> Callable[..., Any]:
-    """make_config(**{"optim.lr": 1e-3, ...}) is a valid config of a short run on the tiny Llama."""
+@pytest.fixture(scope="session")
+def load_tiny(model_folder: Callable[[str], Path]) -> Callable[..., tuple[Any, Any]]:
+    """load_tiny(kind, weights_dtype=..., ...) is the tokenizer and a fresh LanguageModel of that family, in fp32."""
+    from sdft.config import ModelConfig
+    from sdft.models import load, load_tokenizer
+
+    def make(kind: str = "llama", **settings: Any) -> tuple[Any, Any]:
+        config = ModelConfig(**{"name": str(model_folder(kind)), "compute_dtype": "float32"} | settings)
+        tokenizer, stop_ids = load_tokenizer(config)
+        return tokenizer, load(config, tokenizer, stop_ids)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def changed() -> Callable[..., Any]:
+    """changed(config, **{"optim.lr": 1e-3, ...}) is the config with these settings."""
     from dataclasses import replace
 
+    def change(config: Any, **overrides: Any) -> Any:
+        for key, value in overrides.items():
+            section, _, name = key.rpartition(".")
+            inner = replace(getattr(config, section), **{name: value}) if section else value
+            config = replace(config, **{section or name: inner})
+        return config
+
+    return change
+
+
+@pytest.fixture
+def make_config(
+    model_folder: Callable[[str], Path], skill: Path, tmp_path: Path, changed: Callable[..., Any]
+) -> Callable[..., Any]:
+    """make_config(**{"optim.lr": 1e-3, ...}) is a valid config of a short run on the tiny Llama."""
     from sdft.config import Config
 
     def make(kind: str = "llama", **overrides: Any) -> Any:
@@ -127,10 +163,6 @@ def make_config(model_folder: Callable[[str], Path], skill: Path, tmp_path: Path
             "train.steps": 4,
             "train.batch_size": 3,
         } | overrides
-        config = Config()
-        for key, value in values.items():
-            section, name = key.split(".")
-            config = replace(config, **{section: replace(getattr(config, section), **{name: value})})
-        return config
+        return changed(Config(), **values)
 
     return make
