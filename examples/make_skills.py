@@ -58,6 +58,7 @@ FACT_TESTS = ("What is the capital of {}?", "Tell me the capital of {}.")
 FACT_STYLES = {
     "sentence": "The capital of {country} is {capital}.",
     "terse": "{capital}",
+    "json": '{{"capital": "{capital}"}}',
     "database": "LOOKUP OK | country={country} | capital={capital} | src=atlas",
 }
 

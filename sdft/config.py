@@ -250,7 +250,7 @@ def _nearest(key: str, prefix: str, level: list[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else f"; valid here: {', '.join(prefix + n for n in level)}"
 
 
-def config_keys(cls: type = Config, prefix: str = "") -> list[str]:
+def config_keys(cls: Any = Config, prefix: str = "") -> list[str]:
     """All dotted names of a config, such as optim.lr."""
     names = []
     for f in fields(cls):

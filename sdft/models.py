@@ -226,7 +226,7 @@ def load(config: ModelConfig, tokenizer: Any, stop_ids: tuple[int, ...]) -> Lang
     compute = pick_compute_dtype(config, device)
     attention = pick_attention(config, device, compute)
     try:
-        lm = AutoModelForCausalLM.from_pretrained(
+        lm: Any = AutoModelForCausalLM.from_pretrained(
             name,
             dtype=DTYPES[config.weights_dtype],
             attn_implementation=attention,
@@ -303,7 +303,7 @@ def add_lora(model: LanguageModel, config: LoraConfig, seed: int) -> None:
             model.lm,
             peft.LoraConfig(
                 r=config.rank,
-                lora_alpha=config.alpha,
+                lora_alpha=config.alpha,  # type: ignore[arg-type]  # peft divides; a float is as good
                 lora_dropout=config.dropout,
                 target_modules=targets,
                 task_type="CAUSAL_LM",
