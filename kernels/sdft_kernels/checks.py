@@ -54,6 +54,12 @@ class Options:
     return_tokens: bool
     chunk_bytes: int | None
 
+    @property
+    def grad_factor(self) -> float:
+        """The constant that the row math leaves out of the gradient with respect to raw logits."""
+        inner = self.student.scale / self.student.temperature
+        return inner * (1.0 - self.beta) if self.kind == "jsd" else inner
+
     def without_tokens(self) -> "Options":
         """The same call without per-token outputs."""
         return replace(self, return_tokens=False)

@@ -39,7 +39,7 @@ def activate_(raw: Tensor, bias: Tensor | None, act: Activation) -> Tensor:
 
 
 def deactivate_(
-    grad: Tensor,  # (R, V) dD/dz, becomes dD/draw / (scale / temperature)
+    grad: Tensor,  # (R, V) dD/dz, becomes dD/draw · temperature / scale
     z: Tensor,  # (R, V) final logits, destroyed
     act: Activation,
 ) -> Tensor:
@@ -49,31 +49,24 @@ def deactivate_(
     return grad.addcmul_(grad, z, value=-1.0)
 
 
-def dots(a: Tensor, b: Tensor) -> Tensor:
-    """Row-wise dot products of two (R, V) blocks -> (R,)."""
-    if a.device.type == "cpu":  # BLAS dots leave no temporary behind, and the block is in cache
-        return torch.stack([torch.dot(i, j) for i, j in zip(a.unbind(), b.unbind(), strict=True)])
-    return torch.linalg.vecdot(a, b)
-
-
-def weighted_sum_(p: Tensor, f_: Tensor) -> Tensor:
-    """Σ p·f by row, where an entry with p = 0 counts 0 even if f is infinite or NaN (f_ is cleaned in place)."""
-    total = dots(p, f_)
-    # Cleaning costs two passes. On the CPU a look at R numbers tells whether it is needed; elsewhere that
-    # look would make the host wait.
+def expectation(p: Tensor, f: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+    """(p·f in out, Σ p·f by row), where an entry with p = 0 counts 0 even if f is infinite or NaN."""
+    product = torch.mul(p, f, out=out)
+    total = product.sum(1)  # a BLAS dot per row costs 5 times both passes, in thread barriers
+    # Cleaning costs two more passes. On the CPU a look at R numbers tells whether it is needed; elsewhere
+    # that look would make the host wait.
     if p.device.type != "cpu" or not torch.isfinite(total).all():
-        f_.masked_fill_(p == 0, 0.0)
-        total = dots(p, f_)
-    return total
+        total = product.masked_fill_(p == 0, 0.0).sum(1)
+    return product, total
 
 
-def softmax_backward(p: Tensor, f: Tensor, out: Tensor) -> Tensor:
-    """p·(f − Σ p·f) by row: the gradient of Σ p·f with respect to the logits of p, f held fixed."""
-    return torch._softmax_backward_data(f, p, 1, p.dtype, grad_input=out)
+def center(product: Tensor, p: Tensor, total: Tensor, out: Tensor) -> Tensor:
+    """p·f − p·Σ p·f: the gradient of Σ p·f with respect to the logits of p, f held fixed."""
+    return torch.addcmul(product, p, total.unsqueeze(1), value=-1.0, out=out)
 
 
 def block_divergence_(
-    s: Tensor,  # (R, V) final student logits; dD/ds on return if need_grad
+    s: Tensor,  # (R, V) final student logits; dD/ds (jsd: /(1 − β)) on return if need_grad
     t: Tensor,  # (R, V) final teacher logits; destroyed
     scratch: Tensor,  # (2, R, V)
     options: Options,
@@ -93,7 +86,7 @@ def token_outputs(log_p: Tensor, log_q: Tensor, scratch: Tensor, labels: Tensor 
 
     def entropy(log: Tensor) -> Tensor:
         prob = torch.exp(log, out=scratch[0])
-        return -weighted_sum_(prob, scratch[1].copy_(log))
+        return -expectation(prob, log, out=scratch[1])[1]
 
     def of_label(log: Tensor) -> Tensor | None:
         return None if labels is None else log.gather(1, labels.unsqueeze(1)).squeeze(1)
@@ -106,38 +99,35 @@ def token_outputs(log_p: Tensor, log_q: Tensor, scratch: Tensor, labels: Tensor 
 def _reverse_kl_(log_p: Tensor, log_q: Tensor, scratch: Tensor, beta: float, need_grad: bool) -> Tensor:
     """KL(p‖q) = Σ p·(log p − log q); gradient p·(log p − log q − D)."""
     p = torch.exp(log_p, out=scratch[0])
-    ratio = torch.sub(log_p, log_q, out=log_q)
-    value = weighted_sum_(p, ratio)
+    product, value = expectation(p, torch.sub(log_p, log_q, out=log_q), out=scratch[1])
     if need_grad:
-        softmax_backward(p, ratio, out=log_p)
-        drop_infinite_(log_p, value)
+        drop_infinite_(center(product, p, value, out=log_p), value)
     return value
 
 
 def _forward_kl_(log_p: Tensor, log_q: Tensor, scratch: Tensor, beta: float, need_grad: bool) -> Tensor:
     """KL(q‖p) = Σ q·(log q − log p); gradient p − q."""
     q = torch.exp(log_q, out=scratch[0])
-    value = weighted_sum_(q, torch.sub(log_q, log_p, out=log_q))
+    _, value = expectation(q, torch.sub(log_q, log_p, out=log_q), out=scratch[1])
     if need_grad:
-        log_p.exp_().sub_(q)
-        drop_infinite_(log_p, value)
+        drop_infinite_(log_p.exp_().sub_(q), value)
     return value
 
 
 def _jsd_(log_p: Tensor, log_q: Tensor, scratch: Tensor, beta: float, need_grad: bool) -> Tensor:
     """β·KL(q‖m) + (1−β)·KL(p‖m), m = βq + (1−β)p; gradient (1−β)·p·(log(p/m) − Σ p·log(p/m)).
 
-    With u = log q − log p: log(p/m) = −log(1 + β(e^u − 1)), exactly 0 at u = 0, and log(q/m) = u + log(p/m).
-    expm1 and log1p would keep more digits below |u| = 1e-4 and take 2.5 times as long on the CPU; the
-    rounding of log p and log q themselves, 5e-7, is already larger than what they would save.
+    The factor 1−β is left to Options.grad_factor. With u = log q − log p: log(p/m) = −log(1 + β(e^u − 1)),
+    exactly 0 at u = 0, and log(q/m) = u + log(p/m). expm1 and log1p would keep more digits below
+    |u| = 1e-4 and take 2.5 times as long on the CPU; the rounding of log p and log q, 5e-7, is already larger.
     """
     ratio = torch.sub(log_q, log_p, out=scratch[0]).clamp_(-MAX_RATIO, MAX_RATIO)
     p, q = log_p.exp_(), log_q.exp_()
     log_pm = torch.exp(ratio, out=scratch[1]).sub_(1.0).mul_(beta).add_(1.0).log_().neg_()
-    student = weighted_sum_(p, log_pm)
-    teacher = weighted_sum_(q, ratio.add_(log_pm))
+    _, teacher = expectation(q, ratio.add_(log_pm), out=ratio)
+    product, student = expectation(p, log_pm, out=scratch[0])
     if need_grad:
-        softmax_backward(p, log_pm, out=log_p).mul_(1.0 - beta)
+        center(product, p, student, out=p)
     return beta * teacher + (1.0 - beta) * student
 
 

@@ -146,7 +146,7 @@ class RowPass:
 
     def run(
         self,
-        s: Tensor,  # (C, V) raw student logits; the weighted gradient / (scale/temperature) on return
+        s: Tensor,  # (C, V) raw student logits; the weighted gradient / grad_factor on return
         t: Tensor,  # (C, V) raw teacher logits, destroyed
         labels: Tensor | None,  # (C,)
         weights: Tensor | None,  # (C,)
@@ -241,7 +241,7 @@ class _LinearLoop:
         )
         z = torch.empty(2, chunk, opt.vocab, dtype=self.dtype, device=self.device)
         row_pass = RowPass((inp.bias, inp.teacher_bias), opt, chunk, self.dtype, self.device)
-        alpha = uniform * opt.student.scale / opt.student.temperature
+        alpha = uniform * opt.grad_factor
         for lo, hi in blocks(self.rows, chunk):
             s, t, x = self._logits(head, teacher, z, lo, hi)
             labels = None if inp.labels is None else take(inp.labels, self.keep, lo, hi)

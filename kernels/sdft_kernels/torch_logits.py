@@ -46,7 +46,7 @@ def run_logits(
             for b_lo, b_hi, stats in row_pass.run(s, t, label, weights, into is not None):
                 outputs.write(keep, lo + b_lo, lo + b_hi, stats)
             if into is not None:
-                s.mul_(uniform * options.student.scale / options.student.temperature)
+                s.mul_(uniform * options.grad_factor)
                 put(into[:, :vocab], keep, lo, hi, s)
         return outputs.divergence, outputs.tokens()
 
