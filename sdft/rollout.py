@@ -54,17 +54,20 @@ def _generate_batch(model: LanguageModel, prompts: Sequence[Sequence[int]], conf
         pad_token_id=model.pad_id,
         eos_token_id=list(model.stop_ids),
         use_cache=True,
-        repetition_penalty=1.0,  # some models bring one of their own; samples must come from the policy itself
         **(sampling if config.temperature > 0 else {}),
     )
-    training = model.lm.training
+    training, inner = model.lm.training, model.inner
+    # generate() fills what `settings` leaves out from the model's own (penalties, min_p, suppressed tokens), but
+    # samples must come from the policy itself.
+    own, inner.generation_config = inner.generation_config, GenerationConfig()
     model.lm.eval()
     try:
         with torch.no_grad(), model.autocast():
-            out = model.inner.generate(
+            out = inner.generate(
                 input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=settings
             )
     finally:
+        inner.generation_config = own
         model.lm.train(training)
     return [_cut(row, model.stop_ids) for row in out[:, width:].tolist()]
 
