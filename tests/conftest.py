@@ -93,8 +93,9 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pa
 
             torch.manual_seed(0)
             lm = transformers.AutoModelForCausalLM.from_config(tiny_config(kind))
-            for parameter in lm.parameters():  # away from the tiny default scale, so that outputs are peaked
-                parameter.data.normal_(0, 0.3 if parameter.ndim > 1 else 0.1)
+            for parameter in lm.parameters():  # away from the tiny default scale and from all-equal norms
+                matrix = parameter.ndim > 1
+                parameter.data.mul_(not matrix).add_(torch.randn_like(parameter), alpha=0.3 if matrix else 0.1)
             folder = tmp_path_factory.mktemp(kind)
             lm.save_pretrained(folder)
             byte_tokenizer().save_pretrained(folder)

@@ -1,0 +1,75 @@
+"""Rows of student and teacher predict the same tokens; weights of a step; micro-batches."""
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sdft.batch import micro_batches, pack, sequence_weights
+from sdft.config import LossConfig
+
+CPU = torch.device("cpu")
+
+
+def sequences(seed: int, count: int, longest: int) -> list[list[int]]:
+    draw = random.Random(seed)
+    return [[draw.randrange(256) for _ in range(draw.randint(1, longest))] for _ in range(count)]
+
+
+@pytest.mark.parametrize("mask_first", [0, 2])
+def test_rows_are_those_of_unpadded_sequences(family: str, load_tiny: Any, mask_first: int) -> None:
+    model = load_tiny(family)[1]
+    model.lm.eval()
+    answers = sequences(1, 4, 7)
+    for seed, longest in ((2, 5), (3, 30)):  # a student's and a teacher's prompts: other lengths, same rows
+        prompts = sequences(seed, 4, longest)
+        batch = pack(prompts, answers, model.pad_id, CPU, mask_first)
+        with torch.no_grad():
+            got = batch.select(model.hidden(batch.input_ids))
+            alone = [model.hidden(torch.tensor([p + a]))[0] for p, a in zip(prompts, answers, strict=True)]
+        want = [h[len(p) - 1 + mask_first : -1] for h, p in zip(alone, prompts, strict=True)]
+        torch.testing.assert_close(got, torch.cat(want), rtol=1e-4, atol=1e-4)
+        assert batch.labels.tolist() == [t for a in answers for t in a[mask_first:]]
+        assert batch.input_ids.shape[1] == max(len(p + a) for p, a in zip(prompts, answers, strict=True)) - 1
+
+
+def test_everything_masked_leaves_no_rows() -> None:
+    batch = pack([[1, 2], [3]], [[4], [5, 6]], 0, CPU, mask_first=2)
+    assert (batch.rows.shape, batch.labels.shape) == ((0,), (0,))
+    assert batch.rows.dtype == batch.labels.dtype == torch.int64
+    assert batch.input_ids.tolist() == [[1, 2], [3, 5]]
+    assert batch.select(torch.ones(2, 2, 8)).shape == (0, 8)
+
+
+lengths = st.lists(st.integers(0, 20), min_size=1, max_size=12)
+
+
+@given(lengths=lengths, mask=st.integers(0, 5))
+def test_token_weights_are_the_mean_over_all_tokens(lengths: list[int], mask: int) -> None:
+    counted = [max(0, n - mask) for n in lengths]
+    weights = sequence_weights(lengths, LossConfig(mask_first=mask, average="token"))
+    total = sum(counted)
+    assert weights == [1 / total if n else 0 for n in counted]
+
+
+@given(lengths=lengths, mask=st.integers(0, 5))
+def test_sequence_weights_are_a_mean_of_means(lengths: list[int], mask: int) -> None:
+    counted = [max(0, n - mask) for n in lengths]
+    weights = sequence_weights(lengths, LossConfig(mask_first=mask, average="sequence"))
+    shares = [w * n for w, n in zip(weights, counted, strict=True)]
+    live = sum(n > 0 for n in counted)
+    assert shares == pytest.approx([1 / live if n else 0 for n in counted])
+    assert sum(shares) == pytest.approx(1 if live else 0)
+    assert all(w == 0 for w, n in zip(weights, counted, strict=True) if not n)
+
+
+@given(lengths=lengths, size=st.integers(0, 5))
+def test_micro_batches_partition_by_length(lengths: list[int], size: int) -> None:
+    groups = micro_batches(lengths, size)
+    assert sorted(i for g in groups for i in g) == list(range(len(lengths)))
+    assert len(groups) == (1 if size == 0 else -(-len(lengths) // size))
+    assert all(len(g) <= (size or len(lengths)) for g in groups)
+    assert [lengths[i] for g in groups for i in g] == sorted(lengths)
