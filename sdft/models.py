@@ -102,6 +102,8 @@ def read_head(lm: Any) -> Head:
     head, config = lm.get_output_embeddings(), lm.config.get_text_config()
     if not isinstance(getattr(head, "weight", None), Tensor):
         raise SdftError(f"model {type(lm).__name__} has no linear head with a weight; sdft needs one")
+    if hasattr(head, "base_layer"):  # its weight is the frozen one: the adapter would have no part in the loss
+        raise SdftError(f"model {type(lm).__name__} has a LoRA adapter on its head, which the fused loss cannot see")
     scale = getattr(config, "logit_scale", None) or 1.0
     if divisor := getattr(config, "logits_scaling", None):
         scale = scale / divisor
@@ -177,8 +179,11 @@ def convert_gguf(source: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     where = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
-    tokenizer = AutoTokenizer.from_pretrained(**where)
-    lm = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(**where)
+        lm = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    except Exception as error:  # transformers raises many kinds here
+        raise SdftError(f"{source}: no model loads from it ({_first_line(error)})") from error
     _drop_quantization(lm)
     partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
@@ -311,6 +316,8 @@ def add_lora(model: LanguageModel, config: LoraConfig, seed: int) -> None:
         )
     except ValueError as error:
         raise SdftError(f"lora.targets = {list(config.targets)}: {_first_line(error)}") from None
+    if hasattr(model.inner.get_output_embeddings(), "base_layer"):
+        raise SdftError(f"lora.targets = {list(config.targets)}: the head cannot take an adapter; leave it out")
     for parameter in model.trainable().values():
         parameter.data = parameter.data.float()  # adapters are small; bf16 would lose their updates
 

@@ -52,8 +52,10 @@ class Teacher:
         with self.weights():
             training = self.model.lm.training
             self.model.lm.eval()
-            hidden = batch.select(self.model.hidden(batch.input_ids))
-            self.model.lm.train(training)
+            try:
+                hidden = batch.select(self.model.hidden(batch.input_ids))
+            finally:
+                self.model.lm.train(training)
             head = self.model.head()
             # detach() keeps hold of the teacher's storage after the student's is back in the parameter.
             bias = None if head.bias is None else head.bias.detach()
