@@ -1,0 +1,207 @@
+"""The teacher against float64 by hand; the swap leaves no trace in the student."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+from sdft.batch import pack
+from sdft.config import LoraConfig, TeacherConfig
+from sdft.models import add_lora
+from sdft.teacher import Teacher
+
+ALPHA = 0.05
+BATCH = pack([[1, 2, 3], [4]], [[5, 6], [7, 8, 9]], 258, torch.device("cpu"))
+SETTINGS = {"full": {}, "tied": {"kind": "llama-tied"}, "lora": {"lora": 3}, "bf16": {"weights_dtype": "bfloat16"}}
+
+
+@pytest.fixture(params=SETTINGS)
+def model(request: pytest.FixtureRequest, load_tiny: Any) -> Any:
+    settings = dict(SETTINGS[request.param])
+    rank = settings.pop("lora", 0)
+    model = load_tiny(**settings)[1]
+    if rank:
+        add_lora(model, LoraConfig(rank=rank), 0)
+    return model
+
+
+def move(model: Any, seed: int, size: float = 0.01) -> None:
+    """A student's step: every trained weight changes."""
+    draw = torch.Generator().manual_seed(seed)
+    for p in model.trainable().values():
+        p.data.add_((torch.randn(p.shape, generator=draw) * size).to(p.dtype))
+
+
+def values(model: Any) -> dict[str, torch.Tensor]:
+    return {k: p.detach().clone() for k, p in model.trainable().items()}
+
+
+def hidden_with(model: Any, weights: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Rows of a separate copy of the model that holds `weights`."""
+    other = copy.deepcopy(model)
+    for k, p in other.trainable().items():
+        p.data.copy_(weights[k])
+    other.lm.eval()
+    with torch.no_grad():
+        return BATCH.select(other.hidden(BATCH.input_ids))
+
+
+def test_ema_is_the_average_in_float64(model: Any) -> None:
+    teacher = Teacher(model, TeacherConfig(ema_alpha=ALPHA))
+    want = {k: p.double() for k, p in values(model).items()}
+    for step in range(60):
+        move(model, step)
+        teacher.update()
+        for k, p in values(model).items():
+            want[k] = want[k] + ALPHA * (p.double() - want[k])
+    for k, exact in want.items():
+        assert teacher.masters[k].dtype == torch.float32
+        torch.testing.assert_close(teacher.masters[k].double(), exact, rtol=1e-5, atol=1e-6)
+        assert (exact - values(model)[k].double()).abs().max() > 0.01  # it lags, so this is no accident
+
+
+def test_masters_move_where_bf16_would_not(load_tiny: Any) -> None:
+    model = load_tiny(weights_dtype="bfloat16")[1]
+    teacher = Teacher(model, TeacherConfig(ema_alpha=0.01))
+    weight, before = model.lm.lm_head.weight, model.lm.lm_head.weight.detach().clone()
+    weight.data.mul_(1.01)  # 1% of 1% is below bf16's resolution
+    for _ in range(20):
+        teacher.update()
+    moved = teacher.masters["lm_head.weight"] - before.float()
+    torch.testing.assert_close(moved, (1 - 0.99**20) * (weight.float() - before.float()), rtol=1e-2, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", ["ema", "base", "live"])
+def test_hidden_is_a_model_with_the_teachers_weights(model: Any, kind: Any) -> None:
+    start = values(model)
+    teacher = Teacher(model, TeacherConfig(kind=kind, ema_alpha=ALPHA))
+    for step in range(3):
+        move(model, step, 0.1)
+        teacher.update()
+    expected = {"ema": teacher.masters, "base": start, "live": values(model)}[kind]
+    hidden, head = teacher.hidden(BATCH)
+    assert torch.equal(hidden, hidden_with(model, expected))
+    other = copy.deepcopy(model)
+    for k, p in other.trainable().items():
+        p.data.copy_(expected[k])
+    assert torch.equal(head.weight, other.head().weight)
+    if kind != "live":
+        assert not torch.equal(hidden, hidden_with(model, values(model)))  # it is not the student
+
+
+def test_base_never_moves(model: Any) -> None:
+    start = values(model)
+    teacher = Teacher(model, TeacherConfig(kind="base"))
+    for step in range(3):
+        move(model, step, 0.1)
+        teacher.update()
+    assert all(torch.equal(teacher.masters[k], start[k]) for k in start)
+
+
+def test_it_starts_from_the_student_in_memory(model: Any) -> None:
+    move(model, 0, 0.3)
+    for kind in ("ema", "base"):
+        teacher = Teacher(model, TeacherConfig(kind=kind))
+        assert all(torch.equal(teacher.masters[k], p.to(teacher.masters[k].dtype)) for k, p in values(model).items())
+        assert all(teacher.masters[k].data_ptr() != p.data_ptr() for k, p in model.trainable().items())
+
+
+def facts(model: Any) -> list[Any]:
+    return [(k, p.data_ptr(), p.requires_grad, p.dtype, hash(p.detach().float().numpy().tobytes()))
+            for k, p in model.lm.named_parameters(remove_duplicate=False)]  # fmt: skip
+
+
+def test_the_swap_leaves_the_student_as_it_was(model: Any) -> None:
+    teacher = Teacher(model, TeacherConfig(kind="ema", ema_alpha=ALPHA))
+    move(model, 0, 0.1)
+    teacher.update()
+    model.lm.train()
+    before = facts(model)
+    with teacher.weights():
+        assert [f[4] for f in facts(model)] != [f[4] for f in before]
+    assert facts(model) == before
+    teacher.hidden(BATCH)
+    assert facts(model) == before
+    with pytest.raises(ZeroDivisionError), teacher.weights():
+        raise ZeroDivisionError
+    assert facts(model) == before
+    assert model.lm.training
+
+
+def test_a_failed_forward_leaves_the_student_as_it_was(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher = Teacher(model, TeacherConfig(kind="ema"))
+    move(model, 0, 0.1)
+    model.lm.train()
+    before = facts(model)
+    monkeypatch.setattr(type(model), "hidden", lambda *a: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        teacher.hidden(BATCH)
+    assert facts(model) == before
+    assert model.lm.training
+
+
+def test_a_tied_weight_stays_tied(load_tiny: Any) -> None:
+    model = load_tiny("llama-tied")[1]
+    teacher = Teacher(model, TeacherConfig(kind="ema"))
+    move(model, 0, 0.1)
+    lm = model.lm
+    with teacher.weights():
+        assert lm.lm_head.weight.data_ptr() == lm.model.embed_tokens.weight.data_ptr()
+        assert torch.equal(lm.lm_head.weight, teacher.masters["model.embed_tokens.weight"])
+    assert lm.lm_head.weight is lm.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("kind", ["ema", "base", "live"])
+def test_no_gradient_reaches_the_teacher(model: Any, kind: Any) -> None:
+    teacher = Teacher(model, TeacherConfig(kind=kind))
+    state = {k: t.clone() for k, t in teacher.state().items()}
+    teacher_hidden, head = teacher.hidden(BATCH)
+    assert not teacher_hidden.requires_grad
+    assert not head.weight.requires_grad
+    hidden = BATCH.select(model.hidden(BATCH.input_ids))
+    (hidden - teacher_hidden).square().sum().add(hidden.sum() * head.weight.sum().to(hidden.dtype)).backward()
+    optimizer = torch.optim.SGD(model.trainable().values(), lr=0.1)
+    optimizer.step()
+    assert all(t.grad is None and not t.requires_grad for t in teacher.state().values())
+    assert all(torch.equal(t, state[k]) for k, t in teacher.state().items())
+
+
+def test_tracked_is_the_fraction_of_the_way(model: Any) -> None:
+    for kind, value in (("base", 0.0), ("live", 1.0)):
+        assert Teacher(model, TeacherConfig(kind=kind)).tracked().item() == value
+    teacher = Teacher(model, TeacherConfig(ema_alpha=ALPHA))
+    assert teacher.tracked().item() == 0
+    move(model, 0, 0.1)
+    for steps in range(1, 11):  # a student that went once and stays: exact whatever is sampled
+        teacher.update()
+        assert teacher.tracked().item() == pytest.approx(1 - (1 - ALPHA) ** steps, rel=1e-4)
+
+
+def test_tracked_is_near_the_whole_sum_on_a_wandering_student(load_tiny: Any) -> None:
+    model = load_tiny()[1]
+    start = values(model)
+    teacher = Teacher(model, TeacherConfig(ema_alpha=0.1))
+    for step in range(20):
+        move(model, step, 0.05)
+        teacher.update()
+    along = whole = 0.0
+    for k, p in values(model).items():
+        student, average = (p - start[k]).double(), (teacher.masters[k] - start[k]).double()
+        along, whole = along + (student * average).sum().item(), whole + student.square().sum().item()
+    assert teacher.tracked().item() == pytest.approx(along / whole, abs=0.02)
+    assert 0.3 < along / whole < 0.8
+
+
+@pytest.mark.parametrize("kind", ["ema", "base", "live"])
+def test_state_round_trip(model: Any, kind: Any) -> None:
+    teacher = Teacher(model, TeacherConfig(kind=kind))
+    for step in range(2):
+        move(model, step, 0.1)
+        teacher.update()
+    state = {k: t.clone() for k, t in teacher.state().items()}
+    want = teacher.hidden(BATCH)[0], teacher.tracked()
+    again = Teacher(model, TeacherConfig(kind=kind))  # starts from the moved student ...
+    again.load_state(state)  # ... and is put right
+    assert torch.equal(again.hidden(BATCH)[0], want[0])
+    assert torch.equal(again.tracked(), want[1])
