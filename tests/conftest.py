@@ -167,3 +167,29 @@ def make_config(
         return changed(Config(), **values)
 
     return make
+
+
+@pytest.fixture
+def make_run(make_config: Callable[..., Any]) -> Callable[..., Any]:
+    """make_run(**overrides) is a Run of train.py, set up as for that config, before its first step."""
+    from sdft.train import set_up
+
+    def make(kind: str = "llama", **overrides: Any) -> Any:
+        config = make_config(kind, **overrides)
+        output = Path(config.train.output)
+        output.mkdir(exist_ok=True)
+        return set_up(config, output)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def nudge() -> Callable[..., None]:
+    """nudge(model, seed, size) moves every trained weight at random, as a few steps of training would."""
+
+    def move(model: Any, seed: int = 0, size: float = 0.05) -> None:
+        draw = torch.Generator().manual_seed(seed)
+        for p in model.trainable().values():
+            p.data.add_((torch.randn(p.shape, generator=draw) * size).to(p.dtype))
+
+    return move
