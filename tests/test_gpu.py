@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-
 from sdft_kernels import linear_divergence
 from sdft_kernels.reference import linear_divergence_reference as reference
 
