@@ -25,7 +25,7 @@ def checkpoint_folder(output: Path, step: int) -> Path:
 
 def latest(output: Path) -> Path | None:
     """The newest complete checkpoint of a run, or None."""
-    return max((output / "checkpoints").glob("step-*"), default=None, key=lambda p: int(p.name.split("-")[1]))
+    return max((output / "checkpoints").glob("step-*"), default=None, key=_step)
 
 
 def save_checkpoint(
@@ -60,12 +60,20 @@ def save_checkpoint(
         _fsync(final.parent)
     except (OSError, RuntimeError) as error:  # safetensors and torch.save wrap a full disk in a RuntimeError
         shutil.rmtree(partial, ignore_errors=True)
-        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-        why = "no space left on the device; free some, or lower train.keep_checkpoints" if full else str(error)
-        raise SdftError(f"checkpoint {final}: not written: {why}") from error
-    for old in sorted((output / "checkpoints").glob("step-*"))[:-keep]:
+        raise SdftError(f"checkpoint {final}: not written: {why(error)}") from error
+    for old in sorted(final.parent.glob("step-*"), key=_step)[:-keep]:
         shutil.rmtree(old)
     return final
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.split("-")[1])
+
+
+def why(error: Exception) -> str:
+    """Why a file was not written, in words."""
+    full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+    return "no space left on the device; free some, or lower train.keep_checkpoints" if full else str(error)
 
 
 def _contiguous(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -143,15 +143,24 @@ def config_from(args: list[str]) -> tuple[Config, list[str]]:
 
 
 def train_command(args: list[str]) -> None:
+    config, rest = config_from(args)
+    parsed = tyro.cli(Config, default=config, args=rest, prog="sdft train CONFIG.toml")
+    check_preset(config, parsed)
     from sdft.train import train
 
-    config, rest = config_from(args)
-    train(tyro.cli(Config, default=config, args=rest, prog="sdft train CONFIG.toml"))
+    train(parsed)
+
+
+def check_preset(file: Config, parsed: Config) -> None:
+    """Raises SdftError for a preset among the overrides: the file's settings would hide what it sets."""
+    if parsed.preset != file.preset:
+        raise SdftError(f"--preset {parsed.preset} has no effect here; write preset = '{parsed.preset}' into the file")
 
 
 def check_command(args: list[str]) -> None:
     config, rest = config_from(args)
     parsed = tyro.cli(CheckArgs, default=CheckArgs(config=config), args=rest, prog="sdft check CONFIG.toml")
+    check_preset(config, parsed.config)
     check(parsed.config, parsed.count, parsed.show)
 
 

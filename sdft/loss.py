@@ -10,6 +10,7 @@ from sdft_kernels import linear_divergence
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from sdft import SdftError
 from sdft.config import LossConfig
 from sdft.models import Head
 
@@ -26,6 +27,17 @@ class TokenLoss:
     student_logprob: Tensor | None = None
     teacher_logprob: Tensor | None = None
     top1_agree: Tensor | None = None
+
+
+def check_impl(config: LossConfig, device: torch.device) -> None:
+    """Raises SdftError where the implementation asked for cannot run on the device; one token tells."""
+    if config.impl == "auto":
+        return
+    one = torch.zeros(2, 1, device=device)
+    try:
+        linear_divergence(one[:1], one, one[:1], one, impl=config.impl)
+    except (NotImplementedError, RuntimeError, ValueError) as error:
+        raise SdftError(f"loss.impl = {config.impl!r} cannot run: {error}") from None
 
 
 def divergence_loss(

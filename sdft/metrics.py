@@ -1,6 +1,7 @@
 """What a run tells: one JSON line a step, a progress bar, optional trackers."""
 
 import json
+import math
 import os
 import resource
 import sys
@@ -92,8 +93,8 @@ class MetricsLog:
         self.trackers = [_tracker(name, output, config) for name in trackers]
 
     def write(self, line: dict[str, Any]) -> None:
-        """Appends one line and flushes it, so that a killed run keeps it."""
-        self.file.write(json.dumps(line) + "\n")
+        """Appends one line and flushes it, so that a killed run keeps it; NaN and inf, which JSON lacks, are null."""
+        self.file.write(json.dumps(_finite(line), allow_nan=False) + "\n")
         self.file.flush()
         numbers = dict(_flatten(line))
         for tracker in self.trackers:
@@ -112,6 +113,12 @@ def read_metrics(output: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return lines
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _flatten(line: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

@@ -19,7 +19,7 @@ from sdft import SdftError, card, checkpoint, evaluate, models, optim
 from sdft.batch import micro_batches, pack, sequence_weights
 from sdft.config import Config, describe, load_config, to_toml, validate
 from sdft.data import Dataset, Example, TokenizedExample, batch_indices, load_records, tokenize
-from sdft.loss import TokenLoss, cross_entropy_loss, divergence_loss
+from sdft.loss import TokenLoss, check_impl, cross_entropy_loss, divergence_loss
 from sdft.metrics import MetricsLog, Phases, ProgressBar, check_trackers, peak_memory, token_metrics
 from sdft.models import LanguageModel
 from sdft.rollout import Completion, generate
@@ -60,6 +60,7 @@ def train(config: Config) -> Path:
     output = Path(config.train.output)
     start_from = prepare_output(config, output)
     run = set_up(config, output)
+    (output / "config.toml").write_text(to_toml(config))  # only now: a config that set-up refuses is not a run
     step = 0
     if start_from is not None:
         step = resume(run, start_from)
@@ -251,11 +252,12 @@ def prepare_output(config: Config, output: Path) -> Path | None:
                 f"train.output = {str(output)!r} holds another run; give another folder, or --resume to go on with it"
             )
         same_run(load_config(saved), config, output)
-    elif output.exists() and any(output.iterdir()):
+    elif output.is_dir() and any(output.iterdir()):
         raise SdftError(f"train.output = {str(output)!r} is not empty and not a run of sdft; give another folder")
     try:
         output.mkdir(parents=True, exist_ok=True)
-        saved.write_text(to_toml(config))
+        (output / "probe").touch()
+        (output / "probe").unlink()
     except OSError as error:
         raise SdftError(f"train.output = {str(output)!r} cannot be written ({error.strerror})") from None
     return checkpoint.latest(output) if config.train.resume else None
@@ -282,6 +284,8 @@ def _dotted(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def set_up(config: Config, output: Path) -> Run:
     """Data first (cheap, and most mistakes are there), then the weights."""
     check_trackers(config.train.trackers)
+    if config.loss.method == "sdft":
+        check_impl(config.loss, models.pick_device(config.model.device))
     records = load_records(config.data.train, config.data.split)
     eval_records = {name: load_records(path) for name, path in config.eval.sets.items()}
     for name, examples in eval_records.items():
@@ -394,10 +398,15 @@ def finish(run: Run, output: Path) -> Path:
     """Writes the model (or adapter), its tokenizer and its card, aside first."""
     final, partial = output / "model", output / "partial-model"
     shutil.rmtree(partial, ignore_errors=True)
-    models.save(run.model, run.tokenizer, partial)
-    (partial / "README.md").write_text(
-        card.model_card(run.config, run.data.digest, len(run.data.examples), run.steps, run.result)
-    )
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(partial, final)
+    text = card.model_card(run.config, run.data.digest, len(run.data.examples), run.steps, run.result)
+    try:
+        models.save(run.model, run.tokenizer, partial)
+        (partial / "README.md").write_text(text)
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(partial, final)
+    except (OSError, RuntimeError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise SdftError(
+            f"{final}: not written: {checkpoint.why(error)}; the newest checkpoint is whole: --resume writes it"
+        ) from error
     return final
