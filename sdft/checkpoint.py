@@ -112,8 +112,8 @@ def load_checkpoint(
         raise
     except Exception as error:  # truncated files raise many kinds
         raise SdftError(
-            f"checkpoint {folder}: cannot be read ({type(error).__name__}: {error}); delete the folder to go on from "
-            "the one before"
+            f"checkpoint {folder}: cannot be read ({type(error).__name__}: {next(iter(str(error).splitlines()), '')}); "
+            "delete the folder to go on from the one before"
         ) from error
     return state
 
