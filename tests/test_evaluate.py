@@ -1,0 +1,115 @@
+"""Checks of an answer, accuracy by greedy generation, the verdict on the teacher."""
+
+from typing import Any
+
+import pytest
+
+from sdft import SdftError, evaluate
+from sdft.data import parse_record
+from sdft.evaluate import Answer, EvalResult, Uplift, check_contains, check_evaluable, check_exact, check_tool_call
+from sdft.rollout import Completion
+
+CALL = 'Action: f\nAction Input: {"a": 1, "b": [2]}'
+
+
+@pytest.mark.parametrize(
+    ("check", "given", "expected", "correct"),
+    [
+        (check_exact, " Paris\n", "Paris", True),
+        (check_exact, "paris", "Paris", False),
+        (check_exact, "Paris.", "Paris", False),
+        (check_contains, "The capital is PARIS.", "Paris", True),
+        (check_contains, "Parisian food", "Paris", False),
+        (check_contains, "comparis", "Paris", False),
+        (check_contains, "It costs $5 (five).", "$5 (five)", True),
+        (check_contains, "a.b", "a.b", True),
+        (check_contains, "axb", "a.b", False),
+        (check_contains, "São Paulo!", "são paulo", True),
+        (check_contains, "", "Paris", False),
+        (check_tool_call, 'Action: f\nAction Input: {"b":[2],  "a": 1}', CALL, True),
+        (check_tool_call, f"I call:\n{CALL}\n", CALL, True),
+        (check_tool_call, 'Action: f\nAction Input: {"a": 2, "b": [2]}', CALL, False),
+        (check_tool_call, 'Action: g\nAction Input: {"a": 1, "b": [2]}', CALL, False),
+        (check_tool_call, f"{CALL}\n{CALL}", CALL, False),
+        (check_tool_call, f"{CALL}\n{CALL}", f"{CALL}\n{CALL}", True),
+        (check_tool_call, "Action: f\nAction Input: {", CALL, False),
+        (check_tool_call, "Action: f\nAction Input: {bad  json", "Action: f\nAction Input: {bad json", True),
+        (check_tool_call, "no call", "no call", False),
+    ],
+)
+def test_checks(check: Any, given: str, expected: str, correct: bool) -> None:
+    assert check(given, expected) is correct
+
+
+def test_records_that_cannot_be_evaluated() -> None:
+    good = parse_record({"prompt": "p", "answer": "a"}, "f:1")
+    check_evaluable([good], "f")
+    with pytest.raises(SdftError, match="f:2: an evaluation record needs an 'answer'"):
+        check_evaluable([good, parse_record({"prompt": "p"}, "f:2")], "f")
+    with pytest.raises(SdftError, match="f:2: check 'about' is unknown; valid: exact, contains, tool_call"):
+        check_evaluable([good, parse_record({"prompt": "p", "answer": "a", "check": "about"}, "f:2")], "f")
+
+
+def test_evaluate_is_greedy_and_compares_each_by_its_check(load_tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, model = load_tiny()
+    said = {"p1": "Paris!", "p2": "Paris!", "p3": "nothing"}
+    examples = [
+        parse_record({"prompt": "p1", "answer": ["London", "Paris"]}, "f:1"),
+        parse_record({"prompt": "p2", "answer": "Paris", "check": "exact"}, "f:2"),
+        parse_record({"prompt": "p3", "answer": "nothing"}, "f:3"),
+    ]
+    prompts = evaluate.student_prompts(tokenizer, examples, "")
+
+    def fake(model: Any, asked: Any, config: Any, weights: Any) -> list[Completion]:
+        assert (config.temperature, config.max_new_tokens, config.batch_size) == (0.0, 9, 2)
+        texts = [tokenizer.decode(ids) for ids in asked]
+        return [
+            Completion([*tokenizer(next(a for q, a in said.items() if q in t))["input_ids"], 257], False) for t in texts
+        ]
+
+    monkeypatch.setattr(evaluate, "generate", fake)
+    result = evaluate.evaluate(model, tokenizer, examples, prompts, 9, 2)
+    assert [(a.prompt, a.given, a.correct) for a in result.answers] == [
+        ("p1", "Paris!", True), ("p2", "Paris!", False), ("p3", "nothing", True)
+    ]  # fmt: skip
+    assert result.accuracy == pytest.approx(2 / 3)
+
+
+def test_evaluate_runs_the_model(load_tiny: Any) -> None:
+    tokenizer, model = load_tiny()
+    examples = [parse_record({"prompt": p, "answer": "x", "check": "exact"}, "f:1") for p in ("a", "bb")]
+    prompts = evaluate.student_prompts(tokenizer, examples, "be brief")
+    assert "be brief" in tokenizer.decode(prompts[0])
+    first = evaluate.evaluate(model, tokenizer, examples, prompts, 5, 64)
+    assert first == evaluate.evaluate(model, tokenizer, examples, prompts, 5, 1)  # greedy, whatever the batch
+    assert first.accuracy == 0
+
+
+def result(correct: int) -> EvalResult:
+    return EvalResult(tuple(Answer("p", ("e",), "g", i < correct) for i in range(100)))
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "works", "words"),
+    [
+        (
+            0,
+            88,
+            True,
+            "Yes: the demonstration makes the teacher much better (0% without the demonstration, 88% with it)",
+        ),
+        (0, 50, True, "Partly: the teacher is better than the student but often wrong"),
+        (0, 19, False, "No: the teacher hardly uses the demonstration"),
+        (0, 0, False, "Try teacher.context = 'as_turns'"),
+        (85, 90, False, "No: the demonstration adds little (85% without the demonstration, 90% with it)"),
+        (90, 40, False, "No: the demonstration adds little"),
+        (0, 70, True, "Yes"),
+        (59, 70, True, "Yes"),
+    ],
+)
+def test_verdict(student: int, teacher: int, works: bool, words: str) -> None:
+    uplift = Uplift(result(student), result(teacher))
+    assert uplift.uplift == pytest.approx((teacher - student) / 100)
+    got, text = uplift.verdict()
+    assert got is works
+    assert words in text
