@@ -84,7 +84,7 @@ class TeacherConfig:
 @dataclass(frozen=True)
 class RolloutConfig:
     source: Literal["student", "teacher", "mixed"] = "student"
-    """Who samples the answers; mixed draws each prompt's source at random, half and half."""
+    """Who samples the answers; mixed: student and teacher take turns, step by step."""
     per_prompt: int = 1
     """Answers sampled for one prompt in a step."""
     max_new_tokens: int = 256
@@ -369,7 +369,7 @@ def describe(config: Config) -> str:
     who = {
         "student": "the student's own samples",
         "teacher": "the teacher's samples",
-        "mixed": "samples of student and teacher, half and half",
+        "mixed": "samples of student and teacher in turns",
     }[config.rollout.source]
     masked = f", first {config.loss.mask_first} tokens masked" if config.loss.mask_first else ""
     mean = (

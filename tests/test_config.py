@@ -272,7 +272,7 @@ def test_settings_that_do_not_go_together(changed: Any, settings: dict[str, Any]
         ({"teacher.kind": "base"}, "Teacher: the student's weights at the start"),
         ({"teacher.kind": "live"}, "Teacher: the current student"),
         ({"rollout.source": "teacher"}, "on the teacher's samples"),
-        ({"rollout.source": "mixed"}, "on samples of student and teacher, half and half"),
+        ({"rollout.source": "mixed"}, "on samples of student and teacher in turns"),
         ({"loss.mask_first": 3}, "first 3 tokens masked"),
         ({"loss.average": "sequence"}, "mean of each answer, then of the answers"),
         ({"loss.method": "sft"}, "SFT: cross-entropy"),
