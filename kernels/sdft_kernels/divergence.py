@@ -21,8 +21,8 @@ from .checks import (
     check_vocab,
     make_options,
 )
+from .chunks import live_rows
 from .reduce import finish, scale_rows, token_tuple
-from .torch_impl import live_rows
 from .torch_logits import run_logits
 
 

@@ -23,8 +23,9 @@ from .checks import (
     check_vocab,
     make_options,
 )
+from .chunks import live_rows
 from .reduce import finish, scale_rows, token_tuple
-from .torch_impl import Grads, Inputs, Result, live_rows, run_linear
+from .torch_impl import Grads, Inputs, Result, run_linear
 
 
 class _LinearDivergence(torch.autograd.Function):

@@ -4,15 +4,16 @@ import torch
 from torch import Tensor
 
 from .checks import Options, TokenStats
-from .torch_impl import (
-    DEFAULT_CHUNK_BYTES,
+from .chunks import (
     Outputs,
     RowPass,
     block_rows,
     blocks,
+    budget_of,
     compute_dtype,
     power_of_two_below,
     put,
+    scratch_planes,
     take,
 )
 
@@ -64,8 +65,9 @@ def _clear_untouched(into: Tensor | None, rows: int, vocab: int, keep: Tensor | 
 
 def _chunk(options: Options, dtype: torch.dtype, device: torch.device, rows: int) -> int:
     """Rows per chunk. On the CPU no GEMM wants more rows than the elementwise block has."""
-    block = min(rows, block_rows(options.vocab, dtype.itemsize, device))
+    block = min(rows, block_rows(options, dtype, device))
     if device.type == "cpu":
         return block
-    budget = (options.chunk_bytes or DEFAULT_CHUNK_BYTES) - 2 * block * options.vocab * dtype.itemsize
-    return min(rows, power_of_two_below(budget // (2 * options.vocab * dtype.itemsize)))
+    row_bytes = options.vocab * dtype.itemsize
+    left = budget_of(options) - scratch_planes(options) * block * row_bytes
+    return min(rows, power_of_two_below(left // (2 * row_bytes)))

@@ -1,0 +1,138 @@
+"""What both portable loops share: sizes, row selection, per-row outputs, and the elementwise pass.
+
+N rows of a call, C of them per chunk, R per block, V vocabulary.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .checks import Options, TokenStats
+from .rows import RowStats, activate_, block_divergence_, deactivate_
+
+DEFAULT_CHUNK_BYTES = 256 * 2**20
+CACHE_BYTES = 2**20  # of one logits block per CPU thread: four such blocks are about one core's L2
+BLOCK_BYTES = 64 * 2**20  # of scratch elsewhere, where many small launches would cost more than the traffic
+
+
+def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """fp64 if any input is, else fp32."""
+    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def power_of_two_below(value: int) -> int:
+    """The largest power of two <= value, at least 1."""
+    return 1 << max(0, value.bit_length() - 1)
+
+
+def budget_of(options: Options) -> int:
+    """Workspace bytes of one call."""
+    return DEFAULT_CHUNK_BYTES if options.chunk_bytes is None else options.chunk_bytes
+
+
+def scratch_planes(options: Options) -> int:
+    """Scratch blocks that the row math wants: two, and a copy of the logits for the softcap's chain rule."""
+    return 2 if options.student.softcap is None else 3
+
+
+def block_rows(options: Options, dtype: torch.dtype, device: torch.device) -> int:
+    """Rows per elementwise block, its scratch within a quarter of the budget."""
+    row_bytes = options.vocab * dtype.itemsize
+    most = power_of_two_below(budget_of(options) // (4 * scratch_planes(options) * row_bytes))
+    if device.type != "cpu":
+        return min(most, power_of_two_below(BLOCK_BYTES // (2 * row_bytes)))
+    threads = torch.get_num_threads()
+    return min(most, max(threads, power_of_two_below(threads * CACHE_BYTES // row_bytes)))
+
+
+def live_rows(weights: Tensor | None) -> Tensor | None:
+    """Indices of the rows with a nonzero weight, or None for all of them.
+
+    Counting them makes the host wait for the weights: the price of skipping their rows in every GEMM.
+    """
+    if weights is None:
+        return None
+    index = weights.nonzero().squeeze(1)
+    return None if index.numel() == weights.numel() else index
+
+
+def take(tensor: Tensor, index: Tensor | None, lo: int, hi: int) -> Tensor:
+    """Rows lo:hi of tensor, or of its rows at index."""
+    return tensor[lo:hi] if index is None else tensor.index_select(0, index[lo:hi])
+
+
+def put(out: Tensor, index: Tensor | None, lo: int, hi: int, value: Tensor) -> None:
+    """The inverse of take, into out."""
+    if index is None:
+        out[lo:hi].copy_(value)
+    else:
+        out.index_copy_(0, index[lo:hi], value.to(out.dtype))
+
+
+class Outputs:
+    """Per-row results of N tokens, filled block by block."""
+
+    def __init__(self, rows: int, dtype: torch.dtype, device: torch.device, tokens: bool, labels: bool):
+        def new(wanted: bool = True, kind: torch.dtype = dtype) -> Tensor | None:
+            return torch.zeros(rows, dtype=kind, device=device) if wanted else None
+
+        self.divergence = torch.zeros(rows, dtype=dtype, device=device)
+        self.rest = (new(tokens), new(tokens), new(tokens and labels), new(tokens and labels))
+        self.agree = new(tokens, torch.bool)
+
+    def write(self, index: Tensor | None, lo: int, hi: int, stats: RowStats) -> None:
+        for out, value in zip((self.divergence, *self.rest, self.agree), stats, strict=True):
+            if out is not None and value is not None:
+                put(out, index, lo, hi, value)
+
+    def tokens(self) -> TokenStats | None:
+        if self.agree is None:
+            return None
+        return TokenStats(self.divergence, *self.rest, self.agree)  # type: ignore[arg-type]
+
+
+def blocks(rows: int, size: int) -> Iterator[tuple[int, int]]:
+    """(lo, hi) ranges of at most size rows."""
+    for lo in range(0, rows, size):
+        yield lo, min(lo + size, rows)
+
+
+class RowPass:
+    """The elementwise work on a chunk of raw logits, block after block."""
+
+    def __init__(
+        self,
+        inputs_bias: tuple[Tensor | None, Tensor | None],
+        options: Options,
+        rows: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ):
+        self.options = options
+        self.size = min(rows, block_rows(options, dtype, device))
+        self.bias, self.teacher_bias = (None if b is None else b[: options.vocab].to(dtype) for b in inputs_bias)
+        self.scratch = torch.empty(scratch_planes(options), self.size, options.vocab, dtype=dtype, device=device)
+
+    def run(
+        self,
+        s: Tensor,  # (C, V) raw student logits; the weighted gradient / grad_factor on return
+        t: Tensor,  # (C, V) raw teacher logits, destroyed
+        labels: Tensor | None,  # (C,)
+        weights: Tensor | None,  # (C,)
+        need_grad: bool,
+    ) -> Iterator[tuple[int, int, RowStats]]:
+        for lo, hi in blocks(s.shape[0], self.size):
+            scratch = self.scratch[:, : hi - lo]
+            s_b = activate_(s[lo:hi], self.bias, self.options.student)
+            t_b = activate_(t[lo:hi], self.teacher_bias, self.options.teacher)
+            capped = self.options.student.softcap is not None and need_grad
+            if capped:
+                scratch[2].copy_(s_b)
+            label_b = None if labels is None else labels[lo:hi]
+            stats = block_divergence_(s_b, t_b, scratch, self.options, label_b, need_grad)
+            if capped:
+                deactivate_(s_b, scratch[2], self.options.student)
+            if need_grad and weights is not None:
+                s_b.mul_(weights[lo:hi].unsqueeze(1))
+            yield lo, hi, stats
