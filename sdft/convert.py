@@ -45,9 +45,16 @@ def _toolalpaca_records(api: dict[str, Any], where: str) -> Iterator[dict[str, A
     if missing:
         raise SdftError(f"{where}: {missing[0]!r} is missing; is this a ToolAlpaca evaluation file?")
     requests, golden = api["Instructions"], api["Golden_Answers"]
+    if not isinstance(requests, list) or not isinstance(golden, list):
+        raise SdftError(f"{where}: 'Instructions' and 'Golden_Answers' must be lists")
     if len(requests) != len(golden):
         raise SdftError(f"{where}: {len(requests)} instructions but {len(golden)} golden answers")
-    for request, calls in zip(requests, golden, strict=True):
+    for number, (request, calls) in enumerate(zip(requests, golden, strict=True)):
+        whole = isinstance(calls, list) and all(
+            isinstance(c, dict) and {"Action", "Action_Input"} <= c.keys() for c in calls
+        )
+        if not calls or not whole:
+            raise SdftError(f"{where}: golden answer {number} must be a list of {{'Action', 'Action_Input'}} objects")
         yield {
             "prompt": TOOL_PROMPT.format(name=api["Name"], documentation=api["NLDocumentation"], request=request),
             "demonstration": "\n".join(f"Action: {c['Action']}\nAction Input: {c['Action_Input']}" for c in calls),
