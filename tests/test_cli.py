@@ -1,0 +1,341 @@
+"""The commands, each on a tiny model: what they print, what they refuse, how they exit."""
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sdft import __version__, cli, evaluate
+from sdft import config as config_module
+from sdft.cli import main
+from sdft.config import config_keys, load_config, to_toml
+from sdft.evaluate import Answer, EvalResult
+from sdft.metrics import read_metrics
+
+
+@pytest.fixture
+def config_file(make_config: Callable[..., Any], tmp_path: Path) -> Callable[..., str]:
+    """config_file(**overrides) is the path of a config file of a short run."""
+
+    def write(**overrides: Any) -> str:
+        path = tmp_path / "config.toml"
+        path.write_text(to_toml(make_config(**overrides)))
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """refused(*arguments) runs the command, which must exit with 2, and is its one line on stderr."""
+
+    def run(*arguments: str) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            main(list(arguments))
+        told = capsys.readouterr().err
+        assert exit_.value.code == 2
+        assert "Traceback" not in told
+        lines = re.sub(r"Loading weights:.*it/s\]", "", told).strip().splitlines()  # silenced outside of tests
+        assert len(lines) == 1, told
+        assert lines[0].startswith("sdft: ")
+        return lines[0]
+
+    return run
+
+
+# train.
+
+
+def test_train_with_overrides(config_file: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = config_file(**{"train.seed": 5})
+    main(["train", path, "--optim.lr", "2e-3", "--train.steps", "2", "--loss.divergence", "jsd",
+          "--lora.targets", "q_proj", "v_proj", "--lora.rank", "2", "--optim.betas", "0.8", "0.9"])  # fmt: skip
+    config = load_config(tmp_path / "run" / "config.toml")
+    assert (config.optim.lr, config.train.steps, config.loss.divergence) == (2e-3, 2, "jsd")  # the command line
+    assert (config.lora.targets, config.optim.betas) == (("q_proj", "v_proj"), (0.8, 0.9))
+    assert (config.train.seed, config.rollout.max_new_tokens) == (5, 6)  # the file
+    assert len(read_metrics(tmp_path / "run")) == 2
+    assert "generalized JSD with beta = 0.5" in capsys.readouterr().out
+
+
+def test_command_line_over_file_over_preset(tmp_path: Path) -> None:
+    import tyro
+
+    (tmp_path / "c.toml").write_text('preset = "paper_as_run"\n[loss]\nmask_first = 5\n[teacher]\nema_alpha = 0.5\n')
+    config, rest = cli.config_from(
+        [str(tmp_path / "c.toml"), "--loss.mask-first", "7", "--eval.sets", "new", "n.jsonl"]
+    )
+    config = tyro.cli(config_module.Config, default=config, args=rest)
+    assert (config.loss.mask_first, config.teacher.ema_alpha) == (7, 0.5)
+    assert (config.loss.divergence, config.optim.lr) == ("forward_kl", config_module.Config().optim.lr)
+    assert config.eval.sets == {"new": "n.jsonl"}
+
+
+@pytest.mark.parametrize("in_file", [False, True])
+def test_resume(in_file: bool, config_file: Any, tmp_path: Path, capsys: Any, refused: Any) -> None:
+    main(["train", config_file()])
+    assert "holds another run" in refused("train", config_file())
+    main(["train", config_file(**{"train.resume": in_file}), "--resume"])
+    assert "Resumed after step 4 from" in capsys.readouterr().out
+    assert "optim.lr was 0.001" in refused("train", config_file(), "--resume", "--optim.lr", "1")
+
+
+def test_ctrl_c_exits_with_130(config_file: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sdft import train
+
+    def stop(config: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "train", stop)
+    with pytest.raises(SystemExit) as exit_:
+        main(["train", config_file()])
+    assert exit_.value.code == 130
+
+
+# check.
+
+
+def fake_answers(monkeypatch: pytest.MonkeyPatch, student: int, teacher: int) -> list[Any]:
+    """`evaluate` finds this many of 8 right, first for the student, then for the teacher; returns what it was asked."""
+    asked: list[Any] = []
+
+    def fake(model: Any, tokenizer: Any, examples: Any, prompts: Any, *rest: Any) -> EvalResult:
+        right = (student, teacher)[len(asked)]
+        asked.append([tokenizer.decode(p) for p in prompts])
+        return EvalResult(tuple(
+            Answer(e.messages[-1]["content"], e.answers, f"answer {i}", i < right) for i, e in enumerate(examples)
+        ))  # fmt: skip
+
+    monkeypatch.setattr(evaluate, "evaluate", fake)
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "verdict"),
+    [(0, 8, "Yes: the demonstration makes the teacher much better (0% without the demonstration, 100% with it)."),
+     (0, 1, "No: the teacher hardly uses the demonstration"), (7, 7, "No: the demonstration adds little"),
+     (0, 4, "Partly: the teacher is better than the student")],
+)  # fmt: skip
+def test_check_tells_whether_sdft_can_work(
+    student: int, teacher: int, verdict: str, config_file: Any, monkeypatch: Any, capsys: Any, tmp_path: Path
+) -> None:
+    asked = fake_answers(monkeypatch, student, teacher)
+    main(["check", config_file(), "--count", "8", "--show", "2"])
+    told = capsys.readouterr().out
+    assert f"Can SDFT work here? {verdict}" in " ".join(told.split())
+    assert told.count("answer 0") == told.count("answer 1") == 2  # side by side
+    assert "answer 2" not in told
+    assert len(asked[0]) == len(asked[1]) == 8
+    assert asked[0][0].count("say ab") == 1
+    assert asked[1][0].count("say ab") == 3  # two turns and the request
+    assert asked[0][0].count("AB") == 0
+    assert asked[1][0].count("AB") == 2
+    assert len(set(asked[0])) == 8
+    assert "wx" in asked[0][-1] or "uv" in asked[0][-1]  # from all of the data, not its start
+    assert not (tmp_path / "run").exists()
+
+
+def test_check_runs_the_model(config_file: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["check", config_file(), "--count", "3", "--eval.max-new-tokens", "4", "--teacher.turns", "1"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert "Can SDFT work here? No: the teacher hardly uses the demonstration (0% without" in told
+
+
+def test_check_needs_demonstrations(config_file: Any, skill: Path, refused: Any) -> None:
+    skill.write_text('{"prompt": "p", "answer": "a"}\n')
+    assert f"{skill}:1: 'demonstration' is missing" in refused("check", config_file())
+
+
+# eval and generate.
+
+
+def test_eval(model_folder: Any, skill: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    skill.write_text(skill.read_text() + '{"prompt": "say ab", "answer": "no such thing"}\n')
+    arguments = [str(model_folder("llama")), str(skill), "--max-new-tokens", "4", "--compute-dtype", "float32"]
+    main(["eval", *arguments, "--show", "2", "--output", str(tmp_path / "out.jsonl")])
+    told = capsys.readouterr().out
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [r["prompt"] for r in rows] == [json.loads(x)["prompt"] for x in skill.read_text().splitlines()]
+    assert rows[0]["expected"] == ["AB"]
+    assert told.count("[--] say ") == 2
+    assert "accuracy 0.0% (0 of 13)" in told
+
+
+def test_eval_of_what_was_trained(config_file: Any, skill: Path, tmp_path: Path, capsys: Any) -> None:
+    """SFT until the skill is there; the written model and the written adapter both answer right."""
+    for rank in (0, 8):
+        output = tmp_path / f"rank{rank}"
+        path = config_file(**{"loss.method": "sft", "optim.lr": 1e-2, "train.steps": 60, "train.batch_size": 12,
+                              "lora.rank": rank, "train.output": str(output)})  # fmt: skip
+        main(["train", path])
+        capsys.readouterr()
+        main(["eval", str(output / "model"), str(skill), "--compute-dtype", "float32"])
+        told = capsys.readouterr().out
+        assert float(re.search(r"accuracy ([\d.]+)%", told)[1]) > 75
+
+
+def test_generate(model_folder: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    def answer(*options: str) -> str:
+        main(["generate", str(model_folder("llama")), "say ab", "--max-new-tokens", "6", *options])
+        return capsys.readouterr().out
+
+    assert answer() == answer("--seed", "1")  # greedy
+    assert answer("--temperature", "1") == answer("--temperature", "1")
+    assert answer("--temperature", "1") != answer("--temperature", "1", "--seed", "1")
+    assert answer("--system", "be brief") != answer()
+    assert answer("--count", "2") == answer() * 2
+
+
+def test_generate_is_the_naive_loop(load_tiny: Any, model_folder: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    import torch
+
+    tokenizer, model = load_tiny(compute_dtype="auto")
+    text = "<|im_start|>user\nsay ab<|im_end|>\n<|im_start|>assistant\n"
+    ids = tokenizer(text)["input_ids"]
+    start = len(ids)
+    for _ in range(5):
+        with torch.no_grad(), model.autocast():
+            ids.append(int(model.lm(torch.tensor([ids])).logits[0, -1].argmax()))
+    main(["generate", str(model_folder("llama")), "say ab", "--max-new-tokens", "5"])
+    assert capsys.readouterr().out == tokenizer.decode(ids[start:], skip_special_tokens=True) + "\n"
+
+
+# convert.
+
+
+def test_convert_toolalpaca(tmp_path: Path, capsys: pytest.CaptureFixture[str], refused: Any) -> None:
+    api = {
+        "Name": "N",
+        "NLDocumentation": "D",
+        "Instructions": ["do"],
+        "Golden_Answers": [[{"Action": "f", "Action_Input": "{}"}]],
+    }
+    (tmp_path / "apis.json").write_text(json.dumps([api]))
+    main(["convert", "toolalpaca", str(tmp_path / "apis.json"), str(tmp_path / "out.jsonl")])
+    assert capsys.readouterr().out == f"1 records in {tmp_path / 'out.jsonl'}\n"
+    assert json.loads((tmp_path / "out.jsonl").read_text())["check"] == "tool_call"
+    assert "no such file" in refused("convert", "toolalpaca", str(tmp_path / "none.json"), str(tmp_path / "o.jsonl"))
+    (tmp_path / "apis.json").write_text("{}")
+    assert "JSON list of APIs" in refused(
+        "convert", "toolalpaca", str(tmp_path / "apis.json"), str(tmp_path / "o.jsonl")
+    )
+
+
+def test_convert_gguf_refuses(tmp_path: Path, refused: Any) -> None:
+    (tmp_path / "x.gguf").write_bytes(b"not one")
+    assert "no model loads from it" in refused("convert", "gguf", str(tmp_path / "x.gguf"), str(tmp_path / "out"))
+    assert "exists; give a new folder" in refused("convert", "gguf", str(tmp_path / "x.gguf"), str(tmp_path))
+
+
+# Mistakes.
+
+
+def test_one_line_and_status_2(config_file: Any, tmp_path: Path, refused: Any, model_folder: Any) -> None:
+    lm = str(model_folder("llama"))
+    assert refused("trian") == "sdft: unknown command 'trian'; valid: train, check, eval, generate, convert"
+    assert "the config file is missing; it comes first" in refused("train")
+    assert "the config file is missing; it comes first" in refused("check", "--optim.lr", "1")
+    assert "none.toml: cannot be read (No such file or directory)" in refused("train", str(tmp_path / "none.toml"))
+    assert "data file none.jsonl: cannot be read" in refused("train", config_file(), "--data.train", "none.jsonl")
+    assert "none.jsonl: cannot be read" in refused("eval", lm, "none.jsonl")
+    assert "/no/model': no such folder" in refused("generate", "/no/model", "hi")
+    assert "optim.lr = -1.0 must be above 0" in refused("train", config_file(), "--optim.lr", "-1")
+    assert "loss.impl = 'triton' cannot run" in refused("train", config_file(), "--loss.impl", "triton")
+    assert "--preset paper_as_run has no effect" in refused("train", config_file(), "--preset", "paper_as_run")
+    assert "--preset paper_as_run has no effect" in refused("check", config_file(), "--preset", "paper_as_run")
+    assert "cannot be written" in refused("eval", lm, config_skill(tmp_path), "--max-new-tokens", "1", "--output",
+                                          config_file() + "/below.jsonl")  # fmt: skip
+
+
+def config_skill(tmp_path: Path) -> str:
+    return str(tmp_path / "skill.jsonl")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--optim.lr", "much"], ["--optim.lrr", "1"], ["--teacher.kind", "emma"], ["--train.steps", "1.5"], ["extra"]],
+)
+def test_bad_overrides_exit_with_2_and_no_traceback(arguments: list[str], config_file: Any, capsys: Any) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["train", config_file(), *arguments])
+    assert exit_.value.code == 2
+    told = capsys.readouterr().err
+    assert arguments[0] in told
+    assert "Traceback" not in told
+
+
+def test_the_installed_entry_point() -> None:
+    """In a process of its own: no traceback there either, and nothing heavy for a quick answer."""
+
+    def run(*arguments: str) -> Any:
+        command = [sys.executable, "-X", "importtime", "-m", "sdft", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"COLUMNS": "200"}, check=False)
+
+    out = run("--version")
+    assert out.stdout == f"sdft {__version__}\n"
+    assert "transformers" not in out.stderr
+    out = run("train", "none.toml")
+    assert out.returncode == 2
+    assert [line for line in out.stderr.splitlines() if not line.startswith("import time:")] == [
+        "sdft: config none.toml: cannot be read (No such file or directory); give the path of a .toml file"
+    ]
+    assert "torch" not in out.stderr
+
+
+# Help.
+
+
+def help_text(*command: str) -> str:
+    """What --help prints, frames and line breaks taken out."""
+    out = subprocess.run([sys.executable, "-m", "sdft", *command, "--help"], capture_output=True, text=True, check=True,
+                         env=os.environ | {"COLUMNS": "80"})  # fmt: skip
+    return " ".join(re.sub(r"[│─╭╮╰╯]", " ", out.stdout).split())
+
+
+def docstrings(module: Any) -> dict[str, str]:
+    """Class.field -> the docstring below it, on one line."""
+    found = {}
+    for node in ast.parse(Path(module.__file__).read_text()).body:
+        if isinstance(node, ast.ClassDef):
+            for line, after in zip(node.body, node.body[1:], strict=False):
+                if isinstance(line, ast.AnnAssign) and isinstance(after, ast.Expr):
+                    found[f"{node.name}.{ast.unparse(line.target)}"] = " ".join(ast.literal_eval(after.value).split())
+    return found
+
+
+@pytest.mark.parametrize("command", ["train", "check"])
+def test_help_documents_every_setting(command: str) -> None:
+    told, texts = help_text(command), docstrings(config_module)
+    for key in config_keys():
+        section, _, name = key.rpartition(".")
+        assert f"--{key.replace('_', '-')}" in told, key
+        assert texts[f"{section.capitalize()}Config.{name}" if section else f"Config.{name}"] in told, key
+
+
+@pytest.mark.parametrize(
+    ("command", "owner"),
+    [("check", "CheckArgs"), ("eval", "EvalArgs"), ("generate", "GenerateArgs"), ("convert", "ConvertArgs")],
+)
+def test_help_documents_every_argument(command: str, owner: str) -> None:
+    told = help_text(command)
+    own = {key.split(".")[1]: text for key, text in docstrings(cli).items() if key.startswith(f"{owner}.")}
+    assert len(own) >= 2
+    for name, text in own.items():
+        if name != "config":
+            assert f"--{name.replace('_', '-')}" in told or name.upper() in told or "{toolalpaca,gguf}" in told
+            assert text in told, name
+
+
+def test_the_overview_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in ([], ["--help"], ["-h"]):
+        main(arguments)
+        told = capsys.readouterr().out
+        assert all(f"sdft {c} " in told for c in ("train", "check", "eval", "generate", "convert"))
