@@ -5,7 +5,7 @@
 writes, the same each time:
 
 - facts-train.jsonl, facts-test.jsonl: capitals of made-up countries, tested on phrasings that were not trained.
-  The demonstrations are lines of a database; a good answer is a sentence with the right name in it.
+  The demonstrations are JSON, as a database would give them; a good answer has the right name in it.
 - commands-train.jsonl, commands-test.jsonl: "dim the radio in the attic" -> `CALL radio.down(room=attic)`, tested
   on devices and rooms that were never seen together with that verb.
 - capitals.jsonl: 30 real capitals, the prior skill nearest to the facts.
@@ -77,7 +77,7 @@ def general() -> list[dict[str, Any]]:
     return [{"prompt": q, "answer": a, "check": "contains"} for q, a in GENERAL.items()]
 
 
-def facts(style: str = "database") -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def facts(style: str = "json") -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Training and test records: 8 countries x 3 phrasings, and x 2 others.
 
     Each training record shows the fact three times: under the other two phrasings, then under its own.
@@ -115,7 +115,7 @@ def write(path: Path, records: Iterable[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
 
 
-def main(folder: Path, style: str = "database") -> None:
+def main(folder: Path, style: str = "json") -> None:
     """Writes all files."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, (train, test) in {"facts": facts(style), "commands": commands()}.items():

@@ -1,65 +1,71 @@
-"""Where does SDFT beat SFT? A grid of runs over learning rates, teachers and seeds, on one small skill.
+"""Where does SDFT beat SFT? Runs over methods, learning rates, teachers, rollouts and seeds, on one small skill.
 
-    python examples/search_regime.py --skill facts --seeds 0 1 2
+    python examples/search_regime.py --seeds 0 1 2 --cells sdft-demo sft
+    python examples/search_regime.py --list
 
-Runs every cell through `sdft.train`, each in its own folder under runs/search; finished cells are not run again,
-so the search can be stopped at any time. Ends with a table: for every SDFT cell, its mean new and prior accuracy
-over the seeds, and those of SFT at the first evaluation where it knows as much of the new skill.
+Every cell is a config of the demo with a few settings changed, run through `sdft.train` in a folder of its own
+under runs/search. Finished cells are not run again, so the search can be stopped at any time and added to. Ends
+with a table of means over the seeds, also in runs/search/table.md: each SDFT cell at its last step, and SFT where it
+first knows as much of the new skill.
 """
 
 import argparse
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import make_skills
-from demo import equal_skill, evaluations
+from demo import CONFIGS, SETS, equal_skill, evaluations
 
 FOLDER = Path("runs/search")
-SFT_RATES = (5e-6, 1e-5, 2e-5)
-SDFT_CELLS: dict[str, dict[str, Any]] = {
-    f"{divergence}-{kind}-{source}-lr{lr:g}": {
-        "loss.divergence": divergence,
-        "teacher.kind": kind,
-        "rollout.source": source,
-        "optim.lr": lr,
-    }
-    for divergence in ("forward_kl", "jsd", "reverse_kl")
-    for kind in ("ema", "base")
-    for source in ("student", "mixed", "teacher")
-    for lr in (1e-5, 2e-5, 5e-5)
+Evaluations = dict[int, dict[str, float]]  # step -> set -> accuracy
+
+# name: (method, changed settings)
+CELLS: dict[str, tuple[str, dict[str, Any]]] = {
+    "sdft-demo": ("SDFT", {}),
+    "sft-lr1e-5": ("SFT", {}),
+    "sft-lr5e-6": ("SFT", {"optim.lr": 5e-6, "train.steps": 100}),
+    "sft-lr2e-5": ("SFT", {"optim.lr": 2e-5}),
+    "sft-sentences": ("SFT", {"style": "sentence"}),  # the control: demonstrations in the model's own style
+    "sdft-student-rollouts": ("SDFT", {"rollout.source": "student"}),
+    "sdft-teacher-rollouts": ("SDFT", {"rollout.source": "teacher"}),
+    "sdft-ema": ("SDFT", {"teacher.kind": "ema"}),
+    "sdft-lr2e-5": ("SDFT", {"optim.lr": 2e-5}),
+    "sdft-jsd": ("SDFT", {"loss.divergence": "jsd"}),
+    "sdft-reverse-kl": ("SDFT", {"loss.divergence": "reverse_kl"}),
+    "sdft-temperature-1": ("SDFT", {"loss.temperature": 1.0, "rollout.temperature": 1.0}),
+    "sdft-lora": ("SDFT", {"lora.rank": 16, "optim.lr": 2e-4}),
+    "sft-commands": ("SFT", {"skill": "commands"}),
+    "sdft-commands": ("SDFT", {"skill": "commands", "teacher.request": "{request}"}),
 }
 
 
-def cells(skill: str, style: str, only: str, seeds: list[int], steps: int) -> Iterator[tuple[str, int, Any]]:
-    """(name, seed, config) of every run: SFT at each rate first, then the SDFT cells."""
+def cell_config(name: str, seed: int) -> Any:
+    """The config of a cell, its data written."""
     from sdft.config import load_config
 
+    method, changes = CELLS[name]
+    changes = dict(changes)
+    skill, style = changes.pop("skill", "facts"), changes.pop("style", "json")
     data = FOLDER / f"data-{style}"
-    sets = {"new": f"{skill}-test", "prior": "capitals", "general": "general"}
-    for seed in seeds:
-        for name, changes in {
-            **{f"sft-lr{lr:g}": {"optim.lr": lr, "loss.method": "sft"} for lr in SFT_RATES},
-            **{name: cell for name, cell in SDFT_CELLS.items() if only in name},
-        }.items():
-            config = load_config("examples/demo-sdft.toml")
-            for key, value in {
-                **changes,
-                "data.train": str(data / f"{skill}-train.jsonl"),
-                "eval.sets": {key: str(data / f"{file}.jsonl") for key, file in sets.items()},
-                "train.output": str(FOLDER / f"{skill}-{style}-{name}-seed{seed}"),
-                "train.seed": seed,
-                "train.steps": steps,
-            }.items():
-                section, field = key.split(".")
-                config = replace(config, **{section: replace(getattr(config, section), **{field: value})})
-            yield name, seed, config
+    make_skills.main(data, style)
+    files = {"new": f"{skill}-test", "prior": "capitals", "general": "general"}
+    config = load_config(CONFIGS[method])
+    for key, value in {
+        "data.train": str(data / f"{skill}-train.jsonl"),
+        "eval.sets": {key: str(data / f"{file}.jsonl") for key, file in files.items()},
+        "train.output": str(FOLDER / f"{name}-seed{seed}"),
+        "train.seed": seed,
+        **changes,
+    }.items():
+        section, field = key.split(".")
+        config = replace(config, **{section: replace(getattr(config, section), **{field: value})})
+    return config
 
 
-def run(config: Any) -> dict[int, dict[str, float]]:
+def run(config: Any) -> Evaluations:
     """Evaluations of a cell, run now if they are not there yet; weights are not kept."""
     from sdft.metrics import read_metrics
     from sdft.train import train
@@ -74,46 +80,51 @@ def run(config: Any) -> dict[int, dict[str, float]]:
     return evaluations(read_metrics(output))
 
 
-def summary(results: dict[str, dict[int, dict[int, dict[str, float]]]]) -> str:
-    """Markdown: each SDFT cell's last evaluation beside the best SFT cell at equal new skill, means over seeds."""
-    sft = {name: by_seed for name, by_seed in results.items() if name.startswith("sft")}
-    lines = [
-        "| SDFT cell | seeds | new | prior | general | SFT at equal new: new | prior | general |",
-        "|---" * 8 + "|",
-    ]
+def row(name: str, results: list[dict[str, float]], steps: list[int]) -> str:
+    means = [f"{mean(r[key] for r in results):.0%}" for key in SETS]
+    spread = f"{min(r['prior'] for r in results):.0%} to {max(r['prior'] for r in results):.0%}"
+    return f"| {name} | {len(results)} | {mean(steps):.0f} | " + " | ".join(means) + f" | {spread} |"
+
+
+def table(results: dict[str, dict[int, Evaluations]]) -> str:
+    """Markdown: a row for each cell, means over seeds."""
+    lines = [f"| | seeds | step | {' | '.join(SETS.values())} | prior, by seed |", "|---" * (len(SETS) + 4) + "|"]
+    everything = [evals for by_seed in results.values() for evals in by_seed.values()]
+    lines.append(row("base", [everything[0][0]], [0]))
     for name, by_seed in results.items():
-        if name.startswith("sft"):
-            continue
-        ours = {seed: evals[max(evals)] for seed, evals in by_seed.items()}
-        best: list[dict[str, float]] = []
-        for rivals in sft.values():
-            seeds = [s for s in ours if s in rivals]
-            at = [rivals[s][equal_skill(rivals[s], ours[s]["new"])] for s in seeds]
-            score = [mean(r[k] for r in at) for k in ("new", "prior")] if at else [0.0, 0.0]
-            if at and (not best or score > [mean(r[k] for r in best) for k in ("new", "prior")]):
-                best = at
-        cells_ = [f"{mean(r[k] for r in ours.values()):.0%}" for k in ("new", "prior", "general")]
-        rival = [f"{mean(r[k] for r in best):.0%}" if best else "-" for k in ("new", "prior", "general")]
-        lines.append(f"| {name} | {len(ours)} | " + " | ".join(cells_ + rival) + " |")
+        seeds = [s for s in by_seed if s in results.get("sdft-demo", {})]
+        if CELLS[name][0] == "SFT" and seeds:
+            ours = {s: results["sdft-demo"][s] for s in seeds}
+            at = [equal_skill(by_seed[s], ours[s][max(ours[s])]["new"]) for s in seeds]
+            equal = [by_seed[s][step] for s, step in zip(seeds, at, strict=True)]
+            lines.append(row(f"{name}, where it knows as much as sdft-demo (or its best)", equal, at))
+        last = [evals[max(evals)] for evals in by_seed.values()]
+        lines.append(row(f"{name}, last step", last, [max(evals) for evals in by_seed.values()]))
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
-    """Runs the grid and prints the table, which also lands in runs/search."""
+    """Runs the cells asked for, and prints the table of all that are finished."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--skill", choices=("facts", "commands"), default="facts")
-    parser.add_argument("--style", choices=tuple(make_skills.FACT_STYLES), default="database")
-    parser.add_argument("--only", default="forward_kl-ema-student", help="run the SDFT cells with this in their name")
+    parser.add_argument("--cells", nargs="+", default=["sdft-demo", "sft-lr"], help="run cells that start with these")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--list", action="store_true", help="name the cells, run none")
     options = parser.parse_args()
-    make_skills.main(FOLDER / f"data-{options.style}", options.style)
-    results: dict[str, dict[int, dict[int, dict[str, float]]]] = {}
-    for name, seed, config in cells(options.skill, options.style, options.only, options.seeds, options.steps):
-        print(f"== {name}, seed {seed}", flush=True)
-        results.setdefault(name, {})[seed] = run(config)
-        text = summary(results)
-        (FOLDER / f"{options.skill}-{options.style}.md").write_text(text)
+    if options.list:
+        print("\n".join(f"{name}: {method} {changes}" for name, (method, changes) in CELLS.items()))
+        return
+    wanted = [name for name in CELLS if name.startswith(tuple(options.cells))]
+    for seed in options.seeds:
+        for name in wanted:
+            print(f"== {name}, seed {seed}", flush=True)
+            run(cell_config(name, seed))
+    results: dict[str, dict[int, Evaluations]] = {}
+    for name in CELLS:
+        for done in sorted(FOLDER.glob(f"{name}-seed*/done")):
+            seed = int(done.parent.name.rsplit("seed", 1)[1])
+            results.setdefault(name, {})[seed] = run(cell_config(name, seed))
+    text = table(results)
+    (FOLDER / "table.md").write_text(text)
     print(text)
 
 
