@@ -109,6 +109,20 @@ def test_a_full_disk_as_torch_wraps_it(trio: Any, tmp_path: Path, monkeypatch: p
         save_checkpoint(tmp_path, 1, *trio, {}, 1)
 
 
+def test_a_kill_within_a_save_leaves_no_checkpoint(trio: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def kill(*args: Any) -> None:
+        raise KeyboardInterrupt  # no handler cleans up after it, as after a power cut
+
+    old = save_checkpoint(tmp_path, 1, *trio, {}, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", kill)
+        with pytest.raises(KeyboardInterrupt):
+            save_checkpoint(tmp_path, 2, *trio, {}, 1)
+    assert latest(tmp_path) == old
+    assert save_checkpoint(tmp_path, 2, *trio, {}, 1) == latest(tmp_path)  # what was left is no obstacle
+    assert not list(tmp_path.glob("partial*"))
+
+
 @pytest.mark.parametrize("file", ["weights.safetensors", "teacher.safetensors", "optimizer.pt", "state.json"])
 @pytest.mark.parametrize("how", ["truncated", "missing", "garbage"])
 def test_a_corrupt_file_is_named(trio: Any, tmp_path: Path, file: str, how: str) -> None:

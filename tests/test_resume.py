@@ -212,13 +212,15 @@ def test_resuming_before_the_first_checkpoint_starts_over(stopped: Any, make_con
     assert_same(outcome(tmp_path / "run"), outcome(tmp_path / "whole"))
 
 
-def test_resuming_a_finished_run_writes_the_model_again(stopped: Any, tmp_path: Path) -> None:
-    train.train(stopped())
-    want = outcome(tmp_path / "run")
-    shutil.rmtree(tmp_path / "run" / "model")
-    train.train(stopped())
+def test_resuming_a_finished_run_writes_the_model_again(make_config: Any, settings: Any, tmp_path: Path) -> None:
+    folder = train.train(make_config(**settings))
+    want, card = outcome(tmp_path / "run"), (folder / "README.md").read_text()
+    shutil.rmtree(folder)
+    train.train(make_config(**settings | {"train.resume": True}))
     assert_same(outcome(tmp_path / "run"), want)
-    assert json.loads((latest(tmp_path / "run") / "state.json").read_text())["step"] == 4
+    assert "| new | 0.0% |" in card
+    assert (folder / "README.md").read_text() == card.replace("resume = false", "resume = true")
+    assert json.loads((latest(tmp_path / "run") / "state.json").read_text())["step"] == 6
 
 
 def test_resume_without_a_run_is_a_first_run(make_config: Any, tmp_path: Path) -> None:

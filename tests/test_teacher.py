@@ -141,6 +141,14 @@ def test_a_failed_forward_leaves_the_student_as_it_was(model: Any, monkeypatch: 
     assert model.lm.training
 
 
+def test_the_teacher_has_no_dropout(load_tiny: Any) -> None:
+    model = load_tiny("gpt2")[1]
+    teacher = Teacher(model, TeacherConfig(kind="base"))
+    model.lm.train()
+    assert not torch.equal(model.hidden(BATCH.input_ids), model.hidden(BATCH.input_ids))  # the student has
+    assert torch.equal(teacher.hidden(BATCH)[0], hidden_with(model, values(model)))
+
+
 def test_a_tied_weight_stays_tied(load_tiny: Any) -> None:
     model = load_tiny("llama-tied")[1]
     teacher = Teacher(model, TeacherConfig(kind="ema"))

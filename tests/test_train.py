@@ -1,6 +1,7 @@
 """Whole runs on a tiny model: what is written, what is refused, what is learned."""
 
 import errno
+import itertools
 import json
 import shutil
 from collections import namedtuple
@@ -175,6 +176,13 @@ def test_a_step_depends_on_seed_and_step_alone(make_run: Any, tmp_path: Path) ->
     assert len({first, loss(1, 0), loss(0, 1)}) == 3
 
 
+def test_steps_draw_anew(make_run: Any, tmp_path: Path) -> None:
+    run = make_run(**{"optim.lr": 1e-12, "train.batch_size": 1})
+    run.data = replace(run.data, examples=run.data.examples[:1])  # the same prompt and, in effect, weights
+    losses = [train_step(run, step, tmp_path)["loss"] for step in range(3)]
+    assert min(abs(a - b) for a, b in itertools.combinations(losses, 2)) > 1e-3
+
+
 def test_sdft_lowers_the_divergence_on_held_out_prompts(make_run: Any, tmp_path: Path) -> None:
     for divergence in ("reverse_kl", "forward_kl"):
         run = make_run(**{"loss.divergence": divergence, "teacher.kind": "base", "train.steps": 30, "optim.lr": 3e-3,
@@ -334,12 +342,19 @@ def test_an_output_that_cannot_be_written(make_config: Any, tmp_path: Path) -> N
             train.train(make_config(**{"train.output": str(output)}))
 
 
-def test_no_space_left_is_told_before_the_first_step(make_config: Any, tmp_path: Path, monkeypatch: Any) -> None:
+def test_no_space_left_is_told_before_the_first_step(
+    make_config: Any, make_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 100_000))
+    weights = sum(p.numel() for p in make_run().model.trainable().values()) * 4
+    need = 4 * (4 * weights) + weights  # keep 3 and write one: weights, two moments, teacher; then the model
+    keep = {"train.keep_checkpoints": 3}
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, need))
+    make_run(**keep)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, need - 1))
     monkeypatch.setattr(train, "train_step", lambda *a: pytest.fail("a step ran"))
     with pytest.raises(SdftError, match=r"GiB may be needed for checkpoints and model, 0\.0 GiB are free; free some"):
-        train.train(make_config())
+        train.train(make_config(**keep))
     assert not list((tmp_path / "run").iterdir())
 
 
