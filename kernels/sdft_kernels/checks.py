@@ -58,7 +58,7 @@ class Options:
     def grad_factor(self) -> float:
         """The constant that the row math leaves out of the gradient with respect to raw logits."""
         inner = self.student.scale / self.student.temperature
-        return inner * (1.0 - self.beta) if self.kind == "jsd" else inner
+        return inner * (self.beta - 1.0) if self.kind == "jsd" else inner
 
     def without_tokens(self) -> "Options":
         """The same call without per-token outputs."""

@@ -121,7 +121,7 @@ def linear_divergence(
         x: (N, H_s) student hidden states, fp32, bf16, fp16 or fp64. Flatten batch and time first.
         w: (V_s, H_s) student head.
         teacher_x: (N, H_t) teacher hidden states; row n predicts the same token as row n of x.
-        teacher_w: (V_t, H_t) teacher head. If it is w (detached), both products run as one.
+        teacher_w: (V_t, H_t) teacher head. It may be w.detach().
         divergence: "reverse_kl" KL(p‖q), "forward_kl" KL(q‖p), or "jsd": β·KL(q‖m) + (1−β)·KL(p‖m) with
             m = βq + (1−β)p; p is the student. No τ² factor.
         beta: for "jsd", in [0, 1]. 0 is forward KL and 1 is reverse KL, exactly.

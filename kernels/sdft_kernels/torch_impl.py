@@ -104,67 +104,56 @@ class _LinearLoop:
         """The dtype that an operand's values are rounded to before the product."""
         return tensor.dtype if self.autocast is None or tensor.dtype == torch.float64 else self.autocast
 
-    def plan(self) -> tuple[int, int]:
-        """Tokens per chunk and bytes for upcast weights, from the budget."""
-        budget = budget_of(self.options)
-        vocab, item, inp = self.options.vocab, self.dtype.itemsize, self.inputs
-        heads = [inp.w] if self.shared else [inp.w, inp.teacher_w]
-        upcast = [h for h in heads if not (h.dtype == self.rounding(h) == self.dtype)]
-        tiles = min(TILE_BYTES, budget // 8) * len(upcast)
-        block = min(block_rows(self.options, self.dtype, self.device), max(1, self.rows))
-        scratch = scratch_planes(self.options) * block * vocab * item
-        row_bytes = (2 * vocab + 2 * inp.x.shape[1] + inp.teacher_x.shape[1]) * item
-        chunk = power_of_two_below((budget - tiles - scratch) // row_bytes)
-        return min(chunk, max(1, self.rows)), tiles // max(1, len(upcast))
+    def plan(self) -> tuple[int, int, int]:
+        """Tokens per chunk, tokens per teacher sub-chunk, and bytes for each upcast head, from the budget.
 
-    def upcast(self, tensor: Tensor, lo: int, hi: int, out: Tensor) -> None:
-        """Rows lo:hi of an (N, H) input into out, rounded as autocast would."""
-        rows = take(tensor, self.keep, lo, hi)
-        out.copy_(rows.to(self.rounding(tensor)))
+        The student's logits live until the gradient GEMMs, and every chunk makes those read and write dW
+        once. The teacher's live for the row math alone. So the student gets the larger share.
+        """
+        budget, dtype, inp = budget_of(self.options), self.dtype, self.inputs
+        heads = [inp.w] if self.shared else [inp.w, inp.teacher_w]
+        upcast = [h for h in heads if not (h.dtype == self.rounding(h) == dtype)]
+        tiles = min(TILE_BYTES, budget // 8) * len(upcast)
+        rows, vocab = max(1, self.rows), self.options.vocab
+        block = min(block_rows(self.options, dtype, self.device), rows)
+        left = (budget - tiles) // dtype.itemsize - scratch_planes(self.options) * block * vocab
+        student, teacher = vocab + 2 * inp.x.shape[1], vocab + inp.teacher_x.shape[1]  # elements per token
+        chunk = min(rows, power_of_two_below(4 * left // (4 * student + teacher)))
+        part = min(chunk, power_of_two_below((left - chunk * student) // teacher))
+        return chunk, part, tiles // max(1, len(upcast))
+
+    def upcast(self, tensor: Tensor, lo: int, hi: int) -> Tensor:
+        """Rows lo:hi of an (N, H) input in the compute dtype, rounded as autocast would."""
+        return take(tensor, self.keep, lo, hi).to(self.rounding(tensor)).to(self.dtype)
 
     def run(self, row_weights: Tensor | None, uniform: float) -> Result:
         inp, opt = self.inputs, self.options
-        chunk, tile_bytes = self.plan()
+        chunk, part, tile_bytes = self.plan()
         outputs = Outputs(inp.x.shape[0], self.dtype, self.device, opt.return_tokens, inp.labels is not None)
         result = self._new_result(outputs)
         if self.rows == 0:
             return self._zeroed(result)
         head = Head(inp.w, opt.vocab, self.rounding(inp.w), self.dtype, tile_bytes)
-        teacher = (
-            head
-            if self.shared
-            else Head(inp.teacher_w, opt.vocab, self.rounding(inp.teacher_w), self.dtype, tile_bytes)
-        )
-        z = torch.empty(2, chunk, opt.vocab, dtype=self.dtype, device=self.device)
-        row_pass = RowPass((inp.bias, inp.teacher_bias), opt, chunk, self.dtype, self.device)
+        teacher = head
+        if not self.shared:
+            teacher = Head(inp.teacher_w, opt.vocab, self.rounding(inp.teacher_w), self.dtype, tile_bytes)
+        student_logits = torch.empty(chunk, opt.vocab, dtype=self.dtype, device=self.device)
+        teacher_logits = torch.empty(part, opt.vocab, dtype=self.dtype, device=self.device)
+        row_pass = RowPass((inp.bias, inp.teacher_bias), opt, part, self.dtype, self.device)
         alpha = uniform * opt.grad_factor
         for lo, hi in blocks(self.rows, chunk):
-            s, t, x = self._logits(head, teacher, z, lo, hi)
-            labels = None if inp.labels is None else take(inp.labels, self.keep, lo, hi)
-            weights = None if row_weights is None else take(row_weights, self.keep, lo, hi)
-            for b_lo, b_hi, stats in row_pass.run(s, t, labels, weights, bool(self.grads)):
-                outputs.write(self.keep, lo + b_lo, lo + b_hi, stats)
-            self._gradients(result, head, s, x, alpha, lo, hi)
+            x = self.upcast(inp.x, lo, hi)
+            head.logits(x, student_logits[: hi - lo])
+            for p_lo, p_hi in blocks(hi - lo, part):
+                s, t = student_logits[p_lo:p_hi], teacher_logits[: p_hi - p_lo]
+                teacher.logits(self.upcast(inp.teacher_x, lo + p_lo, lo + p_hi), t)
+                rows = (self.keep, lo + p_lo, lo + p_hi)
+                labels = None if inp.labels is None else take(inp.labels, *rows)
+                weights = None if row_weights is None else take(row_weights, *rows)
+                for b_lo, b_hi, stats in row_pass.run(s, t, labels, weights, bool(self.grads)):
+                    outputs.write(self.keep, lo + p_lo + b_lo, lo + p_lo + b_hi, stats)
+            self._gradients(result, head, student_logits[: hi - lo], x, alpha, lo, hi)
         return result
-
-    def _logits(self, head: Head, teacher: Head, z: Tensor, lo: int, hi: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Raw logits of both sides (C, V) each, and the student's rows (C, H) in the compute dtype."""
-        inp, rows = self.inputs, hi - lo
-        flat = z.view(-1, z.shape[2])[: 2 * rows]
-        s, t = flat[:rows], flat[rows:]
-        if self.shared:  # one product of 2C rows reads the head once
-            both = torch.empty(2 * rows, inp.x.shape[1], dtype=self.dtype, device=self.device)
-            self.upcast(inp.x, lo, hi, both[:rows])
-            self.upcast(inp.teacher_x, lo, hi, both[rows:])
-            head.logits(both, flat)
-            return s, t, both[:rows]
-        x = torch.empty(rows, inp.x.shape[1], dtype=self.dtype, device=self.device)
-        teacher_x = torch.empty(rows, inp.teacher_x.shape[1], dtype=self.dtype, device=self.device)
-        self.upcast(inp.x, lo, hi, x)
-        self.upcast(inp.teacher_x, lo, hi, teacher_x)
-        head.logits(x, s)
-        teacher.logits(teacher_x, t)
-        return s, t, x
 
     def _gradients(self, result: Result, head: Head, grad: Tensor, x: Tensor, alpha: float, lo: int, hi: int) -> None:
         vocab, beta = self.options.vocab, 0.0 if lo == 0 else 1.0
