@@ -26,7 +26,9 @@ OVERVIEW = """sdft: Self-Distillation Fine-Tuning (arXiv 2601.19897)
 
 @dataclass(frozen=True)
 class CheckArgs:
-    """`sdft check CONFIG.toml`: greedy accuracy on training records without and with the demonstration."""
+    """`sdft check CONFIG.toml`: greedy accuracy on training records without and with the demonstration.
+
+    Exit status 0 where SDFT can work, 1 where it cannot."""
 
     count: int = 32
     """Records to check, taken evenly from the training data."""
@@ -161,7 +163,8 @@ def check_command(args: list[str]) -> None:
     config, rest = config_from(args)
     parsed = tyro.cli(CheckArgs, default=CheckArgs(config=config), args=rest, prog="sdft check CONFIG.toml")
     check_preset(config, parsed.config)
-    check(parsed.config, parsed.count, parsed.show)
+    if not check(parsed.config, parsed.count, parsed.show):
+        raise SystemExit(1)
 
 
 def check(config: Config, count: int = 32, show: int = 3) -> bool:

@@ -331,6 +331,10 @@ def validate(config: Config) -> None:
     for ok, key, problem in checks:
         if not ok:
             raise SdftError(f"{key} = {_get(config, key)!r} {problem}")
+    if c.model.weights_dtype == "bfloat16" and c.model.compute_dtype == "float32":
+        raise SdftError(
+            "model.compute_dtype = 'float32' has no effect on bfloat16 weights; set model.weights_dtype = 'float32' too"
+        )
     if "{request}" not in c.teacher.request:
         raise SdftError(f"teacher.request = {c.teacher.request!r} has no {{request}}; write it where it belongs")
     if c.teacher.context == "template":

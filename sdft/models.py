@@ -250,9 +250,38 @@ def load(config: ModelConfig, tokenizer: Any, stop_ids: tuple[int, ...]) -> Lang
             "embedding rows; they do not belong together"
         )
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_ids[0]
+    disable_dropout(lm)
     model = LanguageModel(lm.to(device), device, compute, pad, stop_ids)
     check_head(model)
     return model
+
+
+def disable_dropout(lm: nn.Module) -> None:
+    """Sets the model's own dropout to 0: noise on the student alone would be a divergence nobody meant."""
+    for module in lm.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            setattr(module, "attention_dropout", 0.0)  # noqa: B010  # attention layers that hand a number to the kernel
+
+
+def check_trainable(config: ModelConfig) -> None:
+    """Raises SdftError for an adapter folder: its base would load with every weight frozen."""
+    if (Path(config.name).expanduser() / "adapter_config.json").is_file():
+        raise SdftError(
+            f"model.name = {config.name!r} is a LoRA adapter, which can be evaluated but not trained further yet; "
+            "merge it into its base (peft's merge_and_unload, then save_pretrained) and name that folder"
+        )
+
+
+def check_context(model: "LanguageModel", prompt: int, new: int) -> None:
+    """Raises SdftError where the longest prompt and an answer do not fit the model's positions."""
+    limit = getattr(model.inner.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and prompt + new > limit:
+        raise SdftError(
+            f"the longest prompt ({prompt} tokens) and rollout.max_new_tokens = {new} exceed the model's {limit} "
+            f"positions; lower rollout.max_new_tokens, or data.max_prompt_tokens and teacher.max_prompt_tokens"
+        )
 
 
 def _first_line(error: Exception) -> str:

@@ -9,7 +9,7 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -167,9 +167,10 @@ def accumulate_gradients(
     Returns per-token values and answer positions of each micro-batch, and the loss of the whole step.
     """
     config, model = run.config, run.model
+    # The mask is for the teacher's preamble; a demonstration has none.
     skip = config.loss.mask_first if run.teacher is not None else 0
     lengths = [len(c.ids) for c in completions]
-    weights = sequence_weights(lengths, config.loss if skip else _unmasked(config.loss))
+    weights = sequence_weights(lengths, replace(config.loss, mask_first=skip))
     parts, positions = [], []
     total = torch.zeros((), device=model.device)
     sizes = [len(e.prompt) + n for e, n in zip(examples, lengths, strict=True)]
@@ -201,12 +202,6 @@ def accumulate_gradients(
         parts.append(part)
         positions.append(where)
     return parts, positions, total
-
-
-def _unmasked(loss: Any) -> Any:
-    from dataclasses import replace
-
-    return replace(loss, mask_first=0)
 
 
 def on_nonfinite(
@@ -282,6 +277,7 @@ def set_up(config: Config, output: Path) -> Run:
     eval_records = {name: load_records(path) for name, path in config.eval.sets.items()}
     for name, examples in eval_records.items():
         evaluate.check_evaluable(examples, name)
+    models.check_trainable(config.model)
     tokenizer, stop_ids = models.load_tokenizer(config.model)
     data = tokenize(records, tokenizer, stop_ids, config.data, config.teacher)
     if data.dropped:
@@ -291,6 +287,7 @@ def set_up(config: Config, output: Path) -> Run:
         for name, examples in eval_records.items()
     }
     model = models.load(config.model, tokenizer, stop_ids)
+    models.check_context(model, *longest(data, config))
     if config.lora.rank:
         models.add_lora(model, config.lora, config.train.seed)
     if config.model.gradient_checkpointing:
@@ -308,6 +305,14 @@ def set_up(config: Config, output: Path) -> Run:
     steps = config.train.steps or math.ceil(config.train.epochs * len(data.examples) / config.train.batch_size)
     optimizer = optim.make_optimizer(parameters.values(), config.optim)
     return Run(config, model, tokenizer, data, evals, teacher, optimizer, steps, Phases(model.device))
+
+
+def longest(data: Dataset, config: Config) -> tuple[int, int]:
+    """The longest prompt that will be run, and the longest answer after it."""
+    if config.loss.method == "sft":
+        example = max(data.examples, key=lambda e: len(e.prompt) + len(e.target))
+        return len(example.prompt), len(example.target)
+    return max(max(len(e.prompt), len(e.teacher_prompt)) for e in data.examples), config.rollout.max_new_tokens
 
 
 def check_space(config: Config, model: LanguageModel, output: Path) -> None:

@@ -128,7 +128,11 @@ def test_check_tells_whether_sdft_can_work(
     student: int, teacher: int, verdict: str, config_file: Any, monkeypatch: Any, capsys: Any, tmp_path: Path
 ) -> None:
     asked = fake_answers(monkeypatch, student, teacher)
-    main(["check", config_file(), "--count", "8", "--show", "2"])
+    if verdict.startswith("No"):  # a script can tell
+        with pytest.raises(SystemExit, match="1"):
+            main(["check", config_file(), "--count", "8", "--show", "2"])
+    else:
+        main(["check", config_file(), "--count", "8", "--show", "2"])
     told = capsys.readouterr().out
     assert f"Can SDFT work here? {verdict}" in " ".join(told.split())
     assert told.count("answer 0") == told.count("answer 1") == 2  # side by side
@@ -144,7 +148,8 @@ def test_check_tells_whether_sdft_can_work(
 
 
 def test_check_runs_the_model(config_file: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    main(["check", config_file(), "--count", "3", "--eval.max-new-tokens", "4", "--teacher.turns", "1"])
+    with pytest.raises(SystemExit, match="1"):
+        main(["check", config_file(), "--count", "3", "--eval.max-new-tokens", "4", "--teacher.turns", "1"])
     told = " ".join(capsys.readouterr().out.split())
     assert "Can SDFT work here? No: the teacher hardly uses the demonstration (0% without" in told
 

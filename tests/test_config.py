@@ -280,3 +280,10 @@ def test_settings_that_do_not_go_together(changed: Any, settings: dict[str, Any]
 )
 def test_describe_says_what_is_trained(changed: Any, settings: dict[str, Any], words: str) -> None:
     assert words in describe(changed(Config(), **settings))
+
+
+def test_float32_products_of_bfloat16_weights_are_refused(tmp_path: Path) -> None:
+    model = '[model]\nname = "m"\nweights_dtype = "bfloat16"\ncompute_dtype = "float32"\n'
+    config = read(tmp_path, model + '[data]\ntrain = "d.jsonl"\n[train]\noutput = "o"\n')
+    with pytest.raises(SdftError, match=r"set model\.weights_dtype = 'float32' too"):
+        validate(config)

@@ -346,3 +346,20 @@ def test_smollm2_without_its_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "smollm2-135m").mkdir()
     (tmp_path / "smollm2-135m" / "model.safetensors").touch()  # converted before: the wheel is not needed
     assert models.resolve("smollm2-135m") == (str(tmp_path / "smollm2-135m"), {})
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_the_models_own_dropout_is_off_in_training(model_folder: Any, kind: str, tmp_path: Path) -> None:
+
+    folder = tmp_path / kind
+    shutil.copytree(model_folder(kind), folder)
+    config = json.loads((folder / "config.json").read_text())
+    dropout = {"attention_dropout": 0.5} | dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.5)
+    (folder / "config.json").write_text(json.dumps(config | dropout))
+    settings = ModelConfig(name=str(folder), compute_dtype="float32")
+    model = models.load(settings, *models.load_tokenizer(settings))
+    ids = torch.arange(10)[None]
+    model.lm.train()
+    training = model.hidden(ids)
+    model.lm.eval()
+    torch.testing.assert_close(training, model.hidden(ids), rtol=0, atol=0)

@@ -379,3 +379,14 @@ def test_answers_of_one_token_and_answers_all_masked(make_run: Any, tmp_path: Pa
     run.config = replace(run.config, rollout=replace(run.config.rollout, max_new_tokens=2))
     line = train_step(run, 0, tmp_path)
     assert (line["loss"], line["grad_norm"]) == (0, 0)
+
+
+def test_prompts_over_the_models_positions_are_refused(make_config: Any) -> None:
+    with pytest.raises(SdftError, match=r"rollout.max_new_tokens = 500 exceed the model's 512 positions"):
+        train.train(make_config(**{"rollout.max_new_tokens": 500}))
+
+
+def test_training_an_adapter_folder_is_refused(make_config: Any, tmp_path: Path) -> None:
+    first = train.train(make_config(**{"lora.rank": 2, "train.steps": 1}))
+    with pytest.raises(SdftError, match="is a LoRA adapter"):
+        train.train(make_config(**{"model.name": str(first), "train.output": str(tmp_path / "second")}))
