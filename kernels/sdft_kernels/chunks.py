@@ -12,7 +12,7 @@ from .checks import Options, TokenStats
 from .rows import RowStats, activate_, block_divergence_, deactivate_
 
 DEFAULT_CHUNK_BYTES = 256 * 2**20
-CACHE_BYTES = 2**19  # of one logits block per CPU thread: the row math's four planes fill a 2 MiB L2
+CACHE_BYTES = 2**20  # of one logits block per CPU thread; less costs more in thread barriers than it saves
 BLOCK_BYTES = 64 * 2**20  # of scratch elsewhere, where many small launches would cost more than the traffic
 
 

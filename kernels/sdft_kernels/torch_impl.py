@@ -104,23 +104,17 @@ class _LinearLoop:
         """The dtype that an operand's values are rounded to before the product."""
         return tensor.dtype if self.autocast is None or tensor.dtype == torch.float64 else self.autocast
 
-    def plan(self) -> tuple[int, int, int]:
-        """Tokens per chunk, tokens per teacher sub-chunk, and bytes for each upcast head, from the budget.
-
-        The student's logits live until the gradient GEMMs, and every chunk makes those read and write dW
-        once. The teacher's live for the row math alone. So the student gets the larger share.
-        """
-        budget, dtype, inp = budget_of(self.options), self.dtype, self.inputs
+    def plan(self) -> tuple[int, int]:
+        """Tokens per chunk and bytes for each upcast head, from the budget."""
+        budget, item, inp = budget_of(self.options), self.dtype.itemsize, self.inputs
         heads = [inp.w] if self.shared else [inp.w, inp.teacher_w]
-        upcast = [h for h in heads if not (h.dtype == self.rounding(h) == dtype)]
+        upcast = [h for h in heads if not (h.dtype == self.rounding(h) == self.dtype)]
         tiles = min(TILE_BYTES, budget // 8) * len(upcast)
         rows, vocab = max(1, self.rows), self.options.vocab
-        block = min(block_rows(self.options, dtype, self.device), rows)
-        left = (budget - tiles) // dtype.itemsize - scratch_planes(self.options) * block * vocab
-        student, teacher = vocab + 2 * inp.x.shape[1], vocab + inp.teacher_x.shape[1]  # elements per token
-        chunk = min(rows, power_of_two_below(4 * left // (4 * student + teacher)))
-        part = min(chunk, power_of_two_below((left - chunk * student) // teacher))
-        return chunk, part, tiles // max(1, len(upcast))
+        block = min(block_rows(self.options, self.dtype, self.device), rows)
+        scratch = scratch_planes(self.options) * block * vocab * item
+        row_bytes = (2 * vocab + 2 * inp.x.shape[1] + inp.teacher_x.shape[1]) * item
+        return min(rows, power_of_two_below((budget - tiles - scratch) // row_bytes)), tiles // max(1, len(upcast))
 
     def upcast(self, tensor: Tensor, lo: int, hi: int) -> Tensor:
         """Rows lo:hi of an (N, H) input in the compute dtype, rounded as autocast would."""
@@ -128,7 +122,7 @@ class _LinearLoop:
 
     def run(self, row_weights: Tensor | None, uniform: float) -> Result:
         inp, opt = self.inputs, self.options
-        chunk, part, tile_bytes = self.plan()
+        chunk, tile_bytes = self.plan()
         outputs = Outputs(inp.x.shape[0], self.dtype, self.device, opt.return_tokens, inp.labels is not None)
         result = self._new_result(outputs)
         if self.rows == 0:
@@ -137,22 +131,19 @@ class _LinearLoop:
         teacher = head
         if not self.shared:
             teacher = Head(inp.teacher_w, opt.vocab, self.rounding(inp.teacher_w), self.dtype, tile_bytes)
-        student_logits = torch.empty(chunk, opt.vocab, dtype=self.dtype, device=self.device)
-        teacher_logits = torch.empty(part, opt.vocab, dtype=self.dtype, device=self.device)
-        row_pass = RowPass((inp.bias, inp.teacher_bias), opt, part, self.dtype, self.device)
+        z = torch.empty(2, chunk, opt.vocab, dtype=self.dtype, device=self.device)
+        row_pass = RowPass((inp.bias, inp.teacher_bias), opt, chunk, self.dtype, self.device)
         alpha = uniform * opt.grad_factor
         for lo, hi in blocks(self.rows, chunk):
+            s, t, rows = z[0, : hi - lo], z[1, : hi - lo], (self.keep, lo, hi)
             x = self.upcast(inp.x, lo, hi)
-            head.logits(x, student_logits[: hi - lo])
-            for p_lo, p_hi in blocks(hi - lo, part):
-                s, t = student_logits[p_lo:p_hi], teacher_logits[: p_hi - p_lo]
-                teacher.logits(self.upcast(inp.teacher_x, lo + p_lo, lo + p_hi), t)
-                rows = (self.keep, lo + p_lo, lo + p_hi)
-                labels = None if inp.labels is None else take(inp.labels, *rows)
-                weights = None if row_weights is None else take(row_weights, *rows)
-                for b_lo, b_hi, stats in row_pass.run(s, t, labels, weights, bool(self.grads)):
-                    outputs.write(self.keep, lo + p_lo + b_lo, lo + p_lo + b_hi, stats)
-            self._gradients(result, head, student_logits[: hi - lo], x, alpha, lo, hi)
+            head.logits(x, s)
+            teacher.logits(self.upcast(inp.teacher_x, lo, hi), t)
+            labels = None if inp.labels is None else take(inp.labels, *rows)
+            weights = None if row_weights is None else take(row_weights, *rows)
+            for b_lo, b_hi, stats in row_pass.run(s, t, labels, weights, bool(self.grads)):
+                outputs.write(self.keep, lo + b_lo, lo + b_hi, stats)
+            self._gradients(result, head, s, x, alpha, lo, hi)
         return result
 
     def _gradients(self, result: Result, head: Head, grad: Tensor, x: Tensor, alpha: float, lo: int, hi: int) -> None:
