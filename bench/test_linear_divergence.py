@@ -10,6 +10,8 @@ peak; Linux only), less dX and an fp32 dW, which every variant must return. The 
 bench/results/<device>.json and .md.
 """
 
+import contextlib
+import ctypes
 import gc
 import json
 import os
@@ -144,6 +146,8 @@ def extra_memory(run: Callable[[], Any], returned: int) -> float | None:
     if platform.system() != "Linux":
         return None
     gc.collect()
+    with contextlib.suppress(AttributeError):  # musl has no malloc_trim
+        ctypes.CDLL(None).malloc_trim(0)  # what the allocator kept would hide growth
     Path("/proc/self/clear_refs").write_text("5")
     before = status("VmRSS")
     run()
