@@ -5,7 +5,7 @@
 writes, the same each time:
 
 - facts-train.jsonl, facts-test.jsonl: capitals of made-up countries, tested on phrasings that were not trained.
-  The demonstrations are JSON, as a database would give them; a good answer has the right name in it.
+  The demonstrations are bare names, as many data sets have them; any answer with the right name in it is good.
 - commands-train.jsonl, commands-test.jsonl: "dim the radio in the attic" -> `CALL radio.down(room=attic)`, tested
   on devices and rooms that were never seen together with that verb.
 - capitals.jsonl: 30 real capitals, the prior skill nearest to the facts.
@@ -56,10 +56,8 @@ COUNTRIES = {
 FACT_PROMPTS = ("Which city is the capital of {}?", "What is the capital city of {}?", "Name the capital of {}.")
 FACT_TESTS = ("What is the capital of {}?", "Tell me the capital of {}.")
 FACT_STYLES = {
-    "sentence": "The capital of {country} is {capital}.",
-    "terse": "{capital}",
-    "json": '{{"capital": "{capital}"}}',
-    "database": "LOOKUP OK | country={country} | capital={capital} | src=atlas",
+    "terse": "{capital}",  # as many data sets have their answers, and foreign to a chat model
+    "sentence": "The capital of {country} is {capital}.",  # as the model would say it itself
 }
 
 DEVICES = ("radio", "lamp", "heater", "fan", "tv", "blinds", "camera", "speaker")
@@ -77,19 +75,19 @@ def general() -> list[dict[str, Any]]:
     return [{"prompt": q, "answer": a, "check": "contains"} for q, a in GENERAL.items()]
 
 
-def facts(style: str = "json") -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def facts(style: str = "terse") -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Training and test records: 8 countries x 3 phrasings, and x 2 others.
 
-    Each training record shows the fact three times: under the other two phrasings, then under its own.
+    The demonstration of a training record is the fact as three question-answer lines, one a phrasing.
     """
     train, test = [], []
     for country, capital in COUNTRIES.items():
         response = FACT_STYLES[style].format(country=country, capital=capital)
         phrasings = [p.format(country) for p in FACT_PROMPTS]
         for asked in phrasings:
-            others = [{"prompt": p, "response": response} for p in phrasings if p != asked]
-            shown = [*others, response]
-            train.append({"prompt": asked, "demonstration": shown, "answer": capital, "check": "contains"})
+            lines = [*(p for p in phrasings if p != asked), asked]
+            shown = [{"prompt": f"Question: {p}", "response": f"Answer: {response}"} for p in lines]
+            train.append({"prompt": asked, "demonstration": shown, "answer": [response, capital], "check": "contains"})
         for p in FACT_TESTS:
             test.append({"prompt": p.format(country), "answer": capital, "check": "contains"})
     return train, test
@@ -115,7 +113,7 @@ def write(path: Path, records: Iterable[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
 
 
-def main(folder: Path, style: str = "json") -> None:
+def main(folder: Path, style: str = "terse") -> None:
     """Writes all files."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, (train, test) in {"facts": facts(style), "commands": commands()}.items():

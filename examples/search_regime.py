@@ -32,13 +32,13 @@ CELLS: dict[str, tuple[str, dict[str, Any]]] = {
     "sdft-student-rollouts": ("SDFT", {"rollout.source": "student"}),
     "sdft-teacher-rollouts": ("SDFT", {"rollout.source": "teacher"}),
     "sdft-ema": ("SDFT", {"teacher.kind": "ema"}),
-    "sdft-lr2e-5": ("SDFT", {"optim.lr": 2e-5}),
+    "sdft-lr1e-5": ("SDFT", {"optim.lr": 1e-5}),
     "sdft-jsd": ("SDFT", {"loss.divergence": "jsd"}),
     "sdft-reverse-kl": ("SDFT", {"loss.divergence": "reverse_kl"}),
     "sdft-temperature-1": ("SDFT", {"loss.temperature": 1.0, "rollout.temperature": 1.0}),
     "sdft-lora": ("SDFT", {"lora.rank": 16, "optim.lr": 2e-4}),
     "sft-commands": ("SFT", {"skill": "commands"}),
-    "sdft-commands": ("SDFT", {"skill": "commands", "teacher.request": "{request}"}),
+    "sdft-commands": ("SDFT", {"skill": "commands", "teacher.context": "as_turns", "teacher.template": ""}),
 }
 
 
@@ -48,7 +48,7 @@ def cell_config(name: str, seed: int) -> Any:
 
     method, changes = CELLS[name]
     changes = dict(changes)
-    skill, style = changes.pop("skill", "facts"), changes.pop("style", "json")
+    skill, style = changes.pop("skill", "facts"), changes.pop("style", "terse")
     data = FOLDER / f"data-{style}"
     make_skills.main(data, style)
     files = {"new": f"{skill}-test", "prior": "capitals", "general": "general"}

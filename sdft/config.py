@@ -381,5 +381,5 @@ def describe(config: Config) -> str:
     )
     return (
         f"SDFT: {direction}, on {who}{masked}; {mean}. "
-        f"Teacher: {teacher}, shown the demonstration {config.teacher.context}."
+        f"Teacher: {teacher}, which sees the demonstration ({config.teacher.context})."
     )
