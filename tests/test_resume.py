@@ -27,7 +27,12 @@ RUNS = {
     "mixed": {"rollout.source": "mixed", "rollout.per_prompt": 2, "train.micro_batch_size": 2, "train.seed": 3},
     "base": {"teacher.kind": "base", "loss.divergence": "jsd", "rollout.source": "teacher"},
     "live": {"teacher.kind": "live", "loss.divergence": "forward_kl", "loss.average": "sequence"},
-    "bf16": {"model.weights_dtype": "bfloat16", "optim.lr": 1e-2, "model.gradient_checkpointing": True},
+    "bf16": {
+        "model.weights_dtype": "bfloat16",
+        "model.compute_dtype": "bfloat16",
+        "optim.lr": 1e-2,
+        "model.gradient_checkpointing": True,
+    },
 }
 
 
