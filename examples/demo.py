@@ -106,7 +106,7 @@ def picture(curves: dict[str, list[dict[str, Any]]], path: Path) -> None:
             axis.plot(list(results), values, line, color=color, marker=marker, label=SETS[key])
         axis.set(title=f"{name}: accuracy (%)", xlabel="step", ylim=(-3, 103))
         axis.grid(alpha=0.3)
-    axes[0].legend(loc="lower left", fontsize=8)
+    axes[1].legend(loc="lower right", fontsize=8)
     steps = [line for line in curves["SDFT"] if "loss" in line]
     axes[2].plot([line["step"] for line in steps], [line["loss"] for line in steps], color="#0072B2")
     axes[2].set(title="SDFT: divergence to the teacher (nats a token)", xlabel="step")
