@@ -8,7 +8,6 @@ already there are not repeated; delete the folder to start over.
 
 import argparse
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,15 +51,17 @@ def main() -> None:
 
 def settle(path: Path, folder: Path, steps: int) -> Any:
     """The config at `path`, its files under `folder`."""
-    from sdft.config import load_config
+    from sdft.config import load_config, override
 
     c = load_config(path)
-    moved = {name: str(folder / "data" / Path(file).name) for name, file in c.eval.sets.items()}
-    return replace(
+    return override(
         c,
-        data=replace(c.data, train=str(folder / "data" / Path(c.data.train).name)),
-        eval=replace(c.eval, sets=moved),
-        train=replace(c.train, output=str(folder / Path(c.train.output).name), steps=steps or c.train.steps),
+        {
+            "data.train": str(folder / "data" / Path(c.data.train).name),
+            "eval.sets": {name: str(folder / "data" / Path(file).name) for name, file in c.eval.sets.items()},
+            "train.output": str(folder / Path(c.train.output).name),
+            "train.steps": steps or c.train.steps,
+        },
     )
 
 

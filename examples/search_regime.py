@@ -11,7 +11,6 @@ first knows as much of the new skill.
 
 import argparse
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -44,7 +43,7 @@ CELLS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def cell_config(name: str, seed: int) -> Any:
     """The config of a cell, its data written."""
-    from sdft.config import load_config
+    from sdft.config import load_config, override
 
     method, changes = CELLS[name]
     changes = dict(changes)
@@ -52,32 +51,27 @@ def cell_config(name: str, seed: int) -> Any:
     data = FOLDER / f"data-{style}"
     make_skills.main(data, style)
     files = {"new": f"{skill}-test", "prior": "capitals", "general": "general"}
-    config = load_config(CONFIGS[method])
-    for key, value in {
+    settings = {
         "data.train": str(data / f"{skill}-train.jsonl"),
         "eval.sets": {key: str(data / f"{file}.jsonl") for key, file in files.items()},
         "train.output": str(FOLDER / f"{name}-seed{seed}"),
         "train.seed": seed,
-        **changes,
-    }.items():
-        section, field = key.split(".")
-        config = replace(config, **{section: replace(getattr(config, section), **{field: value})})
-    return config
+    }
+    return override(load_config(CONFIGS[method]), settings | changes)
 
 
-def run(config: Any) -> Evaluations:
-    """Evaluations of a cell, run now if they are not there yet; weights are not kept."""
-    from sdft.metrics import read_metrics
+def run(config: Any) -> None:
+    """Runs a cell unless it is finished; weights are not kept."""
     from sdft.train import train
 
     output = Path(config.train.output)
-    if not (output / "done").exists():
-        shutil.rmtree(output, ignore_errors=True)
-        train(config)
-        for folder in ("model", "checkpoints"):
-            shutil.rmtree(output / folder)
-        (output / "done").touch()
-    return evaluations(read_metrics(output))
+    if (output / "done").exists():
+        return
+    shutil.rmtree(output, ignore_errors=True)
+    train(config)
+    for folder in ("model", "checkpoints"):
+        shutil.rmtree(output / folder)
+    (output / "done").touch()
 
 
 def row(name: str, results: list[dict[str, float]], steps: list[int]) -> str:
@@ -113,6 +107,8 @@ def main() -> None:
     if options.list:
         print("\n".join(f"{name}: {method} {changes}" for name, (method, changes) in CELLS.items()))
         return
+    from sdft.metrics import read_metrics
+
     wanted = [name for name in CELLS if name.startswith(tuple(options.cells))]
     for seed in options.seeds:
         for name in wanted:
@@ -122,7 +118,7 @@ def main() -> None:
     for name in CELLS:
         for done in sorted(FOLDER.glob(f"{name}-seed*/done")):
             seed = int(done.parent.name.rsplit("seed", 1)[1])
-            results.setdefault(name, {})[seed] = run(cell_config(name, seed))
+            results.setdefault(name, {})[seed] = evaluations(read_metrics(done.parent))
     text = table(results)
     (FOLDER / "table.md").write_text(text)
     print(text)

@@ -132,16 +132,9 @@ def load_tiny(model_folder: Callable[[str], Path]) -> Callable[..., tuple[Any, A
 @pytest.fixture(scope="session")
 def changed() -> Callable[..., Any]:
     """changed(config, **{"optim.lr": 1e-3, ...}) is the config with these settings."""
-    from dataclasses import replace
+    from sdft.config import override
 
-    def change(config: Any, **overrides: Any) -> Any:
-        for key, value in overrides.items():
-            section, _, name = key.rpartition(".")
-            inner = replace(getattr(config, section), **{name: value}) if section else value
-            config = replace(config, **{section or name: inner})
-        return config
-
-    return change
+    return lambda config, **settings: override(config, settings)
 
 
 @pytest.fixture
