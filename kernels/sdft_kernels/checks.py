@@ -29,7 +29,7 @@ class TokenStats(NamedTuple):
     teacher_entropy: Tensor
     student_logprob: Tensor | None  # of labels[n]; None without labels
     teacher_logprob: Tensor | None
-    top1_agree: Tensor  # bool: the teacher's most likely token is the student's (or ties with it)
+    top1_agree: Tensor  # bool: they share a most likely token
 
 
 @dataclass(frozen=True)

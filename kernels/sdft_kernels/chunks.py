@@ -16,11 +16,6 @@ CACHE_BYTES = 2**20  # of one logits block per CPU thread; less costs more in th
 BLOCK_BYTES = 64 * 2**20  # of scratch elsewhere, where many small launches would cost more than the traffic
 
 
-def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """fp64 if any input is, else fp32."""
-    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
-
-
 def power_of_two_below(value: int) -> int:
     """The largest power of two <= value, at least 1."""
     return 1 << max(0, value.bit_length() - 1)

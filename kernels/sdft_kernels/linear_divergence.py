@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .call import Grads, Inputs, Result
 from .checks import (
     DivergenceName,
     Impl,
@@ -25,7 +26,7 @@ from .checks import (
 )
 from .chunks import live_rows
 from .reduce import finish, scale_rows, token_tuple
-from .torch_impl import Grads, Inputs, Result, run_linear
+from .torch_impl import run_linear
 
 
 class _LinearDivergence(torch.autograd.Function):

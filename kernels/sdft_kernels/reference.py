@@ -141,8 +141,8 @@ def dense_tokens(
     def of_label(log: Tensor) -> Tensor | None:
         return None if labels is None else live(log.gather(1, labels.unsqueeze(1)).squeeze(1))
 
-    choice = log_q.argmax(-1, keepdim=True)
-    agree = log_p.gather(1, choice).squeeze(1) >= log_p.amax(-1)
+    here = torch.where(log_q == log_q.amax(-1, keepdim=True), log_p, -torch.inf)
+    agree = here.amax(-1) >= log_p.amax(-1)
     return TokenStats(
         live(values),
         live(-weighted(log_p, log_p)),

@@ -92,8 +92,8 @@ def token_outputs(log_p: Tensor, log_q: Tensor, scratch: Tensor, labels: Tensor 
     def of_label(log: Tensor) -> Tensor | None:
         return None if labels is None else log.gather(1, labels.unsqueeze(1)).squeeze(1)
 
-    choice = log_q.argmax(1, keepdim=True)
-    agree = log_p.gather(1, choice).squeeze(1) >= log_p.amax(1)
+    here = scratch[0].copy_(log_p).masked_fill_(log_q < log_q.amax(1, keepdim=True), -math.inf)
+    agree = here.amax(1) >= log_p.amax(1)
     return entropy(log_p), entropy(log_q), of_label(log_p), of_label(log_q), agree
 
 

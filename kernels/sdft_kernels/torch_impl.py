@@ -5,19 +5,17 @@ For each chunk: two logits GEMMs into one buffer, the row math over blocks small
 weight, C of them per chunk, V vocabulary, H hidden size.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from .checks import Options, TokenStats
+from .call import Grads, Inputs, Result, new_grads
+from .checks import Options
 from .chunks import (
     Outputs,
     RowPass,
     block_rows,
     blocks,
     budget_of,
-    compute_dtype,
     power_of_two_below,
     put,
     scratch_planes,
@@ -26,42 +24,6 @@ from .chunks import (
 from .operands import Head, bf16_products, has_bf16_products
 
 TILE_BYTES = 8 * 2**20  # of upcast weights at a time: small enough to stay in cache for the GEMM that follows
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """The tensors of one call, untouched."""
-
-    x: Tensor  # (N, H_s)
-    w: Tensor  # (V_s, H_s)
-    bias: Tensor | None  # (V_s,)
-    teacher_x: Tensor  # (N, H_t)
-    teacher_w: Tensor  # (V_t, H_t)
-    teacher_bias: Tensor | None  # (V_t,)
-    labels: Tensor | None  # (N,)
-
-
-@dataclass(frozen=True)
-class Grads:
-    """Which gradients to compute."""
-
-    x: bool = False
-    w: bool = False
-    bias: bool = False
-
-    def __bool__(self) -> bool:
-        return self.x or self.w or self.bias
-
-
-@dataclass
-class Result:
-    """What the loop leaves: per-row values (not weighted) and the weighted gradients."""
-
-    divergence: Tensor  # (N,) zeros where the weight is zero
-    tokens: TokenStats | None
-    dx: Tensor | None = None  # (N, H_s) in x's dtype (fp32 for fp16)
-    dw: Tensor | None = None  # (V_s, H_s) fp32 (fp64 for fp64 inputs)
-    dbias: Tensor | None = None  # (V_s,) the same
 
 
 def run_linear(
@@ -88,17 +50,12 @@ class _LinearLoop:
     ):
         self.inputs, self.options, self.grads, self.keep = inputs, options, grads, keep
         self.device = inputs.x.device
-        self.dtype = compute_dtype(inputs.x, inputs.w, inputs.teacher_x, inputs.teacher_w)
+        self.dtype = inputs.dtype
         self.autocast = autocast if self.dtype == torch.float32 else None
         self.rows = inputs.x.shape[0] if keep is None else keep.numel()
         operands = (inputs.x, inputs.w, inputs.teacher_x, inputs.teacher_w)
         self.as_bf16 = has_bf16_products(self.device) and all(self.rounding(o) == torch.bfloat16 for o in operands)
-        self.shared = (
-            inputs.w.data_ptr() == inputs.teacher_w.data_ptr()
-            and inputs.w.shape == inputs.teacher_w.shape
-            and inputs.w.stride() == inputs.teacher_w.stride()
-            and inputs.w.dtype == inputs.teacher_w.dtype
-        )
+        self.shared = inputs.shared_head
 
     def rounding(self, tensor: Tensor) -> torch.dtype:
         """The dtype that an operand's values are rounded to before the product."""
@@ -124,9 +81,9 @@ class _LinearLoop:
         inp, opt = self.inputs, self.options
         chunk, tile_bytes = self.plan()
         outputs = Outputs(inp.x.shape[0], self.dtype, self.device, opt.return_tokens, inp.labels is not None)
-        result = self._new_result(outputs)
+        result = new_grads(inp, opt, self.grads, Result(outputs.divergence, outputs.tokens()), self.keep is None)
         if self.rows == 0:
-            return self._zeroed(result)
+            return result.zero_grads()
         head = Head(inp.w, opt.vocab, self.rounding(inp.w), self.dtype, tile_bytes)
         teacher = head
         if not self.shared:
@@ -157,23 +114,3 @@ class _LinearLoop:
             dx = torch.empty_like(x)
             head.input_grad(grad, dx)
             put(result.dx, self.keep, lo, hi, dx.mul_(alpha))
-
-    def _new_result(self, outputs: Outputs) -> Result:
-        inp, vocab = self.inputs, self.options.vocab
-        result = Result(outputs.divergence, outputs.tokens())
-        if self.grads.x:
-            # fp16 would underflow here, before a loss scaler's factor arrives in the backward.
-            dtype = self.dtype if inp.x.dtype == torch.float16 else inp.x.dtype
-            result.dx = (torch.empty_like if self.keep is None else torch.zeros_like)(inp.x, dtype=dtype)
-        if self.grads.w:
-            result.dw = torch.empty_like(inp.w, dtype=self.dtype)
-            result.dw[vocab:].zero_()
-        if self.grads.bias and inp.bias is not None:
-            result.dbias = torch.zeros_like(inp.bias, dtype=self.dtype)
-        return result
-
-    def _zeroed(self, result: Result) -> Result:
-        for grad in (result.dx, result.dw, result.dbias):
-            if grad is not None:
-                grad.zero_()
-        return result

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from .call import compute_dtype
 from .checks import Options, TokenStats
 from .chunks import (
     Outputs,
@@ -10,7 +11,6 @@ from .chunks import (
     block_rows,
     blocks,
     budget_of,
-    compute_dtype,
     power_of_two_below,
     put,
     scratch_planes,
