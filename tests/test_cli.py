@@ -243,7 +243,10 @@ def test_convert_gguf_refuses(tmp_path: Path, refused: Any) -> None:
 # Mistakes.
 
 
-def test_one_line_and_status_2(config_file: Any, tmp_path: Path, refused: Any, model_folder: Any) -> None:
+def test_one_line_and_status_2(
+    config_file: Any, tmp_path: Path, refused: Any, model_folder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sdft_kernels.checks.INTERPRETED", False)
     lm = str(model_folder("llama"))
     assert refused("trian") == "sdft: unknown command 'trian'; valid: train, check, eval, generate, convert"
     assert "the config file is missing; it comes first" in refused("train")

@@ -93,8 +93,10 @@ def test_errors_name_the_field() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             divergence(bad[0], bad[1], **bad[2])
-    with pytest.raises(NotImplementedError, match="triton"):
-        divergence(s, t, impl="triton")
+    with pytest.raises(ValueError, match="impl='triton_no_logits' is for hidden states"):
+        divergence(s, t, impl="triton_no_logits")
+    with pytest.raises(ValueError, match="impl='triton' has no float64"):
+        divergence(s.double(), t.double(), impl="triton")
     leaf = s.clone().requires_grad_()
     with pytest.raises(RuntimeError, match="divergence has no double backward"):
         torch.autograd.grad(divergence(leaf, t), leaf, create_graph=True)

@@ -372,8 +372,16 @@ def test_bad_inputs_are_named(which: str) -> None:
         linear_divergence(*four, **case)
 
 
-def test_triton_is_refused_not_replaced() -> None:
+def test_an_explicit_impl_that_cannot_run_is_refused_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sdft_kernels import checks
+
     case = make(5, 8, 3, torch.float32)
-    with pytest.raises(NotImplementedError, match="impl='triton' is not there yet"):
+    monkeypatch.setattr(checks, "INTERPRETED", False)
+    with pytest.raises(RuntimeError, match="impl='triton' cannot run on cpu: move the tensors"):
         linear_divergence(*case.values(), impl="triton")
+    monkeypatch.setattr(checks, "HAVE_TRITON", False)
+    with pytest.raises(RuntimeError, match="impl='triton' needs triton, which is not installed"):
+        linear_divergence(*case.values(), impl="triton")
+    with pytest.raises(ValueError, match="impl='triton' has no float64"):
+        linear_divergence(*make(5, 8, 3).values(), impl="triton")
     assert torch.isfinite(linear_divergence(*case.values(), impl="torch"))

@@ -4,20 +4,24 @@ Every message names the field, the value that was given and the way out. Nothing
 values, so that no check makes the host wait for a device.
 """
 
-from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+import importlib.util
+import os
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 DivergenceName = Literal["reverse_kl", "forward_kl", "jsd"]
 Reduction = Literal["mean", "sum", "none"]
-Impl = Literal["triton", "torch"]
+Impl = Literal["triton", "torch", "triton_no_logits"]
 Same = Literal["same"]
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
 REDUCTIONS = ("mean", "sum", "none")
-IMPLS = ("triton", "torch")
+IMPLS = ("triton", "torch", "triton_no_logits")
+HAVE_TRITON = importlib.util.find_spec("triton") is not None
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's kernels then run on the CPU, for tests
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -53,6 +57,8 @@ class Options:
     teacher: Activation
     return_tokens: bool
     chunk_bytes: int | None
+    compact: bool
+    impl: str
 
     @property
     def grad_factor(self) -> float:
@@ -60,9 +66,30 @@ class Options:
         inner = self.student.scale / self.student.temperature
         return inner * (self.beta - 1.0) if self.kind == "jsd" else inner
 
-    def without_tokens(self) -> "Options":
-        """The same call without per-token outputs."""
-        return replace(self, return_tokens=False)
+    def flat(self) -> tuple[Any, ...]:
+        """The options as the plain values that an operator's schema can hold, in its order."""
+        return (
+            self.kind,
+            self.beta,
+            self.reduction,
+            self.vocab,
+            self.student.scale,
+            self.student.softcap,
+            self.teacher.scale,
+            self.teacher.softcap,
+            self.student.temperature,
+            self.return_tokens,
+            self.chunk_bytes,
+            self.compact,
+            self.impl,
+        )
+
+    @classmethod
+    def from_flat(cls, *values: Any) -> "Options":
+        """The inverse of flat."""
+        kind, beta, reduction, vocab, s_scale, s_cap, t_scale, t_cap, temperature, *rest = values
+        student, teacher = Activation(s_scale, s_cap, temperature), Activation(t_scale, t_cap, temperature)
+        return cls(kind, beta, reduction, vocab, student, teacher, *rest)
 
 
 def check_choice(field: str, value: object, valid: tuple[str, ...]) -> None:
@@ -93,6 +120,8 @@ def make_options(
     teacher_softcap: float | Same | None = "same",
     scale: float = 1.0,
     teacher_scale: float | Same = "same",
+    compact: bool = True,
+    impl: str = "torch",
 ) -> Options:
     """Validate the static arguments of one call; ValueError names what is wrong."""
     check_choice("divergence", divergence, DIVERGENCES)
@@ -122,6 +151,8 @@ def make_options(
         teacher=Activation(float(t_scale), t_softcap, float(temperature)),
         return_tokens=return_tokens,
         chunk_bytes=chunk_bytes,
+        compact=compact,
+        impl=impl,
     )
 
 
@@ -180,9 +211,23 @@ def check_vocab(vocab_size: int | None, student: int, teacher: int) -> int:
     return vocab_size
 
 
-def check_impl(impl: str | None) -> None:
-    """Only "torch" runs today; "triton" is refused rather than replaced behind the caller's back."""
-    if impl is not None:
-        check_choice("impl", impl, IMPLS)
-    if impl == "triton":
-        raise NotImplementedError("impl='triton' is not there yet: use impl='torch' or None")
+def choose_impl(impl: str | None, dtype: torch.dtype, device: torch.device) -> str:
+    """The implementation to run: Triton on a GPU and torch elsewhere, or the one asked for.
+
+    Raises ValueError for one that does not exist or does not fit the dtype, RuntimeError for one that cannot
+    run here: an explicit choice is refused, never replaced.
+    """
+    if impl is None:
+        return "triton" if device.type == "cuda" and dtype != torch.float64 and HAVE_TRITON else "torch"
+    check_choice("impl", impl, IMPLS)
+    if impl == "torch":
+        return impl
+    if dtype == torch.float64:
+        raise ValueError(f"impl={impl!r} has no float64: use impl='torch', or convert the inputs with .float()")
+    if not HAVE_TRITON:
+        raise RuntimeError(f"impl={impl!r} needs triton, which is not installed: pip install triton, or impl='torch'")
+    if device.type != "cuda" and not INTERPRETED:
+        raise RuntimeError(
+            f"impl={impl!r} cannot run on {device}: move the tensors to a CUDA or ROCm GPU, or use impl='torch' or None"
+        )
+    return impl

@@ -1,79 +1,156 @@
 """`divergence`: the same loss for those who already hold the logits of both sides.
 
-File order: the autograd.Function, the public function, the Module.
+File order: the operator (opaque to torch.compile) with its autograd, its in-place twin, the public function,
+the Module.
 """
 
+import importlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .call import compute_dtype
 from .checks import (
     DivergenceName,
     Impl,
     Options,
     Reduction,
     TokenStats,
-    check_impl,
     check_matrix,
     check_teacher,
     check_tokens,
     check_vocab,
+    choose_impl,
     make_options,
 )
 from .chunks import live_rows
-from .reduce import finish, scale_rows, token_tuple
-from .torch_logits import run_logits
+from .reduce import fake_tokens, finish, refuse_double_backward, scale_grad, scale_rows, token_stats, token_tuple
+
+LOOPS = {"torch": ".torch_logits", "triton": ".triton_logits"}
 
 
-class _Divergence(torch.autograd.Function):
-    """The gradient is made in the forward; see _LinearDivergence, which this mirrors."""
+def _run(impl: str) -> Callable[..., tuple[Tensor, TokenStats | None]]:
+    """The loop of an implementation. Triton is imported only where it runs."""
+    return importlib.import_module(LOOPS[impl], __package__).run_logits
+
+
+def _loss(
+    student: Tensor,  # (N, V_s)
+    teacher: Tensor,  # (N, V_t)
+    token_weights: Tensor | None,  # (N,)
+    labels: Tensor | None,  # (N,)
+    upstream: Tensor | None,  # () or (N,)
+    options: Options,
+    into: Tensor | None,  # (N, V_s) for the gradient
+) -> tuple[Tensor, ...]:
+    """The loss and six per-token outputs, the gradient in `into`."""
+    rows = student.shape[0]
+    keep = live_rows(token_weights) if options.compact else None
+    weights, uniform = scale_rows(token_weights, options.reduction, rows)
+    if upstream is not None:
+        weights, uniform = upstream.expand(rows) * (uniform if weights is None else weights), 1.0
+    labels = labels if options.return_tokens else None
+    values, tokens = _run(options.impl)(student, teacher, labels, options, into, weights, uniform, keep)
+    return finish(values, token_weights, options.reduction), *token_tuple(tokens, values)
+
+
+@torch.library.custom_op("sdft::divergence", mutates_args=())
+def _op(
+    student: Tensor,
+    teacher: Tensor,
+    token_weights: Tensor | None,
+    labels: Tensor | None,
+    upstream: Tensor | None,
+    need: bool,
+    kind: str,
+    beta: float,
+    reduction: str,
+    vocab: int,
+    scale: float,
+    softcap: float | None,
+    teacher_scale: float,
+    teacher_softcap: float | None,
+    temperature: float,
+    return_tokens: bool,
+    chunk_bytes: int | None,
+    compact: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The loss, six per-token outputs and the gradient; what was not asked for has no elements."""
+    options = Options.from_flat(
+        kind, beta, reduction, vocab, scale, softcap, teacher_scale, teacher_softcap, temperature,
+        return_tokens, chunk_bytes, compact, impl,
+    )  # fmt: skip
+    into = torch.empty_like(student) if need and (reduction != "none" or upstream is not None) else None
+    outputs = _loss(student, teacher, token_weights, labels, upstream, options, into)
+    return (*outputs, student.new_empty(0) if into is None else into)  # type: ignore[return-value]
+
+
+@_op.register_fake
+def _fake(
+    student: Tensor, teacher: Tensor, token_weights: Tensor | None, labels: Tensor | None, upstream: Tensor | None,
+    need: bool, kind: str, beta: float, reduction: str, *rest: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    dtype = compute_dtype(student, teacher)
+    loss = student.new_empty((student.shape[0],) if reduction == "none" else (), dtype=dtype)
+    made = need and (reduction != "none" or upstream is not None)
+    grad = torch.empty_like(student) if made else student.new_empty(0)
+    return loss, *fake_tokens(student, dtype, rest[-4], labels is not None), grad
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.plain = inputs[5:]
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*inputs[:4], output[7])
+    ctx.spent = False
+
+
+def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    """As linear_divergence's: scale what the forward made, once; run again for "none" and a second backward."""
+    refuse_double_backward("divergence")
+    nothing = (None,) * (5 + len(ctx.plain))
+    if grad is None:  # an undefined gradient: nothing depends on the loss
+        return nothing
+    *tensors, made = ctx.saved_tensors
+    if ctx.plain[3] == "none" or ctx.spent:
+        made = _op(*tensors, grad, *ctx.plain)[7]
+    else:
+        ctx.spent = True
+        made = scale_grad(made, grad)
+    return made, *nothing[1:]
+
+
+_op.register_autograd(_backward, setup_context=_setup)
+
+
+class _InPlace(torch.autograd.Function):
+    """The same with the gradient in the logits' own memory: eager only, one backward."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        student: Tensor,  # (N, V_s)
+        student: Tensor,  # (N, V_s), overwritten
         teacher: Tensor,  # (N, V_t)
         token_weights: Tensor | None,  # (N,)
         labels: Tensor | None,  # (N,)
         options: Options,
-        inplace: bool,
-    ) -> tuple[Tensor | None, ...]:
-        need = ctx.needs_input_grad[0]
-        ctx.options, ctx.inplace = options, inplace
-        ctx.keep = live_rows(token_weights)
-        weights, uniform = scale_rows(token_weights, options.reduction, student.shape[0])
-        into = None
-        if need and options.reduction != "none":
-            into = student.detach() if inplace else torch.empty_like(student)
-        values, tokens = run_logits(student.detach(), teacher, labels, options, into, weights, uniform, ctx.keep)
+    ) -> tuple[Tensor, ...]:
+        into = student.detach() if ctx.needs_input_grad[0] else None
         ctx.made = into
-        if not inplace:
-            ctx.save_for_backward(student, teacher, token_weights)
-        outputs = token_tuple(tokens)
-        ctx.mark_non_differentiable(*(t for t in outputs if t is not None))
-        return finish(values, token_weights, options.reduction), *outputs
+        outputs = _loss(student.detach(), teacher, token_weights, labels, None, options, into)
+        ctx.mark_non_differentiable(*outputs[1:])
+        return outputs
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError("divergence has no double backward: call backward without create_graph=True")
+        refuse_double_backward("divergence")
         made, ctx.made = ctx.made, None
-        if made is not None:
-            return made.mul_(grad), *[None] * 5
-        if ctx.inplace:
+        if made is None:
             raise RuntimeError("inplace=True overwrote the logits, so backward runs once: use inplace=False")
-        return _recompute(ctx, grad), *[None] * 5
-
-
-def _recompute(ctx: Any, grad: Tensor) -> Tensor:
-    """The gradient with the upstream gradient in the row weights: grad is () or, for "none", (N,)."""
-    student, teacher, token_weights = ctx.saved_tensors
-    weights, uniform = scale_rows(token_weights, ctx.options.reduction, student.shape[0])
-    rows = grad.expand(student.shape[0]) * (uniform if weights is None else weights)
-    into = torch.empty_like(student)
-    run_logits(student, teacher, None, ctx.options.without_tokens(), into, rows, 1.0, ctx.keep)
-    return into
+        return scale_grad(made, grad), None, None, None, None
 
 
 def divergence(
@@ -90,6 +167,7 @@ def divergence(
     return_tokens: bool = False,
     inplace: bool = False,
     chunk_bytes: int | None = None,
+    compact: bool = True,
     impl: Impl | None = None,
 ) -> Any:
     """Divergence between the distributions of ready logits: `linear_divergence` without the heads.
@@ -99,13 +177,13 @@ def divergence(
         teacher_logits: (N, V_t), left as they are. −inf where a token is forbidden.
         inplace: True lets the forward overwrite student_logits with its gradient, which saves one (N, V)
             tensor. Nothing else may read the logits afterwards; autograd refuses the backward of an
-            operation that saved them. Not with reduction="none", which needs them again.
-        chunk_bytes: fp32 workspace; None is 256 MiB.
+            operation that saved them. Not with reduction="none", which needs them again, nor under
+            torch.compile.
+        chunk_bytes: fp32 workspace of impl="torch"; None is 256 MiB. Triton works on the logits themselves.
 
     The other arguments, the return value and the errors are those of `linear_divergence`. The gradient has
     the logits' own dtype: rounding logits to bf16 before this call already costs exactness (design section 3).
     """
-    check_impl(impl)
     check_matrix("student_logits", student_logits)
     here = ("student_logits", student_logits)
     check_matrix("teacher_logits", teacher_logits, here)
@@ -124,6 +202,10 @@ def divergence(
         raise ValueError(
             "inplace=True cannot serve reduction='none', whose backward reads the logits: use inplace=False"
         )
+    if inplace and torch.compiler.is_compiling():
+        raise ValueError("inplace=True does not work under torch.compile: use inplace=False there")
+    if impl == "triton_no_logits":
+        raise ValueError("impl='triton_no_logits' is for hidden states: ready logits take 'triton', 'torch' or None")
     options = make_options(
         divergence=divergence,
         beta=beta,
@@ -132,9 +214,16 @@ def divergence(
         vocab=check_vocab(vocab_size, student_logits.shape[1], teacher_logits.shape[1]),
         return_tokens=return_tokens,
         chunk_bytes=chunk_bytes,
+        compact=compact,
+        impl=choose_impl(impl, compute_dtype(student_logits, teacher_logits), student_logits.device),
     )
-    loss, *tokens = _Divergence.apply(student_logits, teacher_logits, token_weights, labels, options, inplace)
-    return (loss, TokenStats(*tokens)) if return_tokens else loss
+    tensors = (student_logits, teacher_logits, token_weights, labels)
+    if inplace:
+        loss, *rest = _InPlace.apply(*tensors, options)
+    else:
+        need = student_logits.requires_grad and torch.is_grad_enabled()
+        loss, *rest = _op(*tensors, None, need, *options.flat())
+    return (loss, token_stats(rest[:6], labels is not None)) if return_tokens else loss
 
 
 class Divergence(nn.Module):

@@ -1,93 +1,149 @@
 """`linear_divergence`: hidden states and heads to loss, the (N, V) logits never whole.
 
-File order: the autograd.Function, the public function, the Module.
+File order: the operator (opaque to torch.compile) with its autograd, the public function, the Module.
 """
 
+import importlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .call import Grads, Inputs, Result
+from .call import Grads, Inputs, Result, compute_dtype, dx_dtype
 from .checks import (
     DivergenceName,
     Impl,
     Options,
     Reduction,
     Same,
-    TokenStats,
-    check_impl,
     check_matrix,
     check_teacher,
     check_tokens,
     check_vector,
     check_vocab,
+    choose_impl,
     make_options,
 )
 from .chunks import live_rows
-from .reduce import finish, scale_rows, token_tuple
-from .torch_impl import run_linear
+from .reduce import fake_tokens, finish, refuse_double_backward, scale_grad, scale_rows, token_stats, token_tuple
+
+LOOPS = {"torch": ".torch_impl", "triton": ".triton_impl", "triton_no_logits": ".no_logits"}
 
 
-class _LinearDivergence(torch.autograd.Function):
-    """Gradients are made in the forward; the first backward scales and hands over the buffers.
+def _run(impl: str) -> Callable[..., Result]:
+    """The chunk loop of an implementation. Triton is imported only where it runs."""
+    return importlib.import_module(LOOPS[impl], __package__).run_linear
 
-    reduction="none" and a second backward (retain_graph=True) run the loop again, because the upstream
-    gradients of single rows are only known then.
+
+@torch.library.custom_op("sdft::linear_divergence", mutates_args=())
+def _op(
+    x: Tensor,  # (N, H_s)
+    w: Tensor,  # (V_s, H_s)
+    bias: Tensor | None,  # (V_s,)
+    teacher_x: Tensor,  # (N, H_t)
+    teacher_w: Tensor,  # (V_t, H_t)
+    teacher_bias: Tensor | None,  # (V_t,)
+    token_weights: Tensor | None,  # (N,)
+    labels: Tensor | None,  # (N,)
+    upstream: Tensor | None,  # dLoss: None in the forward; () or (N,) where a backward runs the loop again
+    need_x: bool,
+    need_w: bool,
+    need_bias: bool,
+    autocast: torch.dtype | None,
+    kind: str,
+    beta: float,
+    reduction: str,
+    vocab: int,
+    scale: float,
+    softcap: float | None,
+    teacher_scale: float,
+    teacher_softcap: float | None,
+    temperature: float,
+    return_tokens: bool,
+    chunk_bytes: int | None,
+    compact: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The loss, six per-token outputs, and dX, dW, db; what was not asked for has no elements.
+
+    For reduction="none" the gradients come only with `upstream`, because those of single rows are known then.
     """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,  # (N, H_s)
-        w: Tensor,  # (V_s, H_s)
-        bias: Tensor | None,  # (V_s,)
-        teacher_x: Tensor,  # (N, H_t)
-        teacher_w: Tensor,  # (V_t, H_t)
-        teacher_bias: Tensor | None,  # (V_t,)
-        token_weights: Tensor | None,  # (N,)
-        labels: Tensor | None,  # (N,)
-        options: Options,
-        autocast: torch.dtype | None,
-    ) -> tuple[Tensor | None, ...]:
-        inputs = Inputs(x, w, bias, teacher_x, teacher_w, teacher_bias, labels)
-        needs = ctx.needs_input_grad
-        ctx.grads = Grads(needs[0], needs[1], needs[2] and bias is not None)
-        ctx.options, ctx.autocast = options, autocast
-        ctx.keep = live_rows(token_weights)
-        ctx.save_for_backward(x, w, bias, teacher_x, teacher_w, teacher_bias, token_weights)
-        now = ctx.grads if options.reduction != "none" else Grads()
-        weights, uniform = scale_rows(token_weights, options.reduction, x.shape[0])
-        result = run_linear(inputs, options, now, weights, uniform, ctx.keep, autocast)
-        ctx.made = result if now else None
-        tokens = token_tuple(result.tokens)
-        ctx.mark_non_differentiable(*(t for t in tokens if t is not None))
-        return finish(result.divergence, token_weights, options.reduction), *tokens
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError("linear_divergence has no double backward: call backward without create_graph=True")
-        made, ctx.made = ctx.made, None
-        x, w, bias = ctx.saved_tensors[:3]
-        if made is not None:
-            grads = [g if g is None else g.mul_(grad) for g in (made.dx, made.dw, made.dbias)]
-        else:
-            again = _recompute(ctx, grad)
-            grads = [again.dx, again.dw, again.dbias]
-        dtypes = (x.dtype, w.dtype, None if bias is None else bias.dtype)
-        dx, dw, dbias = (g if g is None else g.to(dtype) for g, dtype in zip(grads, dtypes, strict=True))
-        return dx, dw, dbias, *[None] * 7
+    options = Options.from_flat(
+        kind, beta, reduction, vocab, scale, softcap, teacher_scale, teacher_softcap, temperature,
+        return_tokens, chunk_bytes, compact, impl,
+    )  # fmt: skip
+    inputs = Inputs(x, w, bias, teacher_x, teacher_w, teacher_bias, labels if return_tokens else None)
+    rows = x.shape[0]
+    keep = live_rows(token_weights) if compact else None
+    weights, uniform = scale_rows(token_weights, options.reduction, rows)
+    grads = Grads(need_x, need_w, need_bias)
+    if upstream is not None:
+        weights, uniform = upstream.expand(rows) * (uniform if weights is None else weights), 1.0
+    elif reduction == "none":
+        grads = Grads()
+    result = _run(impl)(inputs, options, grads, weights, uniform, keep, autocast)
+    loss = finish(result.divergence, token_weights, options.reduction)
+    made = (result.dx, result.dw, result.dbias)
+    return (loss, *token_tuple(result.tokens, x), *(x.new_empty(0) if g is None else g for g in made))  # type: ignore[return-value]
 
 
-def _recompute(ctx: Any, grad: Tensor) -> Result:
-    """The loop with the upstream gradient in the row weights: grad is () or, for "none", (N,)."""
-    *tensors, token_weights = ctx.saved_tensors
-    x, w, bias, teacher_x, teacher_w, teacher_bias = tensors
-    inputs = Inputs(x, w, bias, teacher_x, teacher_w, teacher_bias, labels=None)
-    weights, uniform = scale_rows(token_weights, ctx.options.reduction, tensors[0].shape[0])
-    rows = grad.expand(tensors[0].shape[0]) * (uniform if weights is None else weights)
-    return run_linear(inputs, ctx.options.without_tokens(), ctx.grads, rows, 1.0, ctx.keep, ctx.autocast)
+@_op.register_fake
+def _fake(
+    x: Tensor, w: Tensor, bias: Tensor | None, teacher_x: Tensor, teacher_w: Tensor, teacher_bias: Tensor | None,
+    token_weights: Tensor | None, labels: Tensor | None, upstream: Tensor | None,
+    need_x: bool, need_w: bool, need_bias: bool, autocast: torch.dtype | None, kind: str, beta: float,
+    reduction: str, *rest: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    return_tokens = rest[-4]
+    inputs = Inputs(x, w, bias, teacher_x, teacher_w, teacher_bias, labels)
+    made = upstream is not None or reduction != "none"
+    loss = x.new_empty((x.shape[0],) if reduction == "none" else (), dtype=inputs.dtype)
+
+    def grad(like: Tensor | None, wanted: bool, dtype: torch.dtype) -> Tensor:
+        return x.new_empty(0) if like is None or not (wanted and made) else x.new_empty(like.shape, dtype=dtype)
+
+    return (
+        loss,
+        *fake_tokens(x, inputs.dtype, return_tokens, labels is not None),
+        grad(x, need_x, dx_dtype(x, inputs.dtype)),
+        grad(w, need_w, inputs.dtype),
+        grad(bias, need_bias, inputs.dtype),
+    )
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    tensors, ctx.plain = inputs[:8], inputs[9:]
+    ctx.set_materialize_grads(False)  # zeros for the nine outputs without a gradient would be as large as they are
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*tensors, *output[7:])
+    ctx.spent = False
+
+
+def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    """Scale and hand over what the forward made, once.
+
+    reduction="none" and a second backward (retain_graph=True) run the loop again: rows' upstream gradients
+    were not known before, and the buffers belong to the caller now.
+    """
+    refuse_double_backward("linear_divergence")
+    nothing = (None,) * (9 + len(ctx.plain))
+    if grad is None:  # an undefined gradient: nothing depends on the loss
+        return nothing
+    saved = ctx.saved_tensors  # once: under checkpointing every access would compute again
+    tensors, made = saved[:8], saved[8:]
+    reduction = ctx.plain[6]
+    if reduction == "none" or ctx.spent:
+        made = _op(*tensors, grad, *ctx.plain)[7:]
+    else:
+        ctx.spent = True
+        made = tuple(scale_grad(g, grad) for g in made)
+    wanted = ctx.plain[:3]
+    grads = [g.to(like.dtype) if want else None for g, like, want in zip(made, tensors, wanted, strict=False)]
+    return *grads, *nothing[3:]
+
+
+_op.register_autograd(_backward, setup_context=_setup)
 
 
 def linear_divergence(
@@ -111,6 +167,7 @@ def linear_divergence(
     vocab_size: int | None = None,
     return_tokens: bool = False,
     chunk_bytes: int | None = None,
+    compact: bool = True,
     impl: Impl | None = None,
 ) -> Any:
     """Divergence between the student's and the teacher's next-token distributions, from hidden states.
@@ -131,17 +188,19 @@ def linear_divergence(
         temperature: divides both sides' logits, above 0.
         softcap, teacher_softcap: tanh cap of the logits, None for none; "same" is the student's.
         scale, teacher_scale: factor of the raw logits, above 0; "same" is the student's.
-        token_weights: (N,) floating, None for ones. Rows of weight zero are gathered away before any GEMM,
-            and finding them makes the host wait for this tensor (nothing else in here does).
+        token_weights: (N,) floating, None for ones. Rows of weight zero count nothing, whatever they hold.
         labels: (N,) int64, the sampled tokens, read for return_tokens only. Values are not checked
-            beforehand: the gather refuses one outside the vocabulary.
+            beforehand: one outside the vocabulary is refused by the gather (torch) or reads as NaN (triton).
         reduction: "mean" Σ w_n D_n / Σ w_n (0 if no row has weight), "sum" Σ w_n D_n, or "none", the (N,)
             values w_n D_n. "none" runs the loop a second time in the backward.
         vocab_size: compare the first vocab_size rows of both heads; None is min(V_s, V_t).
         return_tokens: also return TokenStats.
-        chunk_bytes: workspace for logits, upcast weights and scratch; the tokens per chunk are the largest
-            power of two that fits (at least one). None is 256 MiB.
-        impl: "torch", or None to choose; "triton" is not there yet.
+        chunk_bytes: workspace for logits, upcast weights and scratch; as many tokens go into a chunk as fit (at
+            least one). None is 256 MiB, on a GPU of less than 16 GiB a 64th of its memory.
+        compact: gather rows of weight zero away before any GEMM. Finding them makes the host wait for
+            token_weights, and nothing else in here makes it wait; False computes them for nothing instead.
+        impl: "triton" (GPU), "torch" (anywhere), or None: Triton on a GPU, else torch. "triton_no_logits" is
+            a candidate that keeps no logits at all; it is slower where it was not measured: see docs/kernels.md.
 
     Returns:
         The loss, () or (N,) for "none", fp32 (fp64 if an input is fp64); with return_tokens also TokenStats.
@@ -150,11 +209,11 @@ def linear_divergence(
 
     Raises:
         ValueError: an argument is out of its range or does not fit the others; the message names it.
-        NotImplementedError: impl="triton".
+        RuntimeError: an explicit impl cannot run here; or a double backward.
     """
-    check_impl(impl)
     _check_tensors(x, w, teacher_x, teacher_w, bias, teacher_bias)
     check_tokens(token_weights, labels, x.shape[0], ("x", x))
+    dtype = compute_dtype(x, w, teacher_x, teacher_w)
     options = make_options(
         divergence=divergence,
         beta=beta,
@@ -167,13 +226,17 @@ def linear_divergence(
         teacher_softcap=teacher_softcap,
         scale=scale,
         teacher_scale=teacher_scale,
+        compact=compact,
+        impl=choose_impl(impl, dtype, x.device),
     )
     kind = x.device.type
-    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    loss, *tokens = _LinearDivergence.apply(
-        x, w, bias, teacher_x, teacher_w, teacher_bias, token_weights, labels, options, autocast
-    )
-    return (loss, TokenStats(*tokens)) if return_tokens else loss
+    autocast = torch.is_autocast_enabled(kind) and dtype != torch.float64
+    needs = (v is not None and v.requires_grad and torch.is_grad_enabled() for v in (x, w, bias))
+    loss, *rest = _op(
+        x, w, bias, teacher_x, teacher_w, teacher_bias, token_weights, labels, None,
+        *needs, torch.get_autocast_dtype(kind) if autocast else None, *options.flat(),
+    )  # fmt: skip
+    return (loss, token_stats(rest[:6], labels is not None)) if return_tokens else loss
 
 
 def _check_tensors(

@@ -30,6 +30,44 @@ def finish(divergence: Tensor, token_weights: Tensor | None, reduction: Reductio
     return values if reduction == "none" else values.sum()
 
 
-def token_tuple(tokens: TokenStats | None) -> tuple[Tensor | None, ...]:
-    """The outputs as a flat tuple for an autograd.Function; the divergence is a copy that stays detached."""
-    return () if tokens is None else tuple(tokens)
+def token_tuple(tokens: TokenStats | None, like: Tensor) -> tuple[Tensor, ...]:
+    """The six outputs as an operator returns them: no elements where there is nothing."""
+    values = [None] * 6 if tokens is None else tokens
+    return tuple(like.new_empty(0) if v is None else v for v in values)
+
+
+def fake_tokens(x: Tensor, dtype: torch.dtype, wanted: bool, labels: bool) -> tuple[Tensor, ...]:
+    """token_tuple's shapes and dtypes, for tracing."""
+    there = (wanted, wanted, wanted, wanted and labels, wanted and labels, wanted)
+    kinds = (dtype,) * 5 + (torch.bool,)
+    return tuple(
+        x.new_empty(x.shape[0], dtype=kind) if here else x.new_empty(0) for here, kind in zip(there, kinds, strict=True)
+    )
+
+
+def token_stats(values: list[Tensor], labels: bool) -> TokenStats:
+    """The inverse of token_tuple, for outputs that were asked for."""
+    divergence, s_entropy, t_entropy, s_logprob, t_logprob, agree = values
+    return TokenStats(
+        divergence, s_entropy, t_entropy, s_logprob if labels else None, t_logprob if labels else None, agree
+    )
+
+
+def scale_grad(made: Tensor, factor: Tensor) -> Tensor:
+    """made·factor, in made's own memory and without the host looking at the factor on a GPU.
+
+    Almost always the factor is 1 and there is nothing to do. Written through .data, so that autograd's
+    check for overwritten tensors does not stop a second backward, which does not read them.
+    """
+    if type(made) is not Tensor:  # torch.compile is tracing
+        return made * factor
+    if made.numel() == 0:
+        return made
+    if made.device.type == "cpu":
+        return made if factor.item() == 1.0 else made.data.mul_(factor)
+    return made.data.mul_(factor)
+
+
+def refuse_double_backward(name: str) -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"{name} has no double backward: call backward without create_graph=True")
