@@ -1,0 +1,206 @@
+"""The problems: shapes of real models, their tensors, the float64 truth, and the floors no loss can beat."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from sdft_kernels.reference import linear_divergence_reference
+from torch import Tensor
+
+from .peers import VARIANTS, Loss
+
+HEADS = {  # (vocabulary, hidden size), padded as the model's own lm_head is
+    "SmolLM2-135M": (49152, 576),
+    "Qwen2.5-0.5B": (151936, 896),
+    "Qwen2.5-7B": (152064, 3584),
+    "Llama-3.1-8B": (128256, 4096),
+    "Gemma-3-1B": (262144, 1152),
+    "small": (8192, 256),
+    "tiny": (512, 32),
+}
+# Largest relative error of dX and dW, teacher near student; what returning them in that dtype costs is 0.002 of bf16.
+BARS = {"float32": 1e-3, "bfloat16": 5e-3}
+LOSS_BAR = 1e-2
+CHECKED_ROWS = {"cpu": 64, "cuda": 4096}  # judged in float64
+TRUTH_ROWS = 256  # at a time: a dense float64 loss holds about 25 (rows, V) tensors
+FLOOR_ROWS = 8192  # at a time: large enough for a GEMM, small enough to leave the device's memory to the variants
+
+EAGER = tuple(v.name for v in VARIANTS if not v.compiled)
+QUICK = ("sdft_kernels torch", "dense", "Liger chunked")  # at the CPU's full size the others take minutes
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row block of the table: a shape, a dtype, a divergence."""
+
+    model: str
+    tokens: int
+    dtype: str = "bfloat16"
+    divergence: str = "reverse_kl"
+    frozen: bool = False  # no gradient for the head
+    variants: tuple[str, ...] | None = None  # their names, or None for all
+
+    def label(self) -> dict[str, str | int]:
+        vocab, hidden = HEADS[self.model]
+        return {
+            "model": self.model,
+            "V": vocab,
+            "H": hidden,
+            "N": self.tokens,
+            "dtype": self.dtype,
+            "divergence": self.divergence,
+            "head": "frozen" if self.frozen else "trained",
+        }
+
+    def __str__(self) -> str:
+        return " ".join(str(v) for k, v in self.label().items() if k not in "VH")
+
+
+BIG = ("Qwen2.5-7B", "SmolLM2-135M", "Llama-3.1-8B", "Gemma-3-1B", "Qwen2.5-0.5B")
+GPU_CASES = (  # the most important first: the time budget cuts off the end
+    *(Case(model, 4096) for model in BIG),
+    *(Case("Qwen2.5-7B", n) for n in (1024, 16384, 32768)),
+    *(Case(model, 4096, frozen=True, variants=EAGER) for model in BIG),
+    *(Case(model, 4096, "float32", variants=EAGER) for model in ("SmolLM2-135M", "Qwen2.5-0.5B")),
+    *(Case("SmolLM2-135M", 4096, divergence=d, variants=EAGER) for d in ("forward_kl", "jsd")),
+    *(Case("Qwen2.5-7B", 4096, divergence=d, variants=EAGER) for d in ("forward_kl", "jsd")),
+    *(Case(model, n, variants=EAGER) for model in BIG[1:] for n in (1024, 16384, 32768)),
+    Case("SmolLM2-135M", 4096, "float32", frozen=True, variants=EAGER),
+    Case("Llama-3.1-8B", 1024, "float32", variants=EAGER),
+)
+SWEEP_CASES = (Case("Qwen2.5-7B", 4096), Case("SmolLM2-135M", 16384), Case("Gemma-3-1B", 4096))
+CPU_CASES = (
+    Case("SmolLM2-135M", 2048, "float32", variants=QUICK),
+    Case("SmolLM2-135M", 2048, "float32", "forward_kl", variants=QUICK[:1]),
+    Case("SmolLM2-135M", 2048, "float32", "jsd", variants=QUICK[:1]),
+    Case("SmolLM2-135M", 2048, "bfloat16", variants=QUICK),
+    Case("small", 512, "float32"),
+    Case("small", 512, "float32", frozen=True, variants=EAGER),
+    Case("small", 512, "float32", "forward_kl", variants=EAGER),
+    Case("small", 512, "bfloat16", variants=EAGER),
+)
+TINY_CASES = (
+    Case("tiny", 32, "float32", variants=EAGER),
+    Case("tiny", 64, "float32", variants=EAGER),
+    Case("tiny", 32, "bfloat16", frozen=True, variants=EAGER),
+    Case("tiny", 32, "float32", "forward_kl", variants=EAGER),
+    Case("tiny", 32, "float32", "jsd", variants=EAGER),
+)
+
+
+@dataclass
+class Problem:
+    """The tensors of a case: peaked logits (σ = 4), a teacher near the student, separate heads."""
+
+    x: Tensor
+    w: Tensor
+    teacher_x: Tensor
+    teacher_w: Tensor
+
+    @classmethod
+    def make(cls, case: Case, device: str) -> "Problem":
+        vocab, hidden = HEADS[case.model]
+        gen = torch.Generator(device).manual_seed(0)
+        dtype = getattr(torch, case.dtype)
+
+        def normal(rows: int) -> Tensor:
+            return torch.randn(rows, hidden, generator=gen, device=device)
+
+        x, w = normal(case.tokens), (normal(vocab) * 4 / hidden**0.5).to(dtype)
+        teacher_x = x + 0.05 * normal(case.tokens)
+        w, teacher_w = w.requires_grad_(not case.frozen), w.detach().clone()
+        return cls(x.to(dtype).requires_grad_(), w, teacher_x.to(dtype), teacher_w)
+
+    def first(self, rows: int) -> "Problem":
+        """The problem of its first rows."""
+        return Problem(self.x.detach()[:rows].clone().requires_grad_(), self.w, self.teacher_x[:rows], self.teacher_w)
+
+    def clear(self) -> None:
+        self.x.grad = self.w.grad = None
+
+    def step(self, loss: Loss) -> Tensor:
+        """Forward and backward from cleared gradients."""
+        self.clear()
+        value = loss(self.x, self.w, self.teacher_x, self.teacher_w)
+        value.backward()
+        return value.detach()
+
+    def returned_bytes(self) -> int:
+        """What every variant must return: dX, and dW, which anyone careful accumulates in fp32."""
+        return self.x.nbytes + self.w.requires_grad * self.w.numel() * 4
+
+
+@dataclass
+class Truth:
+    """The mean divergence of a problem and its gradients in float64."""
+
+    value: float
+    dx: Tensor
+    dw: Tensor | None
+
+    @classmethod
+    def of(cls, problem: Problem, divergence: str) -> "Truth":
+        x, teacher_x = problem.x.detach().double(), problem.teacher_x.double()
+        w = problem.w.detach().double().requires_grad_(problem.w.requires_grad)
+        teacher_w = problem.teacher_w.double()
+        x.requires_grad_()
+        value = 0.0
+        for rows, teacher_rows in zip(x.split(TRUTH_ROWS), teacher_x.split(TRUTH_ROWS), strict=True):
+            part = linear_divergence_reference(
+                rows, w, teacher_rows, teacher_w, divergence=divergence, reduction="sum"
+            ) / len(x)
+            part.backward()
+            value += part.item()
+        assert x.grad is not None
+        return cls(value, x.grad, w.grad)
+
+    def errors(self, problem: Problem, loss: Loss) -> dict[str, float]:
+        """Relative errors of a loss and its gradients."""
+        value = problem.step(loss).item()
+        errors = {"D error": abs(value - self.value) / abs(self.value), "dX error": relative(problem.x.grad, self.dx)}
+        if self.dw is not None:
+            errors["dW error"] = relative(problem.w.grad, self.dw)
+        problem.clear()
+        return errors
+
+
+def relative(got: Tensor | None, want: Tensor) -> float:
+    """‖got − want‖ / ‖want‖, some rows at a time."""
+    assert got is not None
+    pairs = zip(got.split(TRUTH_ROWS * 16), want.split(TRUTH_ROWS * 16), strict=True)
+    return (sum((g.double() - w).square().sum() for g, w in pairs).sqrt() / want.norm()).item()
+
+
+def is_exact(errors: dict[str, float], dtype: str) -> bool:
+    """NaN is not."""
+    return all(error <= (LOSS_BAR if key == "D error" else BARS[dtype]) for key, error in errors.items())
+
+
+def bare_gemms(problem: Problem) -> Callable[[], None]:
+    """Two logits, dX and, unless the head is frozen, dW, as anyone writes them, outputs and all."""
+    x, w, frozen = problem.x.detach(), problem.w.detach(), not problem.w.requires_grad
+
+    def run() -> None:
+        for rows, teacher_rows in zip(x.split(FLOOR_ROWS), problem.teacher_x.split(FLOOR_ROWS), strict=True):
+            s, _ = rows @ w.t(), teacher_rows @ problem.teacher_w.t()
+            _ = s @ w, None if frozen else s.t() @ rows
+
+    return run
+
+
+def strict_gemms(problem: Problem) -> Callable[[], None]:
+    """The same GEMMs into buffers that exist already: no page of memory is touched for the first time."""
+    x, w, frozen = problem.x.detach(), problem.w.detach(), not problem.w.requires_grad
+    z = torch.zeros(min(len(x), FLOOR_ROWS), len(w), dtype=x.dtype, device=x.device)
+    dx, dw = torch.zeros_like(x[: len(z)]), None if frozen else torch.zeros_like(w)
+
+    def run() -> None:
+        for rows, teacher_rows in zip(x.split(FLOOR_ROWS), problem.teacher_x.split(FLOOR_ROWS), strict=True):
+            n = len(rows)
+            torch.mm(rows, w.t(), out=z[:n])
+            torch.mm(teacher_rows, problem.teacher_w.t(), out=z[:n])
+            torch.mm(z[:n], w, out=dx[:n])
+            if dw is not None:
+                torch.mm(z[:n].t(), rows, out=dw)
+
+    return run

@@ -1,0 +1,93 @@
+"""The whole benchmark in one command: `python -m bench.gpu` (`make bench-gpu`), under 8 minutes on one GPU.
+
+Results are written after every case, so that a kill or a broken CUDA context loses none that is finished.
+--sweep times our own loss over chunk_bytes instead. --device cpu runs tiny shapes in seconds, to test all this.
+"""
+
+import argparse
+import re
+import shlex
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+from .cases import GPU_CASES, SWEEP_CASES, TINY_CASES, Case
+from .measure import Cpu, Cuda, DeviceLostError, Row, applies, run_case
+from .peers import VARIANTS, Variant, ours
+from .report import RESULTS, describe, stem_of, summary, write
+
+MIB = 2**20
+SWEEP_MIB = (64, 128, 256, 512, 1024, 2048)
+
+
+def sweep_variants(device: Cpu | Cuda) -> list[Variant]:
+    """Ours at every chunk size, in each implementation meant for the device."""
+    impls = ("triton", "triton_no_logits") if device.name == "cuda" else ("torch",)
+    return [
+        Variant(f"sdft_kernels {impl}, {mib} MiB", partial(ours, impl=impl, chunk_bytes=mib * MIB))
+        for impl in impls
+        for mib in SWEEP_MIB
+    ]
+
+
+def measure(
+    cases: list[Case], device: Cpu | Cuda, variants: list[Variant], path: Path, meta: dict, budget: float
+) -> list[Row]:
+    """Run the cases in order until `budget` seconds are over; the rest become rows that say so."""
+    rows: list[Row] = []
+    start = time.monotonic()
+    stopped = ""
+    for case in cases:
+        began = time.monotonic()
+        if not stopped and began - start > budget:
+            stopped = "skipped: time budget"
+        if stopped:
+            wanted = [v for v in variants if applies(v, case, device)]
+            rows += [case.label() | {"variant": v.name, "note": stopped} for v in wanted]
+            continue
+        try:
+            run_case(case, device, rows, start + budget, variants)
+        except DeviceLostError as lost:
+            stopped = f"skipped: the device failed in {lost}"
+            for row in rows:
+                if "ms" not in row and "note" not in row:
+                    row["note"] = stopped
+        except Exception as error:  # the problem or its truth did not fit, say
+            rows.append(case.label() | {"variant": "the case itself", "note": f"raises {error!r}"[:200]})
+        print(f"{time.monotonic() - began:6.1f} s  {case}", flush=True)
+        write(path, meta, rows)
+    write(path, meta, rows, pictures=True)
+    return rows
+
+
+def main(arguments: list[str] | None = None) -> list[Row]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--budget", type=float, default=420.0, help="seconds after which no variant is begun")
+    parser.add_argument("--sweep", action="store_true", help="ours over chunk_bytes, into NAME-sweep.json")
+    parser.add_argument("--cases", default="", metavar="REGEX", help='as printed: "SmolLM2.* 4096 bfloat16"')
+    parser.add_argument("--variants", default="", metavar="REGEX", help='for example "sdft_kernels|Liger"')
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER")
+    args = parser.parse_args(arguments)
+
+    device = Cpu() if args.device == "cpu" else Cuda()
+    cases = TINY_CASES if args.device == "cpu" else SWEEP_CASES if args.sweep else GPU_CASES
+    variants = sweep_variants(device) if args.sweep else list(VARIANTS)
+    given = sys.argv[1:] if arguments is None else arguments
+    meta = describe(shlex.join(["python", "-m", "bench.gpu", *given]))
+    name = stem_of(meta) + "-tiny" * (args.device == "cpu") + "-sweep" * args.sweep
+    rows = measure(
+        [case for case in cases if re.search(args.cases, str(case))],
+        device,
+        [variant for variant in variants if re.search(args.variants, variant.name)],
+        args.results / name,
+        meta,
+        args.budget,
+    )
+    print(summary(rows))
+    return rows
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,231 @@
+"""One case measured: values first, then memory, then times, the variants interleaved round by round.
+
+What one variant cannot do becomes the note of its row and never ends the run; only a device that no longer
+answers does (DeviceLostError).
+"""
+
+import contextlib
+import ctypes
+import gc
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .cases import BARS, CHECKED_ROWS, Case, Problem, Truth, bare_gemms, is_exact, strict_gemms
+from .peers import VARIANTS, Loss, Variant
+
+ROUNDS, LEAST_ROUNDS = 20, 5
+SLOW_MS = 150.0  # a variant above this gets fewer rounds, in proportion
+GB = 1e9
+
+Row = dict[str, Any]
+Run = Callable[[], Any]
+
+
+class DeviceLostError(RuntimeError):
+    """A kernel broke the CUDA context: nothing more can run in this process."""
+
+
+class Cpu:
+    """Wall-clock time, and memory as the growth of the process's peak resident set (Linux)."""
+
+    name = "cpu"
+
+    def milliseconds(self, run: Run) -> float:
+        start = time.perf_counter()
+        run()
+        return (time.perf_counter() - start) * 1e3
+
+    def finish(self) -> None:
+        """Nothing runs behind our back."""
+
+    def extra_bytes(self, run: Run) -> int | None:
+        if platform.system() != "Linux":
+            run()
+            return None
+        gc.collect()
+        with contextlib.suppress(AttributeError):  # musl has no malloc_trim
+            ctypes.CDLL(None).malloc_trim(0)  # what the allocator kept would hide growth
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+        before = proc_bytes("self/status", "VmRSS")
+        run()
+        return proc_bytes("self/status", "VmHWM") - before
+
+    def free_bytes(self) -> float:
+        return proc_bytes("meminfo", "MemAvailable") if platform.system() == "Linux" else float("inf")
+
+
+class Cuda:
+    """CUDA events around each call; memory from the caching allocator.
+
+    Before each call a buffer much larger than the L2 cache is overwritten: nothing of the inputs is left in the
+    cache, and the host has some tenths of a millisecond to queue the call's kernels.
+    """
+
+    name = "cuda"
+
+    def __init__(self) -> None:
+        l2 = torch.cuda.get_device_properties(0).L2_cache_size
+        self.flush = torch.empty(8 * max(l2, 64 * 2**20), dtype=torch.int8, device="cuda")
+
+    def milliseconds(self, run: Run) -> float:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        self.flush.zero_()
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+
+    def finish(self) -> None:
+        torch.cuda.synchronize()
+
+    def extra_bytes(self, run: Run) -> int | None:
+        gc.collect()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+
+    def free_bytes(self) -> float:
+        gc.collect()
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info()[0]
+
+
+def proc_bytes(file: str, field: str) -> int:
+    """A field of a file below /proc whose lines read `Field:  123 kB`."""
+    for line in Path("/proc", file).read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise KeyError(field)
+
+
+def run_case(
+    case: Case,
+    device: Cpu | Cuda,
+    rows: list[Row],
+    deadline: float = float("inf"),
+    variants: Iterable[Variant] = VARIANTS,
+) -> None:
+    """Append a row for each floor and variant; past the deadline (time.monotonic) variants are skipped."""
+    torch._dynamo.reset()  # a case must not run uncompiled because earlier ones filled the cache
+    wanted = [v for v in variants if applies(v, case, device)]
+    mine = {v.name: case.label() | {"variant": v.name} for v in wanted}
+    problem = Problem.make(case, device.name)
+    floors = {"bare GEMMs": bare_gemms(problem), "bare GEMMs, no allocation": strict_gemms(problem)}
+    floor_rows = {name: case.label() | {"variant": name} for name in floors}
+    rows.extend([*floor_rows.values(), *mine.values()])
+    losses = checked(case, device, problem, wanted, mine, deadline)
+    runs: dict[str, Run] = {}
+    for name, floor in floors.items():
+        with noted(floor_rows[name], device):
+            floor()
+            runs[name] = floor
+    for variant in wanted:
+        if variant.name not in losses:
+            continue
+        row, loss = mine[variant.name], losses[variant.name]
+        need = variant.planes * case.label()["N"] * case.label()["V"] * problem.x.itemsize
+        if need > device.free_bytes():
+            row["note"] = out_of_memory(need)
+            continue
+
+        def run(loss: Loss = loss) -> None:
+            problem.step(loss)
+
+        with noted(row, device, need):
+            run()  # compiles and tunes
+            problem.clear()
+            extra = device.extra_bytes(run)
+            row["extra MB"] = None if extra is None else max(0, extra - problem.returned_bytes()) / 1e6
+            runs[variant.name] = run
+        problem.clear()
+    interleaved(runs, floor_rows | mine, device)
+    problem.clear()
+    for key, floor_row in zip(("of the floor", "of the strict floor"), floor_rows.values(), strict=True):
+        for row in mine.values():
+            if "ms" in row and "ms" in floor_row:
+                row[key] = floor_row["ms"] / row["ms"]
+
+
+def applies(variant: Variant, case: Case, device: Cpu | Cuda) -> bool:
+    """Whether the variant knows this divergence and this device, and the case asks for it."""
+    asked = case.variants is None or variant.name in case.variants or variant.name.startswith("sdft_kernels")
+    return asked and case.divergence in variant.divergences and device.name in variant.devices
+
+
+def checked(
+    case: Case, device: Cpu | Cuda, problem: Problem, variants: list[Variant], rows: dict[str, Row], deadline: float
+) -> dict[str, Loss]:
+    """Write every variant's errors against float64 into its row; the losses of those that ran."""
+    small = problem.first(CHECKED_ROWS[device.name])
+    truth = Truth.of(small, case.divergence)
+    losses = {}
+    for variant in variants:
+        row = rows[variant.name]
+        if time.monotonic() > deadline:
+            row["note"] = "skipped: time budget"
+            continue
+        with noted(row, device):
+            loss = variant.make(case.divergence)
+            errors = truth.errors(small, loss)
+            row |= errors
+            if not is_exact(errors, case.dtype):
+                row["note"] = f"inexact: an error is above {BARS[case.dtype]}"
+            losses[variant.name] = loss
+        small.clear()
+    return losses
+
+
+def interleaved(runs: dict[str, Run], rows: dict[str, Row], device: Cpu | Cuda) -> None:
+    """Median and 10th to 90th percentile of each in milliseconds, one after another in every round."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    rounds = {}
+    for name, run in runs.items():
+        with noted(rows[name], device):
+            rounds[name] = max(LEAST_ROUNDS, min(ROUNDS, int(ROUNDS * SLOW_MS / max(device.milliseconds(run), 1.0))))
+    for done in range(ROUNDS):
+        for name in [name for name, count in rounds.items() if done < count]:
+            with noted(rows[name], device):
+                times[name].append(device.milliseconds(runs[name]))
+                continue
+            del rounds[name]
+    for name, count in rounds.items():
+        tenths = statistics.quantiles(times[name], n=10, method="inclusive")
+        rows[name] |= {"ms": statistics.median(times[name]), "p10": tenths[0], "p90": tenths[-1], "rounds": count}
+
+
+@contextlib.contextmanager
+def noted(row: Row, device: Cpu | Cuda, need: float = 0.0) -> Any:
+    """Turn what the body raises into the row's note, and find out whether the device survived it."""
+    try:
+        yield
+        device.finish()
+        return
+    except Exception as error:
+        row["note"] = reason(error, need)
+    try:
+        device.finish()
+    except RuntimeError as error:
+        raise DeviceLostError(row["variant"]) from error
+
+
+def reason(error: Exception, need: float) -> str:
+    """An exception as a table's cell."""
+    first = " ".join(str(error).split()).replace("|", "/")[:160]
+    if isinstance(error, ImportError):
+        return f"missing: {first}"
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in first:
+        return out_of_memory(need)
+    return f"raises {type(error).__name__}: {first}"
+
+
+def out_of_memory(need: float) -> str:
+    return f"out of memory (needs about {need / GB:.1f} GB)" if need else "out of memory"

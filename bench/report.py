@@ -1,0 +1,213 @@
+"""What was measured, written down: JSON, a Markdown table, two pictures, and a summary for a terminal.
+
+`python -m bench.report bench/results/NAME.json` writes the table and the pictures of a JSON file again.
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter, defaultdict
+from datetime import date
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .measure import Row
+
+RESULTS = Path(__file__).parent / "results"
+LABELS = ("model", "V", "H", "N", "dtype", "divergence", "head")
+COLUMNS = {  # key of a row: (heading, format)
+    "ms": ("ms", ".3g"),
+    "spread": ("p10 to p90", ""),
+    "rounds": ("rounds", "d"),
+    "of the floor": ("of the bare GEMMs", ".0%"),
+    "of the strict floor": ("without allocation", ".0%"),
+    "extra MB": ("extra MB", ".0f"),
+    "D error": ("D error", ".0e"),
+    "dX error": ("dX error", ".0e"),
+    "dW error": ("dW error", ".0e"),
+}
+PACKAGES = ("triton", "transformers", "liger-kernel", "trl", "fla-core")
+SUMMARY_CHARACTERS = 11_000
+# Okabe and Ito's colours, told apart by colour-blind readers; the markers tell apart what shares a colour.
+COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+MARKERS = "osD^vPX<>*hp"
+
+
+def device_name() -> str:
+    """The GPU's, or the processor's."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    cpuinfo = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+def output_of(*command: str) -> str:
+    """The first line a program prints, or "" where it is missing or fails."""
+    try:
+        done = subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True)
+    except OSError:
+        return ""
+    return done.stdout.partition("\n")[0].strip() if done.returncode == 0 else ""
+
+
+def describe(command: str) -> dict[str, Any]:
+    """Where and with what the rows are measured. COMMIT names the commit where the checkout has no git."""
+    meta: dict[str, Any] = {
+        "device": device_name(),
+        "commit": os.environ.get("COMMIT") or output_of("git", "rev-parse", "--short", "HEAD") or "unknown",
+        "date": date.today().isoformat(),
+        "command": command,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+    for name in PACKAGES:
+        try:
+            meta[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            meta[name] = "missing"
+    if torch.cuda.is_available():
+        meta["driver"] = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    else:
+        meta["threads"] = torch.get_num_threads()
+        meta["load average"] = f"{os.getloadavg()[0]:.1f}"
+    return meta
+
+
+def stem_of(meta: dict[str, Any]) -> str:
+    """The name of a device's result files."""
+    if "threads" in meta:
+        return f"cpu-{platform.machine()}-{meta['threads']}threads"
+    return re.sub(r"[^a-z0-9]+", "-", meta["device"].lower()).strip("-")
+
+
+def write(path: Path, meta: dict[str, Any], rows: list[Row], pictures: bool = False) -> None:
+    """path.json and path.md, with pictures also path-memory.png and path-floor.png; copies in $OUT if that is set."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files = [path.with_suffix(".json"), path.with_suffix(".md")]
+    files[0].write_text(json.dumps(meta | {"rows": rows}, indent=1) + "\n")
+    files[1].write_text(markdown(meta, rows))
+    if pictures:
+        files += draw(path, rows)
+    if out := os.environ.get("OUT"):
+        for file in files:
+            shutil.copy(file, out)
+
+
+def markdown(meta: dict[str, Any], rows: list[Row]) -> str:
+    """A paragraph on the run, then a table for each case."""
+    lines = ["; ".join(f"{k} {v}" for k, v in meta.items()) + ".", ""]
+    lines += [
+        "Forward and backward of one call; median of the rounds, all variants of a case interleaved. Extra MB: the",
+        "peak during the call less what was there before, dX, and dW in fp32. Errors: relative, against float64, on",
+        "peaked logits with the teacher near the student, on the first rows where the case is large.",
+    ]
+    for label, group in by_case(rows):
+        lines += ["", f"**{label}**", "", "| variant | " + " | ".join(h for h, _ in COLUMNS.values()) + " | note |"]
+        lines.append("|---|" + "---:|" * len(COLUMNS) + "---|")
+        for row in group:
+            numbers = [cell(row, key, form) for key, (_, form) in COLUMNS.items()]
+            lines.append("| " + " | ".join([row["variant"], *numbers, row.get("note", "")]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def by_case(rows: list[Row]) -> list[tuple[str, list[Row]]]:
+    """Rows of one case follow each other."""
+    groups = groupby(rows, key=lambda row: [row[k] for k in LABELS])
+    return [("{} ({} × {}), N = {}, {}, {}, head {}".format(*label), list(group)) for label, group in groups]
+
+
+def cell(row: Row, key: str, form: str) -> str:
+    if key == "spread":
+        return f"{row['p10']:.3g} to {row['p90']:.3g}" if "p10" in row else ""
+    return "" if row.get(key) is None else plain(row[key], form)
+
+
+def plain(value: float, form: str) -> str:
+    """Three digits, but 1230 rather than 1.23e+03."""
+    return f"{value:.0f}" if form == ".3g" and value >= 1000 else format(value, form)
+
+
+def summary(rows: list[Row]) -> str:
+    """A line a case: each variant's milliseconds and its share of the floor; ends at SUMMARY_CHARACTERS."""
+    lines = ["ms (bare GEMMs' time / its time); ~ inexact, OOM out of memory, x raises, - missing or skipped"]
+    for label, group in by_case(rows):
+        cells = [f"{row['variant']} {brief(row)}" for row in group if row["variant"] != "bare GEMMs, no allocation"]
+        lines.append(f"{label}: {'; '.join(cells)}")
+    text = "\n".join(lines)
+    return text if len(text) <= SUMMARY_CHARACTERS else text[:SUMMARY_CHARACTERS] + "\n(cut off)"
+
+
+def brief(row: Row) -> str:
+    note = row.get("note", "")
+    if "ms" in row:
+        share = f" {row['of the floor']:.0%}" if "of the floor" in row else ""
+        return plain(row["ms"], ".3g") + share + "~" * note.startswith("inexact")
+    return "OOM" if note.startswith("out of memory") else "x" if note.startswith("raises") else "-"
+
+
+def draw(path: Path, rows: list[Row]) -> list[Path]:
+    """The two pictures, or nothing without matplotlib."""
+    try:
+        import matplotlib
+    except ImportError:
+        return []
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    names = list(dict.fromkeys(row["variant"] for row in rows if not row["variant"].startswith("bare GEMMs")))
+    styles = {n: {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]} for i, n in enumerate(names)}
+    # Both show the commonest kind of case, so that one variable changes along the axis.
+    kind = commonest(rows, ("dtype", "divergence", "head"))
+    model = commonest([row for row in rows if alike(row, kind)], ("model",))
+    tokens = commonest([row for row in rows if alike(row, kind)], ("N",))
+    pictures = []
+    for name, key, fixed, x, label, log in (
+        ("memory", "extra MB", kind | model, "N", "extra memory, MB", True),
+        ("floor", "of the floor", kind | tokens, "model", "time of the bare GEMMs / time", False),
+    ):
+        figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+        points: dict[str, list[tuple[Any, float]]] = defaultdict(list)
+        for row in rows:
+            if alike(row, fixed) and row.get(key):
+                points[row["variant"]].append((row[x], row[key]))
+        for variant, style in styles.items():
+            if points[variant]:
+                axes.plot(*zip(*sorted(points[variant]), strict=True), label=variant, ls="-" if log else "", **style)
+        axes.set(title=", ".join(str(v) for v in fixed.values()), ylabel=label, xlabel="tokens N" if log else "")
+        if log:
+            axes.set_xscale("log", base=2)
+            axes.set_yscale("log")
+        else:
+            axes.set_ylim(0, 1.05)
+        axes.grid(alpha=0.3)
+        figure.legend(loc="outside right upper", fontsize=8, frameon=False)
+        pictures.append(path.with_name(f"{path.name}-{name}.png"))
+        figure.savefig(pictures[-1], dpi=150)
+        plt.close(figure)
+    return pictures
+
+
+def alike(row: Row, fixed: dict[str, Any]) -> bool:
+    return all(row[k] == v for k, v in fixed.items())
+
+
+def commonest(rows: list[Row], keys: tuple[str, ...]) -> dict[str, Any]:
+    """The values of these keys that most cases share; the first of equals."""
+    cases = dict.fromkeys(tuple(row[k] for k in LABELS) for row in rows)
+    counts = Counter(tuple(dict(zip(LABELS, case, strict=True))[k] for k in keys) for case in cases)
+    return dict(zip(keys, counts.most_common(1)[0][0], strict=True))
+
+
+if __name__ == "__main__":
+    source = Path(sys.argv[1])
+    saved = json.loads(source.read_text())
+    write(source.with_suffix(""), {k: v for k, v in saved.items() if k != "rows"}, saved["rows"], pictures=True)
