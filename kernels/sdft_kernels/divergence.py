@@ -119,7 +119,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ..
         made = _op(*tensors, grad, *ctx.plain)[7]
     else:
         ctx.spent = True
-        made = scale_grad(made, grad)
+        made = scale_grad(made, grad, ctx.plain[-1])
     return made, *nothing[1:]
 
 
@@ -139,7 +139,7 @@ class _InPlace(torch.autograd.Function):
         options: Options,
     ) -> tuple[Tensor, ...]:
         into = student.detach() if ctx.needs_input_grad[0] else None
-        ctx.made = into
+        ctx.made, ctx.impl = into, options.impl
         outputs = _loss(student.detach(), teacher, token_weights, labels, None, options, into)
         ctx.mark_non_differentiable(*outputs[1:])
         return outputs
@@ -150,7 +150,7 @@ class _InPlace(torch.autograd.Function):
         made, ctx.made = ctx.made, None
         if made is None:
             raise RuntimeError("inplace=True overwrote the logits, so backward runs once: use inplace=False")
-        return scale_grad(made, grad), None, None, None, None
+        return scale_grad(made, grad, ctx.impl), None, None, None, None
 
 
 def divergence(

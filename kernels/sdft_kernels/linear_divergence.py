@@ -137,7 +137,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ..
         made = _op(*tensors, grad, *ctx.plain)[7:]
     else:
         ctx.spent = True
-        made = tuple(scale_grad(g, grad) for g in made)
+        made = tuple(scale_grad(g, grad, ctx.plain[-1]) for g in made)
     wanted = ctx.plain[:3]
     grads = [g.to(like.dtype) if want else None for g, like, want in zip(made, tensors, wanted, strict=False)]
     return *grads, *nothing[3:]

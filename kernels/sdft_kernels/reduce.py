@@ -53,7 +53,7 @@ def token_stats(values: list[Tensor], labels: bool) -> TokenStats:
     )
 
 
-def scale_grad(made: Tensor, factor: Tensor) -> Tensor:
+def scale_grad(made: Tensor, factor: Tensor, impl: str) -> Tensor:
     """made·factor, in made's own memory and without the host looking at the factor on a GPU.
 
     Almost always the factor is 1 and there is nothing to do. Written through .data, so that autograd's
@@ -63,6 +63,10 @@ def scale_grad(made: Tensor, factor: Tensor) -> Tensor:
         return made * factor
     if made.numel() == 0:
         return made
+    if impl != "torch" and made.is_contiguous():
+        from .row_kernels import scale_
+
+        return scale_(made.data, factor)
     if made.device.type == "cpu":
         return made if factor.item() == 1.0 else made.data.mul_(factor)
     return made.data.mul_(factor)

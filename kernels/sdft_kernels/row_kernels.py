@@ -284,6 +284,25 @@ def row_kernel(
             )  # fmt: skip
 
 
+@triton.jit
+def scale_kernel(x_ptr, factor_ptr, count, BLOCK: tl.constexpr):
+    """x *= factor over `count` entries, read and written only where the factor is not 1."""
+    factor = tl.load(factor_ptr).to(tl.float32)
+    if factor != 1.0:
+        first = tl.program_id(0).to(tl.int64) * BLOCK
+        for start in range(first, count, tl.num_programs(0).to(tl.int64) * BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            x = tl.load(x_ptr + at, mask=at < count).to(tl.float32)
+            tl.store(x_ptr + at, (x * factor).to(x_ptr.dtype.element_ty), mask=at < count)
+
+
+def scale_(x: Tensor, factor: Tensor) -> Tensor:
+    """x (contiguous) times the one number in factor, in place; almost always that is 1, and nothing is moved."""
+    grid = (max(1, min(1024, triton.cdiv(x.numel(), 4096))),)
+    scale_kernel[grid](x, factor, x.numel(), BLOCK=4096, num_warps=8, enable_fp_fusion=True)
+    return x
+
+
 def launch_rows(
     s: Tensor,  # (C, V) raw student logits (rows index[lo:lo + rows] of (N, V) if gather), column stride 1
     t: Tensor,  # the teacher's likewise
@@ -319,7 +338,8 @@ def launch_rows(
         S_BIAS=bias[0] is not None, T_BIAS=bias[1] is not None,
         S_CAP=options.student.softcap is not None, T_CAP=options.teacher.softcap is not None,
         NARROW=g is not None and g.dtype != s.dtype,
-        ROUND=INTERPRETED and g is not None and g.dtype == torch.bfloat16, BLOCK=block, num_warps=warps,
+        ROUND=INTERPRETED and g is not None and g.dtype == torch.bfloat16, BLOCK=block,
+        num_warps=warps, enable_fp_fusion=True,
     )  # fmt: skip
 
 
