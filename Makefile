@@ -4,11 +4,13 @@
 # Each makes its own environment in .venv from constraints.txt.
 
 PYTHON ?= python3
+WHEELS ?= .whl
+WHEELS_PYTHON ?= 3.12
 VENV := .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test bench bench-gpu wheels lint clean
 
 $(VENV)/installed: pyproject.toml constraints.txt Makefile
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'sdft needs Python 3.11 or later; run: make PYTHON=python3.11 ...')"
@@ -31,7 +33,22 @@ lint: $(VENV)/installed
 
 bench: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt liger-kernel
+	# --no-deps: what TRL's losses import is here already.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt trl
 	$(BIN)/python -m pytest bench
+
+# For a machine with a GPU, its own PyTorch, and perhaps no network: no environment is made.
+bench-gpu:
+	@site=; if [ -d $(WHEELS) ]; then site=$$(mktemp -d) && $(PYTHON) -m pip install --quiet --no-index --no-deps \
+		--disable-pip-version-check --target $$site $(WHEELS)/*.whl || exit; fi; \
+	PYTHONPATH=$$site:$$PYTHONPATH $(PYTHON) -m bench.gpu $(ARGS)
+
+# The peers of bench-gpu, and of their needs what a machine with transformers may lack.
+wheels:
+	$(PYTHON) -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: -c constraints.txt \
+		--python-version $(WHEELS_PYTHON) -d $(WHEELS) \
+		liger-kernel trl fla-core einops datasets dill multiprocess
+	du -sh $(WHEELS)
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info

@@ -73,12 +73,15 @@ def main(arguments: list[str] | None = None) -> list[Row]:
 
     device = Cpu() if args.device == "cpu" else Cuda()
     cases = TINY_CASES if args.device == "cpu" else SWEEP_CASES if args.sweep else GPU_CASES
-    variants = sweep_variants(device) if args.sweep else list(VARIANTS)
+    cases = [case for case in cases if re.search(args.cases, str(case))]
+    if not cases:
+        parser.error(f"--cases {args.cases!r} matches none")
+    variants = sweep_variants(device) if args.sweep else VARIANTS
     given = sys.argv[1:] if arguments is None else arguments
     meta = describe(shlex.join(["python", "-m", "bench.gpu", *given]))
     name = stem_of(meta) + "-tiny" * (args.device == "cpu") + "-sweep" * args.sweep
     rows = measure(
-        [case for case in cases if re.search(args.cases, str(case))],
+        cases,
         device,
         [variant for variant in variants if re.search(args.variants, variant.name)],
         args.results / name,

@@ -155,7 +155,7 @@ def brief(row: Row) -> str:
 
 
 def draw(path: Path, rows: list[Row]) -> list[Path]:
-    """The two pictures, or nothing without matplotlib."""
+    """The two pictures; none without matplotlib or without times."""
     try:
         import matplotlib
     except ImportError:
@@ -163,7 +163,10 @@ def draw(path: Path, rows: list[Row]) -> list[Path]:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    names = list(dict.fromkeys(row["variant"] for row in rows if not row["variant"].startswith("bare GEMMs")))
+    rows = [row for row in rows if "of the floor" in row]
+    if not rows:
+        return []
+    names = list(dict.fromkeys(row["variant"] for row in rows))
     styles = {n: {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]} for i, n in enumerate(names)}
     # Both show the commonest kind of case, so that one variable changes along the axis.
     kind = commonest(rows, ("dtype", "divergence", "head"))
@@ -182,7 +185,10 @@ def draw(path: Path, rows: list[Row]) -> list[Path]:
         for variant, style in styles.items():
             if points[variant]:
                 axes.plot(*zip(*sorted(points[variant]), strict=True), label=variant, ls="-" if log else "", **style)
-        axes.set(title=", ".join(str(v) for v in fixed.values()), ylabel=label, xlabel="tokens N" if log else "")
+        title = ", ".join(f"{k} {v}" for k, v in fixed.items())
+        axes.set(
+            title=title, ylabel=label, xlabel="tokens N; a line ends where the device's memory does" if log else ""
+        )
         if log:
             axes.set_xscale("log", base=2)
             axes.set_yscale("log")
