@@ -54,7 +54,8 @@ class Variant:
 
 def row_variant(target: str, kind: str, logits: str, grad: str | None, **on: bool) -> Variant:
     """row_kernel on a vocabulary of many tiles; `on` switches its flags."""
-    block, warps = tuning.ROW_BLOCKS[target]
+    heavy = any(on.get(name, False) for name in ("S_BIAS", "T_BIAS", "S_CAP", "T_CAP"))
+    block, warps = tuning.row_blocks(target, 2**20, heavy)
     flags = ("TOKENS", "LABELS", "WEIGHTS", "INDEX", "GATHER", "S_BIAS", "T_BIAS", "S_CAP", "T_CAP")
     constants = {name: on.get(name, False) for name in flags}
     constants |= {"KIND": row_kernels.KINDS[kind], "GRAD": grad is not None, "BLOCK": block, "ROUND": False}

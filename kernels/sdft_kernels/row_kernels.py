@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .checks import INTERPRETED, Activation, Options
-from .tuning import row_blocks
+from .tuning import device_class, row_blocks
 
 REVERSE = tl.constexpr(0)
 FORWARD = tl.constexpr(1)
@@ -322,7 +322,10 @@ def launch_rows(
 ) -> None:
     """Run row_kernel on `rows` rows: outputs filled, the gradient times factor (and row weight) in g."""
     vocab = options.vocab if vocab is None else vocab
-    block, warps = row_blocks(s.device, vocab)
+    heavy = (
+        any(b is not None for b in bias) or options.student.softcap is not None or options.teacher.softcap is not None
+    )
+    block, warps = row_blocks(device_class(s.device), vocab, heavy)
     s_inner, s_outer = inner_outer(options.student)
     t_inner, t_outer = inner_outer(options.teacher)
     s_entropy, t_entropy, s_logprob, t_logprob = outputs.rest

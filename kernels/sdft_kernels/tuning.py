@@ -14,13 +14,14 @@ class RowBlocks(NamedTuple):
 
     block: int
     warps: int
+    heavy_warps: int  # with a bias or a softcap, whose registers would spill otherwise
 
 
 ROW_BLOCKS = {
-    "sm_80": RowBlocks(4096, 8),
-    "sm_90": RowBlocks(4096, 8),
-    "sm_100": RowBlocks(4096, 8),
-    "gfx942": RowBlocks(4096, 8),
+    "sm_80": RowBlocks(2048, 4, 8),
+    "sm_90": RowBlocks(2048, 4, 8),
+    "sm_100": RowBlocks(2048, 4, 8),
+    "gfx942": RowBlocks(4096, 8, 8),
 }
 
 
@@ -34,10 +35,41 @@ def device_class(device: torch.device) -> str:
     return "sm_100" if major >= 10 else "sm_90" if major == 9 else "sm_80"
 
 
-def row_blocks(device: torch.device, vocab: int) -> RowBlocks:
-    """For rows of `vocab` entries: the table's, with a tile no longer than the row needs."""
-    block, warps = ROW_BLOCKS[device_class(device)]
+def row_blocks(target: str, vocab: int, heavy: bool) -> tuple[int, int]:
+    """(entries per tile, warps) for rows of `vocab` entries on a device class; no tile is longer than the row needs."""
+    row = ROW_BLOCKS[target]
+    warps = row.heavy_warps if heavy else row.warps
     need = max(32, 1 << (vocab - 1).bit_length())
-    if need >= block:
-        return RowBlocks(block, warps)
-    return RowBlocks(need, max(1, min(warps, need // 256)))
+    return (row.block, warps) if need >= row.block else (need, max(1, min(warps, need // 256)))
+
+
+class TileBlocks(NamedTuple):
+    """Of no_logits: tokens and vocabulary entries of a tile, hidden entries per step of its sums and of its use."""
+
+    rows: int
+    vocab: int
+    hidden: int
+    out: int
+    warps: int
+    stages: int
+
+
+TILE_BLOCKS = {
+    "sm_80": TileBlocks(64, 128, 32, 32, 8, 3),
+    "sm_90": TileBlocks(128, 128, 64, 64, 8, 3),
+    "sm_100": TileBlocks(128, 128, 64, 64, 8, 3),
+    "gfx942": TileBlocks(128, 64, 32, 32, 8, 2),
+}
+TILE_BLOCKS_FP32 = TileBlocks(64, 64, 16, 32, 8, 2)  # every device: no tensor cores multiply fp32 exactly
+
+
+def tile_blocks(device: torch.device, itemsize: int) -> TileBlocks:
+    """For operands of `itemsize` bytes."""
+    return TILE_BLOCKS[device_class(device)] if itemsize < 4 else TILE_BLOCKS_FP32
+
+
+def splits_of(device: torch.device, row_blocks: int) -> int:
+    """Ranges of the vocabulary that fill a device about eight times over, so that the last wave costs little."""
+    if device.type != "cuda":
+        return 2
+    return -(-8 * torch.cuda.get_device_properties(device).multi_processor_count // row_blocks)
