@@ -308,6 +308,7 @@ def test_a_refused_run_leaves_no_trace(
 ) -> None:
     import importlib.util
 
+    monkeypatch.setattr("sdft_kernels.checks.INTERPRETED", False)
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "wandb" else find(name, *a))
     with pytest.raises(SdftError) as error:
