@@ -12,8 +12,10 @@ import time
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from .cases import GPU_CASES, SWEEP_CASES, TINY_CASES, Case
-from .measure import Cpu, Cuda, DeviceLostError, Row, applies, run_case
+from .measure import SKIPPED, Cpu, Cuda, DeviceLostError, Row, applies, run_case
 from .peers import VARIANTS, Variant, ours
 from .report import RESULTS, describe, stem_of, summary, write
 
@@ -41,7 +43,7 @@ def measure(
     for case in cases:
         began = time.monotonic()
         if not stopped and began - start > budget:
-            stopped = "skipped: time budget"
+            stopped = SKIPPED
         if stopped:
             wanted = [v for v in variants if applies(v, case, device)]
             rows += [case.label() | {"variant": v.name, "note": stopped} for v in wanted]
@@ -50,6 +52,7 @@ def measure(
             run_case(case, device, rows, start + budget, variants)
         except DeviceLostError as lost:
             stopped = f"skipped: the device failed in {lost}"
+            print(f"The device failed in {lost}. Without it: --variants '^(?!{lost})'")
             for row in rows:
                 if "ms" not in row and "note" not in row:
                     row["note"] = stopped
@@ -71,6 +74,8 @@ def main(arguments: list[str] | None = None) -> list[Row]:
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER")
     args = parser.parse_args(arguments)
 
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("torch sees no GPU here; --device cpu runs tiny shapes")
     device = Cpu() if args.device == "cpu" else Cuda()
     cases = TINY_CASES if args.device == "cpu" else SWEEP_CASES if args.sweep else GPU_CASES
     cases = [case for case in cases if re.search(args.cases, str(case))]

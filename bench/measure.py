@@ -20,8 +20,11 @@ from .cases import BARS, CHECKED_ROWS, Case, Problem, Truth, bare_gemms, is_exac
 from .peers import VARIANTS, Loss, Variant
 
 ROUNDS, LEAST_ROUNDS = 20, 5
-SLOW_MS = 150.0  # a variant above this gets fewer rounds, in proportion
-GB = 1e9
+SLOW_MS = 150.0  # a variant above this gets fewer rounds: as many as fit in SLOW_TOTAL_MS
+SLOW_TOTAL_MS = 1500.0
+FLUSH_BYTES = 512 * 2**20  # ten times an H100's L2 cache
+
+SKIPPED = "skipped: time budget"
 
 Row = dict[str, Any]
 Run = Callable[[], Any]
@@ -64,14 +67,13 @@ class Cuda:
     """CUDA events around each call; memory from the caching allocator.
 
     Before each call a buffer much larger than the L2 cache is overwritten: nothing of the inputs is left in the
-    cache, and the host has some tenths of a millisecond to queue the call's kernels.
+    cache, and the host has a tenth of a millisecond or two to queue the call's first kernels.
     """
 
     name = "cuda"
 
     def __init__(self) -> None:
-        l2 = torch.cuda.get_device_properties(0).L2_cache_size
-        self.flush = torch.empty(8 * max(l2, 64 * 2**20), dtype=torch.int8, device="cuda")
+        self.flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=self.name)
 
     def milliseconds(self, run: Run) -> float:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -128,10 +130,11 @@ def run_case(
         with noted(floor_rows[name], device):
             floor()
             runs[name] = floor
-    for variant in wanted:
-        if variant.name not in losses:
-            continue
+    for variant in [v for v in wanted if v.name in losses]:
         row, loss = mine[variant.name], losses[variant.name]
+        if time.monotonic() > deadline:
+            row["note"] = SKIPPED
+            continue
         need = variant.planes * case.label()["N"] * case.label()["V"] * problem.x.itemsize
         if need > device.free_bytes():
             row["note"] = out_of_memory(need)
@@ -171,7 +174,7 @@ def checked(
     for variant in variants:
         row = rows[variant.name]
         if time.monotonic() > deadline:
-            row["note"] = "skipped: time budget"
+            row["note"] = SKIPPED
             continue
         with noted(row, device):
             loss = variant.make(case.divergence)
@@ -190,7 +193,7 @@ def interleaved(runs: dict[str, Run], rows: dict[str, Row], device: Cpu | Cuda) 
     rounds = {}
     for name, run in runs.items():
         with noted(rows[name], device):
-            rounds[name] = max(LEAST_ROUNDS, min(ROUNDS, int(ROUNDS * SLOW_MS / max(device.milliseconds(run), 1.0))))
+            rounds[name] = rounds_for(device.milliseconds(run))
     for done in range(ROUNDS):
         for name in [name for name, count in rounds.items() if done < count]:
             with noted(rows[name], device):
@@ -200,6 +203,10 @@ def interleaved(runs: dict[str, Run], rows: dict[str, Row], device: Cpu | Cuda) 
     for name, count in rounds.items():
         tenths = statistics.quantiles(times[name], n=10, method="inclusive")
         rows[name] |= {"ms": statistics.median(times[name]), "p10": tenths[0], "p90": tenths[-1], "rounds": count}
+
+
+def rounds_for(ms: float) -> int:
+    return ROUNDS if ms <= SLOW_MS else max(LEAST_ROUNDS, int(SLOW_TOTAL_MS / ms))
 
 
 @contextlib.contextmanager
@@ -228,4 +235,4 @@ def reason(error: Exception, need: float) -> str:
 
 
 def out_of_memory(need: float) -> str:
-    return f"out of memory (needs about {need / GB:.1f} GB)" if need else "out of memory"
+    return f"out of memory (needs about {need / 1e9:.1f} GB)" if need else "out of memory"

@@ -1,6 +1,7 @@
 """The benchmark runs from end to end on tiny shapes, so that a GPU is not the first to run it."""
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ def named(rows: list[dict[str, Any]], variant: str) -> dict[str, Any]:
     return row
 
 
+@pytest.mark.slow
 def test_all_tiny_cases(
     bench: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -182,6 +184,60 @@ def test_lost_device_keeps_what_was_measured(
     assert all("ms" in row for row in first)
     assert named(second, "breaks")["note"].startswith("raises RuntimeError: CUDA error")
     assert named(second, "dense")["note"] == "skipped: the device failed in breaks"
+
+
+def test_truth_adds_up_over_blocks_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = cases.Problem.make(Case("tiny", 40, "float32"), "cpu")
+    whole = cases.Truth.of(problem, "jsd")
+    monkeypatch.setattr(cases, "TRUTH_ROWS", 16)
+    parts = cases.Truth.of(problem, "jsd")
+    assert parts.value == pytest.approx(whole.value, rel=1e-12)
+    assert whole.dw is not None
+    assert parts.dw is not None
+    torch.testing.assert_close(parts.dx, whole.dx)
+    torch.testing.assert_close(parts.dw, whole.dw)
+
+
+def test_the_gpus_clock_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every line of Cuda runs, against a torch.cuda that pretends."""
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = time.perf_counter()
+
+        def synchronize(self) -> None: ...
+
+        def elapsed_time(self, end: "Event") -> float:
+            return (end.at - self.at) * 1e3
+
+    pretend = {
+        "Event": Event,
+        "synchronize": lambda: None,
+        "reset_peak_memory_stats": lambda: None,
+        "memory_allocated": lambda: 10**6,
+        "max_memory_allocated": lambda: 4 * 10**6,
+        "empty_cache": lambda: None,
+        "mem_get_info": lambda: (10**10, 10**11),
+    }
+    for name, value in pretend.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(measure.Cuda, "name", "cpu")
+    monkeypatch.setattr(measure, "FLUSH_BYTES", 1024)
+    case = Case("tiny", 32, "float32")
+    rows: list[dict[str, Any]] = []
+    measure.run_case(case, measure.Cuda(), rows, variants=[Variant("dense", peers.dense)])
+    returned = (32 * 32 + 512 * 32) * 4
+    assert named(rows, "dense")["extra MB"] == pytest.approx((3 * 10**6 - returned) / 1e6)
+    assert named(rows, "dense")["ms"] > 0
+
+
+def test_rounds() -> None:
+    assert measure.rounds_for(150.0) == 20
+    assert measure.rounds_for(200.0) == 7
+    assert measure.rounds_for(5000.0) == 5
 
 
 def test_floors_skip_the_frozen_heads_gradient() -> None:
