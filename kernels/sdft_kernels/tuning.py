@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import torch
 
+from .checks import Options
+
 
 class RowBlocks(NamedTuple):
     """Of row_kernel: vocabulary entries per tile, and warps per row."""
@@ -54,18 +56,22 @@ class TileBlocks(NamedTuple):
     stages: int
 
 
+# For reverse KL without a softcap, and for all else, which keeps more values in registers.
 TILE_BLOCKS = {
-    "sm_80": TileBlocks(64, 128, 32, 32, 8, 3),
-    "sm_90": TileBlocks(128, 128, 64, 64, 8, 3),
-    "sm_100": TileBlocks(128, 128, 64, 64, 8, 3),
-    "gfx942": TileBlocks(128, 64, 32, 32, 8, 2),
+    "sm_80": (TileBlocks(128, 64, 32, 32, 8, 3), TileBlocks(128, 64, 32, 32, 8, 3)),
+    "sm_90": (TileBlocks(128, 128, 64, 64, 8, 3), TileBlocks(128, 64, 64, 64, 8, 4)),
+    "sm_100": (TileBlocks(128, 128, 64, 64, 8, 3), TileBlocks(128, 64, 64, 64, 8, 4)),
+    "gfx942": (TileBlocks(128, 64, 32, 32, 8, 2), TileBlocks(128, 64, 32, 32, 8, 2)),
 }
 TILE_BLOCKS_FP32 = TileBlocks(64, 64, 16, 32, 8, 2)  # every device: no tensor cores multiply fp32 exactly
 
 
-def tile_blocks(device: torch.device, itemsize: int) -> TileBlocks:
+def tile_blocks(device: torch.device, options: Options, itemsize: int) -> TileBlocks:
     """For operands of `itemsize` bytes."""
-    return TILE_BLOCKS[device_class(device)] if itemsize < 4 else TILE_BLOCKS_FP32
+    if itemsize == 4:
+        return TILE_BLOCKS_FP32
+    capped = options.student.softcap is not None or options.teacher.softcap is not None
+    return TILE_BLOCKS[device_class(device)][options.kind != "reverse_kl" or capped]
 
 
 def splits_of(device: torch.device, row_blocks: int) -> int:
