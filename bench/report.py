@@ -11,7 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections import Counter, defaultdict
+from collections import Counter
 from datetime import date
 from itertools import groupby
 from pathlib import Path
@@ -137,11 +137,17 @@ def plain(value: float, form: str) -> str:
 
 
 def summary(rows: list[Row]) -> str:
-    """A line a case: each variant's milliseconds and its share of the floor; ends at SUMMARY_CHARACTERS."""
-    lines = ["ms (bare GEMMs' time / its time); ~ inexact, OOM out of memory, x raises, - missing or skipped"]
-    for label, group in by_case(rows):
-        cells = [f"{row['variant']} {brief(row)}" for row in group if row["variant"] != "bare GEMMs, no allocation"]
-        lines.append(f"{label}: {'; '.join(cells)}")
+    """A line a case, a column a variant: milliseconds and share of the floor; ends at SUMMARY_CHARACTERS."""
+    names = [n for n in dict.fromkeys(row["variant"] for row in rows) if n != "bare GEMMs, no allocation"]
+    lines = [
+        "ms and bare GEMMs' time / its time; ~ inexact, OOM out of memory, x raises, - missing, skipped, not run",
+        *(f"[{i}] {name}" for i, name in enumerate(names)),
+        " | ".join(["case", *(f"[{i}]" for i in range(len(names)))]),
+    ]
+    for _, group in by_case(rows):
+        found = {row["variant"]: brief(row) for row in group}
+        label = " ".join(str(group[0][k]) for k in LABELS if k not in "VH")
+        lines.append(" | ".join([label, *(found.get(name, "-") for name in names)]))
     text = "\n".join(lines)
     return text if len(text) <= SUMMARY_CHARACTERS else text[:SUMMARY_CHARACTERS] + "\n(cut off)"
 
@@ -178,17 +184,14 @@ def draw(path: Path, rows: list[Row]) -> list[Path]:
         ("floor", "of the floor", kind | tokens, "model", "time of the bare GEMMs / time", False),
     ):
         figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-        points: dict[str, list[tuple[Any, float]]] = defaultdict(list)
-        for row in rows:
-            if alike(row, fixed) and row.get(key):
-                points[row["variant"]].append((row[x], row[key]))
         for variant, style in styles.items():
-            if points[variant]:
-                axes.plot(*zip(*sorted(points[variant]), strict=True), label=variant, ls="-" if log else "", **style)
-        title = ", ".join(f"{k} {v}" for k, v in fixed.items())
-        axes.set(
-            title=title, ylabel=label, xlabel="tokens N; a line ends where the device's memory does" if log else ""
-        )
+            mine = [row for row in rows if row["variant"] == variant and alike(row, fixed) and row.get(key)]
+            points = sorted((row[x], row[key]) for row in mine)
+            if points:
+                fill = "none" if any("note" in row for row in mine) else "full"
+                axes.plot(*zip(*points, strict=True), label=variant, ls="-" if log else "", fillstyle=fill, **style)
+        axes.set(ylabel=label, xlabel="tokens N; a line ends where the device's memory does" if log else "")
+        axes.set_title(", ".join(str(v) for v in fixed.values()) + " (hollow: inexact)", fontsize=10)
         if log:
             axes.set_xscale("log", base=2)
             axes.set_yscale("log")
