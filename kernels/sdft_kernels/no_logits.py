@@ -205,6 +205,7 @@ def merge_kernel(
 
     s_lse = m_s + tl.log(z_s)
     t_lse = m_t + tl.log(z_t)
+    apart = (m_s - m_t) + tl.log(z_s / z_t)  # s_lse − t_lse, without the rounding of two large numbers
     mask = row < R
     out = row_ptr + row
     tl.store(out, s_lse, mask=mask)
@@ -213,10 +214,10 @@ def merge_kernel(
         mask = mask & (tl.load(weight_ptr + n) != 0.0)
     if KIND == REVERSE:
         tl.store(out + 2 * R, a / z_s, mask=row < R)
-        tl.store(d_ptr + n, a / z_s - s_lse + t_lse, mask=mask)
+        tl.store(d_ptr + n, a / z_s - apart, mask=mask)
     if KIND == FORWARD:
         tl.store(out + 2 * R, zero, mask=row < R)
-        tl.store(d_ptr + n, a / z_t - t_lse + s_lse, mask=mask)
+        tl.store(d_ptr + n, a / z_t + apart, mask=mask)
     if TOKENS:
         tl.store(s_entropy_ptr + n, s_lse - b_s / z_s, mask=mask)
         tl.store(t_entropy_ptr + n, t_lse - b_t / z_t, mask=mask)
@@ -324,10 +325,12 @@ def gradient_kernel(
         g = round_to_bf16(g)
     else:
         g = g.to(dtype).to(tl.float32)
-    w_rows = w_ptr + tl.minimum(cols, V - 1).to(tl.int64)[:, None] * w_stride
-    dw_rows = dw_ptr + cols.to(tl.int64)[:, None] * H
-    x_rows = x_ptr + n[:, None] * x_stride
-    dx_rows = dx_ptr + row.to(tl.int64)[:, None] * H
+    if DX:
+        w_rows = w_ptr + tl.minimum(cols, V - 1).to(tl.int64)[:, None] * w_stride
+        dx_rows = dx_ptr + row.to(tl.int64)[:, None] * H
+    if DW:
+        x_rows = x_ptr + n[:, None] * x_stride
+        dw_rows = dw_ptr + cols.to(tl.int64)[:, None] * H
     for k in range(0, H, BH):
         ks = (k + tl.arange(0, BH))[None, :]
         if DX:
