@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from .cases import GPU_CASES, SWEEP_CASES, TINY_CASES, Case
-from .measure import SKIPPED, Cpu, Cuda, DeviceLostError, Row, applies, run_case
+from .measure import SKIPPED, Cpu, Cuda, DeviceLostError, Row, applies, reason, run_case
 from .peers import VARIANTS, Variant, ours
 from .report import RESULTS, describe, stem_of, summary, write
 
@@ -52,16 +52,20 @@ def measure(
             run_case(case, device, rows, start + budget, variants)
         except DeviceLostError as lost:
             stopped = f"skipped: the device failed in {lost}"
+            explain(rows, stopped)
             print(f"The device failed in {lost}. Without it: --variants '^(?!{lost})'")
-            for row in rows:
-                if "ms" not in row and "note" not in row:
-                    row["note"] = stopped
         except Exception as error:  # the problem or its truth did not fit, say
-            rows.append(case.label() | {"variant": "the case itself", "note": f"raises {error!r}"[:200]})
+            explain(rows, reason(error))
         print(f"{time.monotonic() - began:6.1f} s  {case}", flush=True)
         write(path, meta, rows)
-    write(path, meta, rows, pictures=True)
     return rows
+
+
+def explain(rows: list[Row], note: str) -> None:
+    """Give the note to the rows that have neither a time nor a note."""
+    for row in rows:
+        if "ms" not in row:
+            row.setdefault("note", note)
 
 
 def main(arguments: list[str] | None = None) -> list[Row]:
@@ -85,14 +89,9 @@ def main(arguments: list[str] | None = None) -> list[Row]:
     given = sys.argv[1:] if arguments is None else arguments
     meta = describe(shlex.join(["python", "-m", "bench.gpu", *given]))
     name = stem_of(meta) + "-tiny" * (args.device == "cpu") + "-sweep" * args.sweep
-    rows = measure(
-        cases,
-        device,
-        [variant for variant in variants if re.search(args.variants, variant.name)],
-        args.results / name,
-        meta,
-        args.budget,
-    )
+    variants = [variant for variant in variants if re.search(args.variants, variant.name)]
+    rows = measure(cases, device, variants, args.results / name, meta, args.budget)
+    write(args.results / name, meta, rows, pictures=not args.sweep)
     print(summary(rows))
     return rows
 

@@ -24,6 +24,7 @@ SLOW_MS = 150.0  # a variant above this gets fewer rounds: as many as fit in SLO
 SLOW_TOTAL_MS = 1500.0
 FLUSH_BYTES = 512 * 2**20  # ten times an H100's L2 cache
 
+FLOORS = {"bare GEMMs": bare_gemms, "bare GEMMs, no allocation": strict_gemms}
 SKIPPED = "skipped: time budget"
 
 Row = dict[str, Any]
@@ -51,7 +52,6 @@ class Cpu:
         if platform.system() != "Linux":
             run()
             return None
-        gc.collect()
         with contextlib.suppress(AttributeError):  # musl has no malloc_trim
             ctypes.CDLL(None).malloc_trim(0)  # what the allocator kept would hide growth
         Path("/proc/self/clear_refs").write_text("5")  # resets the peak
@@ -88,7 +88,6 @@ class Cuda:
         torch.cuda.synchronize()
 
     def extra_bytes(self, run: Run) -> int | None:
-        gc.collect()
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -96,7 +95,6 @@ class Cuda:
         return torch.cuda.max_memory_allocated() - before
 
     def free_bytes(self) -> float:
-        gc.collect()
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info()[0]
 
@@ -118,16 +116,17 @@ def run_case(
 ) -> None:
     """Append a row for each floor and variant; past the deadline (time.monotonic) variants are skipped."""
     torch._dynamo.reset()  # a case must not run uncompiled because earlier ones filled the cache
+    gc.collect()  # slow once the peers' libraries are loaded: only here and where an exception held tensors
     wanted = [v for v in variants if applies(v, case, device)]
     mine = {v.name: case.label() | {"variant": v.name} for v in wanted}
-    problem = Problem.make(case, device.name)
-    floors = {"bare GEMMs": bare_gemms(problem), "bare GEMMs, no allocation": strict_gemms(problem)}
-    floor_rows = {name: case.label() | {"variant": name} for name in floors}
+    floor_rows = {name: case.label() | {"variant": name} for name in FLOORS}
     rows.extend([*floor_rows.values(), *mine.values()])
+    problem = Problem.make(case, device.name)
     losses = checked(case, device, problem, wanted, mine, deadline)
     runs: dict[str, Run] = {}
-    for name, floor in floors.items():
+    for name, make in FLOORS.items():
         with noted(floor_rows[name], device):
+            floor = make(problem)
             floor()
             runs[name] = floor
     for variant in [v for v in wanted if v.name in losses]:
@@ -218,13 +217,14 @@ def noted(row: Row, device: Cpu | Cuda, need: float = 0.0) -> Any:
         return
     except Exception as error:
         row["note"] = reason(error, need)
+    gc.collect()
     try:
         device.finish()
     except RuntimeError as error:
         raise DeviceLostError(row["variant"]) from error
 
 
-def reason(error: Exception, need: float) -> str:
+def reason(error: Exception, need: float = 0.0) -> str:
     """An exception as a table's cell."""
     first = " ".join(str(error).split()).replace("|", "/")[:160]
     if isinstance(error, ImportError):

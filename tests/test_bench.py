@@ -144,6 +144,23 @@ def test_failure_while_timing_loses_one_row(bench: Run, only: Callable[..., None
     assert named(rows, "dense")["rounds"] == measure.ROUNDS
 
 
+def test_case_that_does_not_fit_is_listed_and_the_next_runs(
+    bench: Run, only: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make = cases.Problem.make
+
+    def too_large(case: Case, device: str) -> cases.Problem:
+        if case.tokens == 32:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return make(case, device)
+
+    monkeypatch.setattr(cases.Problem, "make", too_large)
+    only(Variant("dense", peers.dense))
+    first, second = (group for _, group in report.by_case(bench("--cases", "float32 reverse_kl")))
+    assert {row["note"] for row in first} == {"out of memory"}
+    assert all("ms" in row for row in second)
+
+
 def test_time_budget(bench: Run, only: Callable[..., None]) -> None:
     only(Variant("dense", peers.dense))
     rows = bench("--budget", "-1")
