@@ -13,6 +13,9 @@ from torch import Tensor
 
 from .checks import Activation, Options
 
+# Blocks that (R, V) scratch holds, apart from the two of logits; the fewer, the more rows fit in cache.
+SCRATCH = {"reverse_kl": 0, "forward_kl": 1, "jsd": 2}
+
 # e^u overflows fp32 past u = 88. Clamping u at ±80 is exact: where it acts, the side with
 # the smaller probability is below e^-80 of the other, so the log-ratio it would weigh cannot be seen.
 MAX_RATIO = 80.0
@@ -27,6 +30,12 @@ class RowStats(NamedTuple):
     student_logprob: Tensor | None = None
     teacher_logprob: Tensor | None = None
     top1_agree: Tensor | None = None
+
+
+def scratch_planes(options: Options) -> int:
+    """Scratch blocks of a call: the row math's, and a copy of the logits for the softcap's chain rule."""
+    math_planes = max(SCRATCH[options.kind], 2 if options.return_tokens else 0)
+    return math_planes + (options.student.softcap is not None)
 
 
 def activate_(raw: Tensor, bias: Tensor | None, act: Activation) -> Tensor:
@@ -69,7 +78,7 @@ def center(product: Tensor, p: Tensor, total: Tensor, out: Tensor) -> Tensor:
 def block_divergence_(
     s: Tensor,  # (R, V) final student logits; dD/ds (jsd: over −(1 − β)) on return if need_grad
     t: Tensor,  # (R, V) final teacher logits; destroyed
-    scratch: Tensor,  # (2, R, V)
+    scratch: Tensor,  # (at least scratch_planes(options), R, V)
     options: Options,
     labels: Tensor | None,  # (R,)
     need_grad: bool,
@@ -99,20 +108,20 @@ def token_outputs(log_p: Tensor, log_q: Tensor, scratch: Tensor, labels: Tensor 
 
 def _reverse_kl_(log_p: Tensor, log_q: Tensor, scratch: Tensor, beta: float, need_grad: bool) -> Tensor:
     """KL(p‖q) = Σ p·(log p − log q); gradient p·(log p − log q − D)."""
-    p = torch.exp(log_p, out=scratch[0])
     ratio = torch.sub(log_p, log_q, out=log_q)
+    p = log_p.exp_()
     product, value, finite = expectation(p, ratio, out=ratio)
     if need_grad:
-        center(product, p, value, out=log_p)
+        center(product, p, value, out=p)
         if not finite:
-            drop_infinite_(log_p, value)
+            drop_infinite_(p, value)
     return value
 
 
 def _forward_kl_(log_p: Tensor, log_q: Tensor, scratch: Tensor, beta: float, need_grad: bool) -> Tensor:
     """KL(q‖p) = Σ q·(log q − log p); gradient p − q."""
-    q = torch.exp(log_q, out=scratch[0])
-    ratio = torch.sub(log_q, log_p, out=log_q)
+    ratio = torch.sub(log_q, log_p, out=scratch[0])
+    q = log_q.exp_()
     _, value, finite = expectation(q, ratio, out=ratio)
     if need_grad:
         log_p.exp_().sub_(q)
@@ -128,10 +137,12 @@ def _jsd_(log_p: Tensor, log_q: Tensor, scratch: Tensor, beta: float, need_grad:
     log(p/m) = −l, exactly 0 at u = 0, and log(q/m) = u − l. expm1 and log1p would keep more digits below
     |u| = 1e-4 and take 2.5 times as long on the CPU; the rounding of log p and log q, 5e-7, is already larger.
     """
-    beta = torch.tensor(beta, dtype=log_p.dtype).item()  # so that β + (1 − β) rounds to 1
+    own = 1.0 - torch.tensor(beta, dtype=log_p.dtype)  # () on the CPU wherever the block is: adds like a number
+    beta = 1.0 - own.item()  # so that β + (1 − β) rounds to 1
     ratio = torch.sub(log_q, log_p, out=scratch[0]).clamp_(-MAX_RATIO, MAX_RATIO)
     p, q = log_p.exp_(), log_q.exp_()
-    log_mp = torch.exp(ratio, out=scratch[1]).mul_(beta).add_(1.0 - beta).log_()
+    log_mp = torch.exp(ratio, out=scratch[1])
+    torch.add(own, log_mp, alpha=beta, out=log_mp).log_()
     _, teacher, _ = expectation(q, ratio.sub_(log_mp), out=ratio)
     product, student, _ = expectation(p, log_mp, out=log_mp)
     if need_grad:

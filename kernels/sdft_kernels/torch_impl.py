@@ -16,12 +16,13 @@ from .chunks import (
     block_rows,
     blocks,
     budget_of,
+    huge_pages,
     power_of_two_below,
     put,
-    scratch_planes,
     take,
 )
 from .operands import Head, bf16_products, has_bf16_products
+from .rows import scratch_planes
 
 TILE_BYTES = 8 * 2**20  # of upcast weights at a time: small enough to stay in cache for the GEMM that follows
 
@@ -88,7 +89,9 @@ class _LinearLoop:
         teacher = head
         if not self.shared:
             teacher = Head(inp.teacher_w, opt.vocab, self.rounding(inp.teacher_w), self.dtype, tile_bytes)
-        z = torch.empty(2, chunk, opt.vocab, dtype=self.dtype, device=self.device)
+        if result.dw is not None:
+            huge_pages(result.dw)
+        z = huge_pages(torch.empty(2, chunk, opt.vocab, dtype=self.dtype, device=self.device))
         row_pass = RowPass((inp.bias, inp.teacher_bias), opt, chunk, self.dtype, self.device)
         alpha = uniform * opt.grad_factor
         for lo, hi in blocks(self.rows, chunk):

@@ -13,9 +13,9 @@ from .chunks import (
     budget_of,
     power_of_two_below,
     put,
-    scratch_planes,
     take,
 )
+from .rows import scratch_planes
 
 
 def run_logits(
