@@ -68,8 +68,8 @@ def log_mixture(u, beta):
 
 @triton.jit
 def log_ratio(s, t, s_lse, t_lse):
-    """u = log q − log p, clamped where e^u would overflow."""
-    return tl.minimum(tl.maximum((t - t_lse) - (s - s_lse), -MAX_RATIO), MAX_RATIO)
+    """u = log q − log p, clamped where e^u would overflow; t − s is exact where the two are near."""
+    return tl.minimum(tl.maximum((t - s) - (t_lse - s_lse), -MAX_RATIO), MAX_RATIO)
 
 
 @triton.jit
@@ -95,26 +95,31 @@ def load_logits(ptr, bias_ptr, start, V, inner, outer, BIAS: tl.constexpr, CAP: 
 def merge_tile(s, t, m_s, z_s, b_s, m_t, z_t, b_t, a, top, KIND: tl.constexpr, TOKENS: tl.constexpr):
     """Fold a tile into the running statistics of its row.
 
-    m maximum, z = Σ e^{·−m}, b = Σ e^{·−m}·logit (for entropies), a = Σ e^{s−m_s}(s − t) or, for the forward
-    KL, Σ e^{t−m_t}(t − s); top = the student's best logit among the teacher's best tokens.
+    m maximum, z = Σ e^{·−m}, b = Σ e^{·−m}·(·−m) (for entropies), a = Σ e^{s−m_s}((s − m_s) − (t − m_t)) or, for
+    the forward KL, Σ e^{t−m_t}((t − m_t) − (s − m_s)); top = the student's best logit among the teacher's best
+    tokens. Every logit counts from its side's maximum: sums of s − t would lose the digits of a common offset.
     """
     new_s = tl.maximum(m_s, tl.max(s, 0))
     new_t = tl.maximum(m_t, tl.max(t, 0))
-    e_s = tl.exp(s - finite_or_zero(new_s))
-    e_t = tl.exp(t - finite_or_zero(new_t))
+    x_s = s - finite_or_zero(new_s)
+    x_t = t - finite_or_zero(new_t)
+    e_s = tl.exp(x_s)
+    e_t = tl.exp(x_t)
     r_s = tl.exp(m_s - finite_or_zero(new_s))
     r_t = tl.exp(m_t - finite_or_zero(new_t))
-    z_s = z_s * r_s + tl.sum(e_s, 0)
-    z_t = z_t * r_t + tl.sum(e_t, 0)
+    up_s = finite_or_zero(new_s) - finite_or_zero(m_s)
+    up_t = finite_or_zero(new_t) - finite_or_zero(m_t)
     if KIND == REVERSE:
-        a = rescaled(a, r_s) + weighted_sum(e_s, s - t)
+        a = rescaled(a + z_s * (up_t - up_s), r_s) + weighted_sum(e_s, x_s - x_t)
     if KIND == FORWARD:
-        a = rescaled(a, r_t) + weighted_sum(e_t, t - s)
+        a = rescaled(a + z_t * (up_s - up_t), r_t) + weighted_sum(e_t, x_t - x_s)
     if TOKENS:
-        b_s = rescaled(b_s, r_s) + weighted_sum(e_s, s)
-        b_t = rescaled(b_t, r_t) + weighted_sum(e_t, t)
+        b_s = rescaled(b_s - z_s * up_s, r_s) + weighted_sum(e_s, x_s)
+        b_t = rescaled(b_t - z_t * up_t, r_t) + weighted_sum(e_t, x_t)
         here = tl.max(tl.where(t == new_t, s, -float("inf")), 0)
         top = tl.where(new_t > m_t, here, tl.maximum(top, here))
+    z_s = z_s * r_s + tl.sum(e_s, 0)
+    z_t = z_t * r_t + tl.sum(e_t, 0)
     return new_s, z_s, b_s, new_t, z_t, b_t, a, top
 
 
@@ -130,7 +135,10 @@ def merge_jsd(s, t, s_lse, t_lse, k_p, k_q, beta):
 
 @triton.jit
 def gradient(s, t, s_lse, t_lse, center, beta, KIND: tl.constexpr):
-    """dD/ds of a tile (jsd: over −(1 − β)); `center` is what makes the row's gradient sum to 0."""
+    """dD/ds of a tile (jsd: over −(1 − β)); `center` is what makes the row's gradient sum to 0.
+
+    Each side's logits and log-sum-exp may count from any one reference, the same for the whole row.
+    """
     p = tl.exp(s - s_lse)
     if KIND == FORWARD:
         g = p - tl.exp(t - t_lse)
@@ -143,14 +151,14 @@ def gradient(s, t, s_lse, t_lse, center, beta, KIND: tl.constexpr):
 @triton.jit
 def store_gradient(
     s_ptr, t_ptr, g_ptr, s_bias_ptr, t_bias_ptr, start, V, s_inner, s_outer, t_inner, t_outer,
-    s_lse, t_lse, center, beta, row_factor, infinite, g_max,
+    m_s, m_t, s_lse, t_lse, center, beta, row_factor, infinite, g_max,
     KIND: tl.constexpr, S_BIAS: tl.constexpr, T_BIAS: tl.constexpr, S_CAP: tl.constexpr, T_CAP: tl.constexpr,
     NARROW: tl.constexpr, ROUND: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Read a tile of both logits again and write the student's gradient."""
     s = load_logits(s_ptr, s_bias_ptr, start, V, s_inner, s_outer, S_BIAS, S_CAP, BLOCK, MASKED)
     t = load_logits(t_ptr, t_bias_ptr, start, V, t_inner, t_outer, T_BIAS, T_CAP, BLOCK, MASKED)
-    g = gradient(s, t, s_lse, t_lse, center, beta, KIND) * row_factor
+    g = gradient(s - m_s, t - m_t, s_lse, t_lse, center, beta, KIND) * row_factor
     if S_CAP:
         slope = s / s_outer
         g *= 1.0 - slope * slope
@@ -227,25 +235,25 @@ def row_kernel(
         s = load_logits(s_ptr, s_bias_ptr, whole, V, s_inner, s_outer, S_BIAS, S_CAP, BLOCK, True)
         t = load_logits(t_ptr, t_bias_ptr, whole, V, t_inner, t_outer, T_BIAS, T_CAP, BLOCK, True)
         m_s, z_s, b_s, m_t, z_t, b_t, a, top = merge_tile(s, t, m_s, z_s, b_s, m_t, z_t, b_t, a, top, KIND, TOKENS)
-    s_lse = m_s + tl.log(z_s)
-    t_lse = m_t + tl.log(z_t)
+    s_lse = tl.log(z_s)  # counted from the maximum, as every logit from here on
+    t_lse = tl.log(z_t)
 
     if KIND == REVERSE:
         center = a / z_s  # = D + L_s − L_t
-        d = center - s_lse + t_lse
+        d = center + tl.log(z_t / z_s)
     if KIND == FORWARD:
         center = 0.0
-        d = a / z_t - t_lse + s_lse
+        d = a / z_t + tl.log(z_s / z_t)
     if KIND == JSD:
         k_p, k_q = 0.0, 0.0
         for start in range(0, whole, BLOCK):
             s = load_logits(s_ptr, s_bias_ptr, start, V, s_inner, s_outer, S_BIAS, S_CAP, BLOCK, False)
             t = load_logits(t_ptr, t_bias_ptr, start, V, t_inner, t_outer, T_BIAS, T_CAP, BLOCK, False)
-            k_p, k_q = merge_jsd(s, t, s_lse, t_lse, k_p, k_q, beta)
+            k_p, k_q = merge_jsd(s - m_s, t - m_t, s_lse, t_lse, k_p, k_q, beta)
         if whole < V:
             s = load_logits(s_ptr, s_bias_ptr, whole, V, s_inner, s_outer, S_BIAS, S_CAP, BLOCK, True)
             t = load_logits(t_ptr, t_bias_ptr, whole, V, t_inner, t_outer, T_BIAS, T_CAP, BLOCK, True)
-            k_p, k_q = merge_jsd(s, t, s_lse, t_lse, k_p, k_q, beta)
+            k_p, k_q = merge_jsd(s - m_s, t - m_t, s_lse, t_lse, k_p, k_q, beta)
         center = k_p
         d = beta * k_q - (1.0 - beta) * k_p
     tl.store(d_ptr + n, d)
@@ -263,8 +271,8 @@ def row_kernel(
                 s_raw += tl.load(s_bias_ptr + label, mask=known, other=0.0).to(tl.float32)
             if T_BIAS:
                 t_raw += tl.load(t_bias_ptr + label, mask=known, other=0.0).to(tl.float32)
-            tl.store(s_logprob_ptr + n, activate(s_raw, s_inner, s_outer, S_CAP) - s_lse)
-            tl.store(t_logprob_ptr + n, activate(t_raw, t_inner, t_outer, T_CAP) - t_lse)
+            tl.store(s_logprob_ptr + n, activate(s_raw, s_inner, s_outer, S_CAP) - m_s - s_lse)
+            tl.store(t_logprob_ptr + n, activate(t_raw, t_inner, t_outer, T_CAP) - m_t - t_lse)
 
     if GRAD:
         infinite = d == float("inf")  # no useful gradient: the value stays, the gradient is 0
@@ -273,13 +281,13 @@ def row_kernel(
         if whole < V:
             store_gradient(
                 s_ptr, t_ptr, g_ptr, s_bias_ptr, t_bias_ptr, whole, V, s_inner, s_outer, t_inner, t_outer,
-                s_lse, t_lse, center, beta, row_factor, infinite, g_max,
+                m_s, m_t, s_lse, t_lse, center, beta, row_factor, infinite, g_max,
                 KIND, S_BIAS, T_BIAS, S_CAP, T_CAP, NARROW, ROUND, BLOCK, True,
             )  # fmt: skip
         for back in range(0, whole, BLOCK):
             store_gradient(
                 s_ptr, t_ptr, g_ptr, s_bias_ptr, t_bias_ptr, whole - BLOCK - back, V, s_inner, s_outer,
-                t_inner, t_outer, s_lse, t_lse, center, beta, row_factor, infinite, g_max,
+                t_inner, t_outer, m_s, m_t, s_lse, t_lse, center, beta, row_factor, infinite, g_max,
                 KIND, S_BIAS, T_BIAS, S_CAP, T_CAP, NARROW, ROUND, BLOCK, False,
             )  # fmt: skip
 
