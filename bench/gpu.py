@@ -1,7 +1,7 @@
 """The whole benchmark in one command: `python -m bench.gpu` (`make bench-gpu`), under 8 minutes on one GPU.
 
 Results are written after every case, so that a kill or a broken CUDA context loses none that is finished.
---sweep times our own loss over chunk_bytes instead. --device cpu runs tiny shapes in seconds, to test all this.
+--sweep times our own loss over chunk_bytes and tiles instead. --device cpu runs tiny shapes, to test all this.
 """
 
 import argparse
@@ -13,24 +13,45 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from sdft_kernels import tuning
 
 from .cases import GPU_CASES, SWEEP_CASES, TINY_CASES, Case
 from .measure import SKIPPED, Cpu, Cuda, DeviceLostError, Row, applies, reason, run_case
-from .peers import VARIANTS, Variant, ours
+from .peers import VARIANTS, Loss, Variant, ours
 from .report import RESULTS, describe, stem_of, summary, write
 
 MIB = 2**20
 SWEEP_MIB = (64, 128, 256, 512, 1024, 2048)
+SWEEP_ROWS = ((1024, 4), (2048, 4), (2048, 8), (4096, 8), (8192, 16))  # tile and warps of row_kernel
 
 
 def sweep_variants(device: Cpu | Cuda) -> list[Variant]:
-    """Ours at every chunk size, in each implementation meant for the device."""
+    """Ours at every chunk size, in each implementation meant for the device, and at every tile of row_kernel."""
     impls = ("triton", "triton_no_logits") if device.name == "cuda" else ("torch",)
+    tiles = SWEEP_ROWS if device.name == "cuda" else ()
     return [
+        Variant(f"sdft_kernels triton, tile {block}, {warps} warps", partial(with_row_blocks, block, warps))
+        for block, warps in tiles
+    ] + [
         Variant(f"sdft_kernels {impl}, {mib} MiB", partial(ours, impl=impl, chunk_bytes=mib * MIB))
         for impl in impls
         for mib in SWEEP_MIB
     ]
+
+
+def with_row_blocks(block: int, warps: int, name: str) -> Loss:
+    """Ours with another tile and number of warps than tuning.py's."""
+    loss = ours(name, impl="triton")
+
+    def step(*tensors: torch.Tensor) -> torch.Tensor:
+        kept = dict(tuning.ROW_BLOCKS)
+        tuning.ROW_BLOCKS.update(dict.fromkeys(kept, tuning.RowBlocks(block, warps, warps)))
+        try:
+            return loss(*tensors)
+        finally:
+            tuning.ROW_BLOCKS.update(kept)
+
+    return step
 
 
 def measure(
@@ -72,7 +93,7 @@ def main(arguments: list[str] | None = None) -> list[Row]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--budget", type=float, default=420.0, help="seconds after which no variant is begun")
-    parser.add_argument("--sweep", action="store_true", help="ours over chunk_bytes, into NAME-sweep.json")
+    parser.add_argument("--sweep", action="store_true", help="ours over chunk_bytes and tiles, into NAME-sweep.json")
     parser.add_argument("--cases", default="", metavar="REGEX", help='as printed: "SmolLM2.* 4096 bfloat16"')
     parser.add_argument("--variants", default="", metavar="REGEX", help='for example "sdft_kernels|Liger"')
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER")

@@ -77,6 +77,19 @@ def test_sweep_over_chunk_sizes(bench: Run, tmp_path: Path) -> None:
     assert list(tmp_path.glob("*-sweep.md"))
 
 
+def test_sweep_over_tiles_puts_the_table_back() -> None:
+    from sdft_kernels import linear_divergence, tuning
+
+    from bench.gpu import with_row_blocks
+
+    kept = dict(tuning.ROW_BLOCKS)
+    tensors = [torch.randn(shape, generator=torch.Generator().manual_seed(0)) for shape in ((5, 8), (90, 8))] * 2
+    tensors[2] = tensors[2] + 0.1
+    value = with_row_blocks(32, 1, "reverse_kl")(*tensors)
+    torch.testing.assert_close(value, linear_divergence(*tensors, impl="torch"))
+    assert kept == tuning.ROW_BLOCKS
+
+
 def test_missing_peer_is_listed_by_name(bench: Run, only: Callable[..., None]) -> None:
     def make(divergence: str) -> peers.Loss:
         import peer_that_nobody_has  # noqa: F401
