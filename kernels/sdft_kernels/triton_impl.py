@@ -124,10 +124,11 @@ class _Loop:
         result = new_grads(inp, opt, self.grads, Result(outputs.divergence, outputs.tokens()), self.keep is None)
         if self.rows == 0:
             return result.zero_grads()
+        factor = uniform * opt.grad_factor
         fp16 = self.s_dtype == torch.float16
         if fp16:
-            row_weights, uniform, after = fp16_scales(row_weights, uniform)
-        factor = uniform * opt.grad_factor
+            row_weights, factor, after = fp16_scales(row_weights, factor)
+        gone = None if row_weights is None else (row_weights == 0).unsqueeze(1)  # (N, 1)
         for lo, hi in blocks(self.rows, self.chunk):
             rows = hi - lo
             x = self.project(lo, hi)
@@ -137,6 +138,8 @@ class _Loop:
                 s, t, g, opt, (inp.bias, inp.teacher_bias), outputs,
                 rows=rows, lo=lo, index=self.keep, weights=row_weights, labels=inp.labels, factor=factor,
             )  # fmt: skip
+            if gone is not None and result.dw is not None:  # their gradient is 0, but 0·NaN would not be
+                x = x.masked_fill(take(gone, self.keep, lo, hi), 0.0)
             if g is not None:
                 self.gradients(result, g[:, : opt.vocab], x, lo, hi)
         if fp16:
@@ -178,7 +181,7 @@ class _Loop:
 def fp16_scales(row_weights: Tensor | None, uniform: float) -> tuple[Tensor | None, float, Tensor | float]:
     """(row weights, factor in the kernel, factor afterwards): stored fp16 gradients neither vanish nor overflow.
 
-    The kernel sees weights of at most 1 and FP16_SHIFT; the rest, 1/N above all, multiplies the fp32 sums.
+    The kernel sees weights of at most 1 and FP16_SHIFT; the rest, 1/N and 1/τ above all, multiplies the fp32 sums.
     """
     if row_weights is None:
         return None, FP16_SHIFT, uniform / FP16_SHIFT
