@@ -1,8 +1,9 @@
 """Triton without logits: both projections, the statistics and the gradient tile by tile, nothing of size N·V kept.
 
-A candidate beside triton_impl, not the default: it computes every tile of logits two or three times (10 to 14
-NVH multiply-adds where the chunked loop takes 8), and gains by skipping the gradient's products where a tile
-holds next to none. Cut Cross-Entropy (Wijmans et al. 2024, arXiv 2411.09009) does so for one model's labels.
+A candidate beside triton_impl, not the default: it computes every tile of both sides' logits twice (JSD: three
+times), 12 NVH FLOPs (16) where the chunked loop takes 8. Skipping the gradient's products where a tile holds
+next to none of it saves at most 4 of them; what it surely saves is the traffic and the memory of the logits. After
+Cut Cross-Entropy (Wijmans et al. 2024, arXiv 2411.09009), which does so for the loss of labels.
 
 Three steps: statistics of every row, a range of the vocabulary per program, merged afterwards; for JSD a second
 pass over the tiles; then the gradient, where one program computes one tile of both sides' logits once more.
@@ -85,21 +86,25 @@ def merge_block(s, t, m_s, z_s, b_s, m_t, z_t, b_t, a, top, KIND: tl.constexpr, 
     """row_kernels.merge_tile for a block of rows: s and t (BM, BN), the running statistics (BM,)."""
     new_s = tl.maximum(m_s, tl.max(s, 1))
     new_t = tl.maximum(m_t, tl.max(t, 1))
-    e_s = tl.exp(s - finite_or_zero(new_s)[:, None])
-    e_t = tl.exp(t - finite_or_zero(new_t)[:, None])
+    x_s = s - finite_or_zero(new_s)[:, None]
+    x_t = t - finite_or_zero(new_t)[:, None]
+    e_s = tl.exp(x_s)
+    e_t = tl.exp(x_t)
     r_s = tl.exp(m_s - finite_or_zero(new_s))
     r_t = tl.exp(m_t - finite_or_zero(new_t))
-    z_s = z_s * r_s + tl.sum(e_s, 1)
-    z_t = z_t * r_t + tl.sum(e_t, 1)
+    up_s = finite_or_zero(new_s) - finite_or_zero(m_s)
+    up_t = finite_or_zero(new_t) - finite_or_zero(m_t)
     if KIND == REVERSE:
-        a = rescaled(a, r_s) + row_sum(e_s, s - t)
+        a = rescaled(a + z_s * (up_t - up_s), r_s) + row_sum(e_s, x_s - x_t)
     if KIND == FORWARD:
-        a = rescaled(a, r_t) + row_sum(e_t, t - s)
+        a = rescaled(a + z_t * (up_s - up_t), r_t) + row_sum(e_t, x_t - x_s)
     if TOKENS:
-        b_s = rescaled(b_s, r_s) + row_sum(e_s, s)
-        b_t = rescaled(b_t, r_t) + row_sum(e_t, t)
+        b_s = rescaled(b_s - z_s * up_s, r_s) + row_sum(e_s, x_s)
+        b_t = rescaled(b_t - z_t * up_t, r_t) + row_sum(e_t, x_t)
         here = tl.max(tl.where(t == new_t[:, None], s, -float("inf")), 1)
         top = tl.where(new_t > m_t, here, tl.maximum(top, here))
+    z_s = z_s * r_s + tl.sum(e_s, 1)
+    z_t = z_t * r_t + tl.sum(e_t, 1)
     return new_s, z_s, b_s, new_t, z_t, b_t, a, top
 
 
@@ -169,7 +174,7 @@ def merge_kernel(
     x_ptr, w_ptr, bias_ptr, tx_ptr, tw_ptr, t_bias_ptr,
     index_ptr, weight_ptr, label_ptr,  # (R,), (N,), (N,)
     part_ptr,  # (STATS, splits, R)
-    row_ptr,  # (3, R): log-sum-exps of the student and the teacher, center
+    row_ptr,  # (5, R): maxima of the student and the teacher, log-sum-exps above them, center
     d_ptr, s_entropy_ptr, t_entropy_ptr, s_logprob_ptr, t_logprob_ptr, agree_ptr,  # (N,) outputs
     R, V, H, T_H, x_stride, w_stride, tx_stride, tw_stride, s_inner, s_outer, t_inner, t_outer, splits,
     KIND: tl.constexpr, TOKENS: tl.constexpr, LABELS: tl.constexpr, WEIGHTS: tl.constexpr, INDEX: tl.constexpr,
@@ -187,37 +192,46 @@ def merge_kernel(
     for split in range(0, splits):
         part = part_ptr + split * rows + tl.minimum(row, R - 1)
         m_s2, m_t2 = tl.load(part), tl.load(part + 2 * step)
+        z_s2, z_t2 = tl.load(part + step), tl.load(part + 3 * step)
         new_s, new_t = tl.maximum(m_s, m_s2), tl.maximum(m_t, m_t2)
-        r_s, r_s2 = tl.exp(m_s - finite_or_zero(new_s)), tl.exp(m_s2 - finite_or_zero(new_s))
-        r_t, r_t2 = tl.exp(m_t - finite_or_zero(new_t)), tl.exp(m_t2 - finite_or_zero(new_t))
-        z_s = z_s * r_s + tl.load(part + step) * r_s2
-        z_t = z_t * r_t + tl.load(part + 3 * step) * r_t2
+        ref_s, ref_t = finite_or_zero(new_s), finite_or_zero(new_t)
+        r_s, r_s2 = tl.exp(m_s - ref_s), tl.exp(m_s2 - ref_s)
+        r_t, r_t2 = tl.exp(m_t - ref_t), tl.exp(m_t2 - ref_t)
+        up_s, up_s2 = ref_s - finite_or_zero(m_s), ref_s - finite_or_zero(m_s2)
+        up_t, up_t2 = ref_t - finite_or_zero(m_t), ref_t - finite_or_zero(m_t2)
         if KIND == REVERSE:
-            a = rescaled(a, r_s) + rescaled(tl.load(part + 4 * step), r_s2)
+            a2 = tl.load(part + 4 * step) + z_s2 * (up_t2 - up_s2)
+            a = rescaled(a + z_s * (up_t - up_s), r_s) + rescaled(a2, r_s2)
         if KIND == FORWARD:
-            a = rescaled(a, r_t) + rescaled(tl.load(part + 4 * step), r_t2)
+            a2 = tl.load(part + 4 * step) + z_t2 * (up_s2 - up_t2)
+            a = rescaled(a + z_t * (up_s - up_t), r_t) + rescaled(a2, r_t2)
         if TOKENS:
-            b_s = rescaled(b_s, r_s) + rescaled(tl.load(part + 5 * step), r_s2)
-            b_t = rescaled(b_t, r_t) + rescaled(tl.load(part + 6 * step), r_t2)
+            b_s2 = tl.load(part + 5 * step) - z_s2 * up_s2
+            b_t2 = tl.load(part + 6 * step) - z_t2 * up_t2
+            b_s = rescaled(b_s - z_s * up_s, r_s) + rescaled(b_s2, r_s2)
+            b_t = rescaled(b_t - z_t * up_t, r_t) + rescaled(b_t2, r_t2)
             here = tl.where(m_t2 == new_t, tl.load(part + 7 * step), -float("inf"))
             top = tl.where(new_t > m_t, here, tl.maximum(top, here))
+        z_s = z_s * r_s + z_s2 * r_s2
+        z_t = z_t * r_t + z_t2 * r_t2
         m_s, m_t = new_s, new_t
 
-    s_lse = m_s + tl.log(z_s)
-    t_lse = m_t + tl.log(z_t)
-    apart = (m_s - m_t) + tl.log(z_s / z_t)  # s_lse − t_lse, without the rounding of two large numbers
+    s_lse = tl.log(z_s)  # counted from the maximum
+    t_lse = tl.log(z_t)
     mask = row < R
     out = row_ptr + row
-    tl.store(out, s_lse, mask=mask)
-    tl.store(out + R, t_lse, mask=mask)
+    tl.store(out, m_s, mask=mask)
+    tl.store(out + R, m_t, mask=mask)
+    tl.store(out + 2 * R, s_lse, mask=mask)
+    tl.store(out + 3 * R, t_lse, mask=mask)
     if WEIGHTS:  # the outputs of a row of weight 0 are zero already
         mask = mask & (tl.load(weight_ptr + n) != 0.0)
     if KIND == REVERSE:
-        tl.store(out + 2 * R, a / z_s, mask=row < R)
-        tl.store(d_ptr + n, a / z_s - apart, mask=mask)
+        tl.store(out + 4 * R, a / z_s, mask=row < R)
+        tl.store(d_ptr + n, a / z_s + tl.log(z_t / z_s), mask=mask)
     if KIND == FORWARD:
-        tl.store(out + 2 * R, zero, mask=row < R)
-        tl.store(d_ptr + n, a / z_t + apart, mask=mask)
+        tl.store(out + 4 * R, zero, mask=row < R)
+        tl.store(d_ptr + n, a / z_t + tl.log(z_s / z_t), mask=mask)
     if TOKENS:
         tl.store(s_entropy_ptr + n, s_lse - b_s / z_s, mask=mask)
         tl.store(t_entropy_ptr + n, t_lse - b_t / z_t, mask=mask)
@@ -228,8 +242,8 @@ def merge_kernel(
                          S_BIAS, S_CAP, BM, BK)  # fmt: skip
         t = label_logits(tx_ptr, tw_ptr, t_bias_ptr, n, label, V, T_H, tx_stride, tw_stride, t_inner, t_outer,
                          T_BIAS, T_CAP, BM, BK)  # fmt: skip
-        tl.store(s_logprob_ptr + n, s - s_lse, mask=mask)
-        tl.store(t_logprob_ptr + n, t - t_lse, mask=mask)
+        tl.store(s_logprob_ptr + n, s - m_s - s_lse, mask=mask)
+        tl.store(t_logprob_ptr + n, t - m_t - t_lse, mask=mask)
 
 
 @triton.jit(do_not_specialize=["R", "per_split"])
@@ -237,7 +251,7 @@ def jsd_kernel(
     x_ptr, w_ptr, bias_ptr, tx_ptr, tw_ptr, t_bias_ptr,
     index_ptr,
     part_ptr,  # (2, splits, R): k_p and k_q
-    row_ptr,  # (3, R): log-sum-exps and center
+    row_ptr,  # (5, R)
     R, V, H, T_H, x_stride, w_stride, tx_stride, tw_stride, s_inner, s_outer, t_inner, t_outer, per_split, beta,
     INDEX: tl.constexpr, S_BIAS: tl.constexpr, T_BIAS: tl.constexpr, S_CAP: tl.constexpr, T_CAP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, WIDEN: tl.constexpr,
@@ -246,8 +260,9 @@ def jsd_kernel(
     split, splits = tl.program_id(0), tl.num_programs(0)
     row = tl.program_id(1) * BM + tl.arange(0, BM)
     n = token_rows(index_ptr, row, R, INDEX)
-    inside = tl.minimum(row, R - 1)
-    s_lse, t_lse = tl.load(row_ptr + inside)[:, None], tl.load(row_ptr + R + inside)[:, None]
+    stats = row_ptr + tl.minimum(row, R - 1)
+    m_s, m_t = tl.load(stats)[:, None], tl.load(stats + R)[:, None]
+    s_lse, t_lse = tl.load(stats + 2 * R)[:, None], tl.load(stats + 3 * R)[:, None]
     k_p, k_q = tl.zeros((BM,), tl.float32), tl.zeros((BM,), tl.float32)
     first = split * per_split * BN
     for start in range(first, tl.minimum(first + per_split * BN, V), BN):
@@ -255,6 +270,8 @@ def jsd_kernel(
                         S_BIAS, S_CAP, BM, BN, BK, WIDEN)  # fmt: skip
         t = tile_logits(tx_ptr, tw_ptr, t_bias_ptr, n, start, V, T_H, tx_stride, tw_stride, t_inner, t_outer,
                         T_BIAS, T_CAP, BM, BN, BK, WIDEN)  # fmt: skip
+        s -= m_s
+        t -= m_t
         u = log_ratio(s, t, s_lse, t_lse)
         mix = log_mixture(u, beta)
         k_p += row_sum(tl.exp(s - s_lse), mix)
@@ -268,7 +285,7 @@ def jsd_kernel(
 def gradient_kernel(
     x_ptr, w_ptr, bias_ptr, tx_ptr, tw_ptr, t_bias_ptr,
     index_ptr, weight_ptr,  # (R,), (N,)
-    row_ptr, d_ptr,  # (3, R) log-sum-exps and center; (N,) divergences
+    row_ptr, d_ptr,  # (5, R), (N,) divergences
     dx_ptr, dw_ptr, db_ptr,  # (R, H), (V, H), (V,) fp32, added to
     R, V, H, T_H, x_stride, w_stride, tx_stride, tw_stride, s_inner, s_outer, t_inner, t_outer, beta,
     factor, g_max, skip, curvature,
@@ -295,14 +312,19 @@ def gradient_kernel(
     t = tile_logits(tx_ptr, tw_ptr, t_bias_ptr, n, start, V, T_H, tx_stride, tw_stride, t_inner, t_outer,
                     T_BIAS, T_CAP, BM, BN, BK, WIDEN)  # fmt: skip
     stats = row_ptr + tl.minimum(row, R - 1)
-    s_lse, t_lse, center = tl.load(stats)[:, None], tl.load(stats + R)[:, None], tl.load(stats + 2 * R)[:, None]
+    m_s, m_t = tl.load(stats)[:, None], tl.load(stats + R)[:, None]
+    s_lse, t_lse, center = (
+        tl.load(stats + 2 * R)[:, None],
+        tl.load(stats + 3 * R)[:, None],
+        tl.load(stats + 4 * R)[:, None],
+    )
     d = tl.load(d_ptr + n)
     row_factor = tl.full((BM,), 1.0, tl.float32) * factor
     if WEIGHTS:
         row_factor *= tl.load(weight_ptr + n).to(tl.float32)
     # Nothing flows to rows past the last, of weight 0, or of infinite divergence, whatever they hold.
     live = (row < R) & (row_factor != 0.0) & (d != float("inf"))
-    g = gradient(s, t, s_lse, t_lse, center, beta, KIND)
+    g = gradient(s - m_s, t - m_t, s_lse, t_lse, center, beta, KIND)
     g = tl.where(live[:, None], g, 0.0)
     limit = skip * tl.minimum(1.0, tl.sqrt(tl.maximum(2.0 * curvature * d, 0.0)))
     # Written so that NaN is not negligible. The factors, equal for the row or at most 1, play no part.
@@ -418,12 +440,12 @@ class _Call:
         self.tiles = triton.cdiv(options.vocab, self.blocks.vocab)
 
     def statistics(self, outputs: Outputs, row_weights: Tensor | None) -> Tensor:
-        """Fill the outputs; returns the rows' log-sum-exps and centers, (3, R)."""
+        """Fill the outputs; returns the rows' five numbers, (5, R)."""
         rows, options, device = self.rows, self.options, self.x.device
         per_split = triton.cdiv(self.tiles, splits_of(device, self.row_blocks))
         splits = triton.cdiv(self.tiles, per_split)
         parts = torch.empty(STATS, splits, rows, dtype=torch.float32, device=device)
-        stats = torch.empty(3, rows, dtype=torch.float32, device=device)
+        stats = torch.empty(5, rows, dtype=torch.float32, device=device)
         s_entropy, t_entropy, s_logprob, t_logprob = outputs.rest
         form = {"KIND": KINDS[options.kind], "TOKENS": options.return_tokens} | self.flags
         statistics_kernel[(splits, self.row_blocks)](
@@ -440,7 +462,7 @@ class _Call:
                 *self.operands, self.keep, parts, stats, *self.sizes, per_split, options.beta, **self.flags, **self.tile
             )
             k_p, k_q = parts[:2].sum(1)
-            stats[2] = k_p
+            stats[4] = k_p
             d = options.beta * k_q - (1.0 - options.beta) * k_p
             if row_weights is not None and self.keep is None:  # no row of keep has weight 0
                 d = torch.where(row_weights == 0, 0.0, d)
@@ -450,7 +472,7 @@ class _Call:
     def gradients(
         self,
         result: Result,  # gradients are zero; divergence is filled
-        stats: Tensor,  # (3, R)
+        stats: Tensor,  # (5, R)
         row_weights: Tensor | None,
         uniform: float,
     ) -> None:
