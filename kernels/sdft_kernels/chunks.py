@@ -3,9 +3,6 @@
 N rows of a call, C of them per chunk, R per block, V vocabulary.
 """
 
-import ctypes
-import mmap
-import sys
 from collections.abc import Iterator
 
 import torch
@@ -16,7 +13,6 @@ from .rows import RowStats, activate_, block_divergence_, deactivate_, scratch_p
 
 DEFAULT_CHUNK_BYTES = 256 * 2**20
 CACHE_BYTES = 3 * 2**19  # of one block per CPU thread, logits and scratch: what stays in a core's 2 MiB
-OWN_MAPPING_BYTES = 32 * 2**20  # from here on malloc gives a tensor a memory mapping of its own
 BLOCK_BYTES = 64 * 2**20  # of scratch elsewhere, where many small launches would cost more than the traffic
 
 
@@ -39,20 +35,6 @@ def block_rows(options: Options, dtype: torch.dtype, device: torch.device) -> in
         return min(most, power_of_two_below(BLOCK_BYTES // (2 * row_bytes)))
     threads = torch.get_num_threads()
     return min(most, threads * max(1, CACHE_BYTES // ((2 + planes) * row_bytes)))
-
-
-def huge_pages(tensor: Tensor) -> Tensor:
-    """Ask Linux to back a fresh large CPU tensor with 2 MiB pages.
-
-    Touching new memory for the first time costs half as much per byte then: on the CPU that is otherwise 8% of
-    a call. A hint: nothing happens where the system has none of it. Smaller tensors share their mapping.
-    """
-    if sys.platform != "linux" or tensor.device.type != "cpu" or tensor.nbytes < OWN_MAPPING_BYTES:
-        return tensor
-    start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-    length = (tensor.data_ptr() + tensor.nbytes - start) // mmap.PAGESIZE * mmap.PAGESIZE
-    ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_HUGEPAGE)
-    return tensor
 
 
 def live_rows(weights: Tensor | None) -> Tensor | None:

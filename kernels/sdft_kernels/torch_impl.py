@@ -16,7 +16,6 @@ from .chunks import (
     block_rows,
     blocks,
     budget_of,
-    huge_pages,
     power_of_two_below,
     put,
     take,
@@ -89,9 +88,7 @@ class _LinearLoop:
         teacher = head
         if not self.shared:
             teacher = Head(inp.teacher_w, opt.vocab, self.rounding(inp.teacher_w), self.dtype, tile_bytes)
-        if result.dw is not None:
-            huge_pages(result.dw)
-        z = huge_pages(torch.empty(2, chunk, opt.vocab, dtype=self.dtype, device=self.device))
+        z = torch.empty(2, chunk, opt.vocab, dtype=self.dtype, device=self.device)
         row_pass = RowPass((inp.bias, inp.teacher_bias), opt, chunk, self.dtype, self.device)
         alpha = uniform * opt.grad_factor
         for lo, hi in blocks(self.rows, chunk):
