@@ -53,7 +53,7 @@ def _loss(
         weights, uniform = upstream.expand(rows) * (uniform if weights is None else weights), 1.0
     labels = labels if options.return_tokens else None
     values, tokens = _run(options.impl)(student, teacher, labels, options, into, weights, uniform, keep)
-    return finish(values, token_weights, options.reduction), *token_tuple(tokens, values)
+    return finish(values, token_weights, options.reduction), *token_tuple(tokens, student)
 
 
 @torch.library.custom_op("sdft::divergence", mutates_args=())
