@@ -34,7 +34,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def set_tiles(monkeypatch: pytest.MonkeyPatch, rows: int = 16, vocab: int = 32, hidden: int = 16) -> None:
     blocks = TileBlocks(rows, vocab, hidden, hidden, 1, 1)
-    monkeypatch.setattr(no_logits, "tile_blocks", lambda device, options, itemsize: blocks)
+    monkeypatch.setattr(no_logits, "tile_blocks", lambda target, itemsize, heavy: blocks)
 
 
 def filled(make: Any) -> Any:

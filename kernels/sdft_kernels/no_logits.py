@@ -35,11 +35,11 @@ from .row_kernels import (
     round_to_bf16,
 )
 from .triton_impl import fp16_scales, operand_dtype
-from .tuning import splits_of, tile_blocks
+from .tuning import device_class, splits_of, tile_blocks
 
 STATS = 8  # of a row in one range of the vocabulary, in the order of statistics_kernel's stores
 GROUP = tl.constexpr(8)  # row blocks that share a tile of the head while it is in cache
-MERGE_BLOCK = {"BM": 16, "BK": 128}
+MERGE_BLOCK = {"BM": 16, "BK": 64}
 
 
 @triton.jit
@@ -431,7 +431,8 @@ class _Call:
             "S_CAP": options.student.softcap is not None, "T_CAP": options.teacher.softcap is not None,
             "enable_fp_fusion": True,
         }  # fmt: skip
-        self.blocks = tile_blocks(x.device, options, max(s_dtype.itemsize, t_dtype.itemsize))
+        heavy = options.kind != "reverse_kl" or self.flags["S_CAP"] or self.flags["T_CAP"]
+        self.blocks = tile_blocks(device_class(x.device), max(s_dtype.itemsize, t_dtype.itemsize), heavy)
         self.tile = {
             "BM": self.blocks.rows, "BN": self.blocks.vocab, "BK": self.blocks.hidden, "WIDEN": INTERPRETED,
             "num_warps": self.blocks.warps, "num_stages": self.blocks.stages,

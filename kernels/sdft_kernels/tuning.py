@@ -8,8 +8,6 @@ from typing import NamedTuple
 
 import torch
 
-from .checks import Options
-
 
 class RowBlocks(NamedTuple):
     """Of row_kernel: vocabulary entries per tile, and warps per row."""
@@ -56,22 +54,42 @@ class TileBlocks(NamedTuple):
     stages: int
 
 
-# For reverse KL without a softcap, and for all else, which keeps more values in registers.
+class TileRow(NamedTuple):
+    """Of one device class."""
+
+    light: TileBlocks  # reverse KL without a softcap
+    heavy: TileBlocks  # all else, which keeps more values in registers
+    fp32: TileBlocks  # fp32 operands: no tensor core multiplies them exactly
+
+
 TILE_BLOCKS = {
-    "sm_80": (TileBlocks(128, 64, 32, 32, 8, 3), TileBlocks(128, 64, 32, 32, 8, 3)),
-    "sm_90": (TileBlocks(128, 128, 64, 64, 8, 3), TileBlocks(128, 64, 64, 64, 8, 4)),
-    "sm_100": (TileBlocks(128, 128, 64, 64, 8, 3), TileBlocks(128, 64, 64, 64, 8, 4)),
-    "gfx942": (TileBlocks(128, 64, 32, 32, 8, 2), TileBlocks(128, 64, 32, 32, 8, 2)),
+    "sm_80": TileRow(
+        light=TileBlocks(128, 64, 32, 32, 8, 3),
+        heavy=TileBlocks(128, 64, 32, 32, 8, 3),
+        fp32=TileBlocks(64, 32, 16, 32, 8, 2),
+    ),
+    "sm_90": TileRow(
+        light=TileBlocks(128, 128, 64, 64, 8, 3),
+        heavy=TileBlocks(128, 64, 64, 64, 8, 4),
+        fp32=TileBlocks(64, 32, 16, 32, 4, 2),
+    ),
+    "sm_100": TileRow(
+        light=TileBlocks(128, 64, 64, 64, 8, 4),
+        heavy=TileBlocks(128, 64, 64, 64, 8, 4),
+        fp32=TileBlocks(64, 32, 16, 32, 4, 2),
+    ),
+    "gfx942": TileRow(
+        light=TileBlocks(128, 64, 32, 32, 8, 2),
+        heavy=TileBlocks(128, 64, 32, 32, 8, 2),
+        fp32=TileBlocks(64, 32, 16, 32, 4, 2),
+    ),
 }
-TILE_BLOCKS_FP32 = TileBlocks(64, 64, 16, 32, 8, 2)  # every device: no tensor cores multiply fp32 exactly
 
 
-def tile_blocks(device: torch.device, options: Options, itemsize: int) -> TileBlocks:
-    """For operands of `itemsize` bytes."""
-    if itemsize == 4:
-        return TILE_BLOCKS_FP32
-    capped = options.student.softcap is not None or options.teacher.softcap is not None
-    return TILE_BLOCKS[device_class(device)][options.kind != "reverse_kl" or capped]
+def tile_blocks(target: str, itemsize: int, heavy: bool) -> TileBlocks:
+    """For operands of `itemsize` bytes on a device class."""
+    row = TILE_BLOCKS[target]
+    return row.fp32 if itemsize == 4 else row.heavy if heavy else row.light
 
 
 def splits_of(device: torch.device, row_blocks: int) -> int:
