@@ -348,7 +348,7 @@ def watched(impl: str, tensors: list[Tensor], weights: Tensor | None, needs: tup
     x, w, tx, tw = (t.detach() for t in tensors)
     labels = torch.zeros(len(x), dtype=torch.int64) if options.get("return_tokens") else None
     with Watch() as seen:
-        linear_module._op._init_fn(
+        linear_module._forward(
             x, w, None, tx, tw, None, weights, labels, None, *needs, None, *flat(w.shape[0], impl, **options)
         )
     return seen
@@ -365,7 +365,7 @@ def test_the_host_waits_for_nothing() -> None:
     assert watched("triton", make(), torch.ones(4), (True, True, False)).waits() == {"nonzero"}  # compact=True, as said
     s, t = torch.randn(4, 40), torch.randn(4, 40)
     with Watch() as seen:
-        logits_module._op._init_fn(s, t, torch.ones(4), None, None, True, *flat(40, "triton", compact=False))
+        logits_module._forward(s, t, torch.ones(4), None, None, True, *flat(40, "triton", compact=False))
     assert not seen.waits()
     tensors = make()
     loss = 3.0 * linear_divergence(*tensors, impl="triton")

@@ -26,7 +26,8 @@ from .checks import (
     make_options,
 )
 from .chunks import live_rows
-from .reduce import fake_tokens, finish, refuse_double_backward, scale_grad, scale_rows, token_stats, token_tuple
+from .operators import fake_tokens, refuse_double_backward, register, scale_grad, token_stats, token_tuple
+from .reduce import finish, scale_rows
 
 LOOPS = {"torch": ".torch_logits", "triton": ".triton_logits"}
 
@@ -56,8 +57,7 @@ def _loss(
     return finish(values, token_weights, options.reduction), *token_tuple(tokens, student)
 
 
-@torch.library.custom_op("sdft::divergence", mutates_args=())
-def _op(
+def _forward(
     student: Tensor,
     teacher: Tensor,
     token_weights: Tensor | None,
@@ -88,7 +88,6 @@ def _op(
     return (*outputs, student.new_empty(0) if into is None else into)  # type: ignore[return-value]
 
 
-@_op.register_fake
 def _fake(
     student: Tensor, teacher: Tensor, token_weights: Tensor | None, labels: Tensor | None, upstream: Tensor | None,
     need: bool, kind: str, beta: float, reduction: str, *rest: Any,
@@ -123,7 +122,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ..
     return made, *nothing[1:]
 
 
-_op.register_autograd(_backward, setup_context=_setup)
+_op = register("sdft::divergence", _forward, _fake, _backward, _setup)
 
 
 class _InPlace(torch.autograd.Function):

@@ -26,7 +26,8 @@ from .checks import (
     make_options,
 )
 from .chunks import live_rows
-from .reduce import fake_tokens, finish, refuse_double_backward, scale_grad, scale_rows, token_stats, token_tuple
+from .operators import fake_tokens, refuse_double_backward, register, scale_grad, token_stats, token_tuple
+from .reduce import finish, scale_rows
 
 LOOPS = {"torch": ".torch_impl", "triton": ".triton_impl", "triton_no_logits": ".no_logits"}
 
@@ -36,8 +37,7 @@ def _run(impl: str) -> Callable[..., Result]:
     return importlib.import_module(LOOPS[impl], __package__).run_linear
 
 
-@torch.library.custom_op("sdft::linear_divergence", mutates_args=())
-def _op(
+def _forward(
     x: Tensor,  # (N, H_s)
     w: Tensor,  # (V_s, H_s)
     bias: Tensor | None,  # (V_s,)
@@ -88,7 +88,6 @@ def _op(
     return (loss, *token_tuple(result.tokens, x), *(x.new_empty(0) if g is None else g for g in made))  # type: ignore[return-value]
 
 
-@_op.register_fake
 def _fake(
     x: Tensor, w: Tensor, bias: Tensor | None, teacher_x: Tensor, teacher_w: Tensor, teacher_bias: Tensor | None,
     token_weights: Tensor | None, labels: Tensor | None, upstream: Tensor | None,
@@ -143,7 +142,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ..
     return *grads, *nothing[3:]
 
 
-_op.register_autograd(_backward, setup_context=_setup)
+_op = register("sdft::linear_divergence", _forward, _fake, _backward, _setup)
 
 
 def linear_divergence(
