@@ -397,6 +397,17 @@ def test_one_infinite_row_leaves_the_others_alone() -> None:
     assert torch.equal(out["dlogits"][[0, 2]], fine["dlogits"][[0, 2]])
 
 
+@pytest.mark.parametrize("name", ["reverse_kl", "forward_kl"])
+def test_a_forbidden_token_without_probability_costs_nothing(name: str) -> None:
+    """Its infinite term is in the sum until the maximum of a later tile makes its weight 0."""
+    s, t = normal(2, 150).float(), normal(2, 150, seed=4).float()
+    likely, other = (s, t) if name == "reverse_kl" else (t, s)
+    other[:, 5] = -math.inf
+    likely[:, 100] += 1000
+    ours = evaluate_logits(divergence, s, t, divergence=name, impl="triton")
+    compare(ours, evaluate_logits(divergence_reference, s.double(), t.double(), divergence=name), bound=1e-6)
+
+
 def test_autocast_rounds_the_operands_alone() -> None:
     case = make(4, 150, 16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
