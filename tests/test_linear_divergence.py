@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from sdft_kernels import LinearDivergence, TokenStats, linear_divergence
 from sdft_kernels.reference import linear_divergence_reference
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 NAMES = ("reverse_kl", "forward_kl", "jsd")
 EPS = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 5e-3, torch.float16: 2e-3}
@@ -121,13 +120,15 @@ def test_fp32_is_within_twice_the_dense_error(name: str) -> None:
         assert relative(ours[key], truth[key]) <= 2 * relative(dense[key], truth[key]), key
 
 
-@pytest.mark.parametrize("noise", [0.2, 0.15, 0.055])  # KL about .04, .02, .003
+@pytest.mark.parametrize("kl", [0.04, 0.02, 0.003])
 @pytest.mark.parametrize("name", NAMES)
-def test_bf16_is_exact_where_the_teacher_is_near(name: str, noise: float) -> None:
-    case = make(128, 4096, 256, torch.bfloat16, noise=noise)
+def test_bf16_is_exact_where_the_teacher_is_near(name: str, kl: float) -> None:
+    case = make(128, 4096, 256, torch.bfloat16, noise=(2 * kl) ** 0.5)
     case["teacher_w"] = case["w"]
     truth = outputs(linear_divergence_reference, case, torch.float64, divergence=name)
     ours = outputs(linear_divergence, case, divergence=name)
+    if name != "jsd":
+        assert truth["divergence"].mean().item() == pytest.approx(kl, rel=0.15)
     assert relative(ours["dx"], truth["dx"]) < 5e-3
     assert relative(ours["dw"], truth["dw"]) < 5e-3
     assert relative(ours["divergence"], truth["divergence"]) < 1e-2
@@ -298,42 +299,6 @@ def test_backward_again_double_backward_and_checkpoint() -> None:
     again = torch.utils.checkpoint.checkpoint(LinearDivergence(divergence="reverse_kl"), *four, use_reentrant=False)
     for a, b in zip(first, torch.autograd.grad(again, (x, w)), strict=True):
         torch.testing.assert_close(a, b)
-
-
-class Allocations(TorchDispatchMode):
-    """The largest new storages that operators return, as (bytes, operator)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live: dict[int, Any] = {}
-        self.peak = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for value in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(value, Tensor):
-                storage = value.untyped_storage()
-                self.live[storage.data_ptr()] = (
-                    torch.multiprocessing.reductions.StorageWeakRef(storage),
-                    storage.nbytes(),
-                )
-        self.live = {k: v for k, v in self.live.items() if not v[0].expired()}
-        self.peak = max(self.peak, sum(size for _, size in self.live.values()))
-        return out
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_memory_stays_within_the_budget(dtype: torch.dtype) -> None:
-    rows, vocab, hidden, budget = 512, 2000, 32, 2 * 2**20
-    case = make(rows, vocab, hidden, dtype)
-    x, w = case["x"].requires_grad_(), case["w"].requires_grad_()
-    with Allocations() as seen:
-        loss = linear_divergence(x, w, case["teacher_x"], case["teacher_w"], chunk_bytes=budget)
-    inputs = sum(v.untyped_storage().nbytes() for v in case.values())
-    results = vocab * hidden * 4 + x.nbytes + rows * 4
-    assert seen.peak <= budget + inputs + results + 2**16
-    assert seen.peak < rows * vocab * 4  # far below one fp32 copy of the logits
-    loss.backward()
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {

@@ -48,7 +48,7 @@ def _loss(
 ) -> tuple[Tensor, ...]:
     """The loss and six per-token outputs, the gradient in `into`."""
     rows = student.shape[0]
-    keep = live_rows(token_weights) if options.compact else None
+    keep = live_rows(token_weights) if options.compact or options.impl == "torch" else None
     weights, uniform = scale_rows(token_weights, options.reduction, rows)
     if upstream is not None:
         weights, uniform = upstream.expand(rows) * (uniform if weights is None else weights), 1.0

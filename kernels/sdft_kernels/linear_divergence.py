@@ -75,7 +75,7 @@ def _forward(
     )  # fmt: skip
     inputs = Inputs(x, w, bias, teacher_x, teacher_w, teacher_bias, labels if return_tokens else None)
     rows = x.shape[0]
-    keep = live_rows(token_weights) if compact else None
+    keep = live_rows(token_weights) if compact or impl == "torch" else None
     weights, uniform = scale_rows(token_weights, options.reduction, rows)
     grads = Grads(need_x, need_w, need_bias)
     if upstream is not None:
@@ -198,8 +198,9 @@ def linear_divergence(
             least one). None is 256 MiB, on a GPU of less than 16 GiB a 64th of its memory.
         compact: gather rows of weight zero away before any GEMM. Finding them makes the host wait for
             token_weights, and nothing else in here makes it wait; False computes them for nothing instead.
+            Not read by impl="torch", which always gathers.
         impl: "triton" (GPU), "torch" (anywhere), or None: Triton on a GPU, else torch. "triton_no_logits" is
-            a candidate that keeps no logits at all; it is slower where it was not measured: see docs/kernels.md.
+            a candidate that keeps no logits at all; off by default until a GPU measurement shows it ahead (docs/kernels.md).
 
     Returns:
         The loss, () or (N,) for "none", fp32 (fp64 if an input is fp64); with return_tokens also TokenStats.

@@ -481,12 +481,12 @@ class _Call:
         options, dx = self.options, result.dx
         if dx is not None and (self.keep is not None or dx.dtype != torch.float32):
             dx = torch.zeros(self.rows, dx.shape[1], dtype=torch.float32, device=dx.device)
-        fp16 = self.x.dtype == torch.float16
+        factor, fp16 = uniform * options.grad_factor, self.x.dtype == torch.float16
         if fp16:
-            row_weights, uniform, after = fp16_scales(row_weights, uniform)
+            row_weights, factor, after = fp16_scales(row_weights, factor)
         gradient_kernel[(self.row_blocks * self.tiles,)](
             *self.operands, self.keep, row_weights, stats, result.divergence, dx, result.dw, result.dbias,
-            *self.sizes, options.beta, uniform * options.grad_factor, FP16_MAX if fp16 else float("inf"),
+            *self.sizes, options.beta, factor, FP16_MAX if fp16 else float("inf"),
             *skip_rule(options, self.x.dtype, self.tiles),
             KIND=KINDS[options.kind], DX=dx is not None, DW=result.dw is not None, DB=result.dbias is not None,
             WEIGHTS=row_weights is not None, BH=self.blocks.out, **self.flags, **self.tile,
