@@ -200,7 +200,7 @@ def linear_divergence(
             token_weights, and nothing else in here makes it wait; False computes them for nothing instead.
             Not read by impl="torch", which always gathers.
         impl: "triton" (GPU), "torch" (anywhere), or None: Triton on a GPU, else torch. "triton_no_logits" is
-            a candidate that keeps no logits at all; off by default until a GPU measurement shows it ahead (docs/kernels.md).
+            a candidate that keeps no logits at all; off by default until a GPU measurement shows it ahead.
 
     Returns:
         The loss, () or (N,) for "none", fp32 (fp64 if an input is fp64); with return_tokens also TokenStats.
