@@ -127,7 +127,7 @@ def by_case(rows: list[Row]) -> list[tuple[str, list[Row]]]:
 
 def cell(row: Row, key: str, form: str) -> str:
     if key == "spread":
-        return f"{row['p10']:.3g} to {row['p90']:.3g}" if "p10" in row else ""
+        return f"{plain(row['p10'], '.3g')} to {plain(row['p90'], '.3g')}" if "p10" in row else ""
     return "" if row.get(key) is None else plain(row[key], form)
 
 
