@@ -18,7 +18,7 @@ pytestmark = [
 
 
 NAMES = ("reverse_kl", "forward_kl", "jsd")
-BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 2e-3}  # of gradients, relative
+BOUNDS = {torch.float32: 5e-5, torch.bfloat16: 5e-3, torch.float16: 2e-3}  # of gradients, relative
 
 
 @pytest.fixture(autouse=True)

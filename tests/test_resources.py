@@ -22,7 +22,6 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
     command = [sys.executable, str(ROOT / "bench" / "resources.py"), "--json", str(folder / "rows.json")]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    print("\n" + done.stdout)
     return json.loads((folder / "rows.json").read_text())["rows"]
 
 
@@ -31,7 +30,14 @@ def label(row: Row) -> str:
 
 
 @pytest.mark.slow
-def test_no_kernel_spills(rows: list[Row]) -> None:
+def test_no_kernel_spills(rows: list[Row], capsys: pytest.CaptureFixture[str]) -> None:
+    with capsys.disabled():
+        print()
+        for row in rows:
+            print(
+                f"{label(row):58} {row['registers']:4} registers {row['spills']:3} spills {row['shared bytes']:7} "
+                f"shared {row['wide loads']:3}/{row['loads']} loads of 16 bytes {row['HGMMA']:3} HGMMA"
+            )
     assert len({r["target"] for r in rows}) == 4
     assert {label(r): (r["spills"], r["stack"]) for r in rows if r["spills"] or r["stack"]} == {}
 
