@@ -10,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test bench bench-gpu wheels lint clean
+.PHONY: demo test bench bench-gpu test-gpu wheels lint clean
 
 $(VENV)/installed: pyproject.toml constraints.txt Makefile
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'sdft needs Python 3.11 or later; run: make PYTHON=python3.11 ...')"
@@ -38,16 +38,21 @@ bench: $(VENV)/installed
 	$(BIN)/python -m pytest bench
 
 # For a machine with a GPU, its own PyTorch, and perhaps no network: no environment is made.
-bench-gpu:
-	@site=; if [ -d $(WHEELS) ]; then site=$$(mktemp -d) && $(PYTHON) -m pip install --quiet --no-index --no-deps \
-		--disable-pip-version-check --target $$site $(WHEELS)/*.whl || exit; fi; \
-	PYTHONPATH=$$site:$$PYTHONPATH $(PYTHON) -m bench.gpu $(ARGS)
+ON_GPU = site=; if [ -d $(WHEELS) ]; then site=$$(mktemp -d) && $(PYTHON) -m pip install --quiet --no-index --no-deps \
+	--disable-pip-version-check --target $$site $(WHEELS)/*.whl || exit; fi; \
+	PYTHONPATH=$$site:kernels:.:$$PYTHONPATH $(PYTHON)
 
-# The peers of bench-gpu, and of their needs what a machine with transformers may lack.
+bench-gpu:
+	@$(ON_GPU) -m bench.gpu $(ARGS)
+
+test-gpu:
+	@$(ON_GPU) -m pytest -p no:cacheprovider tests/test_gpu.py $(ARGS)
+
+# The peers of bench-gpu, and of their needs and ours what a machine with transformers may lack.
 wheels:
 	$(PYTHON) -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: -c constraints.txt \
 		--python-version $(WHEELS_PYTHON) -d $(WHEELS) \
-		liger-kernel trl fla-core einops datasets dill multiprocess
+		liger-kernel trl fla-core einops datasets dill multiprocess peft tomli-w
 	du -sh $(WHEELS)
 
 clean:
