@@ -123,7 +123,7 @@ def test_auto_chooses_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_products_of_narrow_operands_are_fp32_without_widening() -> None:
     """mm(out_dtype=): no fp32 copy of a bf16 head is made, nor of the logits' gradient."""
-    from sdft_kernels.triton_impl import mm32
+    from sdft_kernels.operands import mm32
 
     for dtype in (torch.bfloat16, torch.float16):
         a, b = torch.randn(64, 256, device="cuda").to(dtype), torch.randn(256, 512, device="cuda").to(dtype)

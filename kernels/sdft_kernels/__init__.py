@@ -1,4 +1,4 @@
-"""The fused divergence loss of self-distillation: torch alone, no logits kept.
+"""The fused divergence loss of self-distillation: no logits kept; Triton on a GPU, torch elsewhere.
 
 `linear_divergence` takes hidden states and heads; `divergence` takes ready logits; `reference` holds
 the dense truth that both are tested against.

@@ -58,10 +58,17 @@ class Result:
     dbias: Tensor | None = None  # (V_s,) the same
 
     def zero_grads(self) -> "Result":
-        for grad in (self.dx, self.dw, self.dbias):
-            if grad is not None:
-                grad.zero_()
+        for grad in self.grads():
+            grad.zero_()
         return self
+
+    def scale_grads(self, factor: Tensor | float) -> None:
+        for grad in self.grads():
+            grad.mul_(factor)
+
+    def grads(self) -> list[Tensor]:
+        """Those that there are."""
+        return [grad for grad in (self.dx, self.dw, self.dbias) if grad is not None]
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:

@@ -7,7 +7,7 @@ values, so that no check makes the host wait for a device.
 import importlib.util
 import os
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -65,6 +65,12 @@ class Options:
         """The constant that the row math leaves out of the gradient with respect to raw logits."""
         inner = self.student.scale / self.student.temperature
         return inner * (self.beta - 1.0) if self.kind == "jsd" else inner
+
+    # The types of flat's values, for an operator's schema.
+    SCHEMA: ClassVar[str] = (
+        "str kind, float beta, str reduction, SymInt vocab, float scale, float? softcap, float teacher_scale, "
+        "float? teacher_softcap, float temperature, bool return_tokens, SymInt? chunk_bytes, bool compact, str impl"
+    )
 
     def flat(self) -> tuple[Any, ...]:
         """The options as the plain values that an operator's schema can hold, in its order."""

@@ -61,6 +61,17 @@ def put(out: Tensor, index: Tensor | None, lo: int, hi: int, value: Tensor) -> N
         out.index_copy_(0, index[lo:hi], value.to(out.dtype))
 
 
+def clear_untouched(into: Tensor | None, rows: int, vocab: int, keep: Tensor | None) -> None:
+    """Zero what no chunk writes: padded columns, and rows of weight zero."""
+    if into is None:
+        return
+    into[:, vocab:].zero_()
+    if keep is not None:
+        gone = torch.ones(rows, dtype=torch.bool, device=into.device)
+        gone[keep] = False
+        into.masked_fill_(gone.unsqueeze(1), 0.0)
+
+
 class Outputs:
     """Per-row results of N tokens, filled block by block."""
 

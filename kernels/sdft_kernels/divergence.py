@@ -25,11 +25,16 @@ from .checks import (
     choose_impl,
     make_options,
 )
-from .chunks import live_rows
 from .operators import fake_tokens, refuse_double_backward, register, scale_grad, token_stats, token_tuple
-from .reduce import finish, scale_rows
+from .reduce import finish, row_scales
 
 LOOPS = {"torch": ".torch_logits", "triton": ".triton_logits"}
+
+
+SCHEMA = (
+    "(Tensor student, Tensor teacher, Tensor? token_weights, Tensor? labels, Tensor? upstream, bool need, "
+    f"{Options.SCHEMA}) -> ({', '.join(['Tensor'] * 8)})"
+)
 
 
 def _run(impl: str) -> Callable[..., tuple[Tensor, TokenStats | None]]:
@@ -47,11 +52,7 @@ def _loss(
     into: Tensor | None,  # (N, V_s) for the gradient
 ) -> tuple[Tensor, ...]:
     """The loss and six per-token outputs, the gradient in `into`."""
-    rows = student.shape[0]
-    keep = live_rows(token_weights) if options.compact or options.impl == "torch" else None
-    weights, uniform = scale_rows(token_weights, options.reduction, rows)
-    if upstream is not None:
-        weights, uniform = upstream.expand(rows) * (uniform if weights is None else weights), 1.0
+    keep, weights, uniform = row_scales(token_weights, upstream, options, student.shape[0])
     labels = labels if options.return_tokens else None
     values, tokens = _run(options.impl)(student, teacher, labels, options, into, weights, uniform, keep)
     return finish(values, token_weights, options.reduction), *token_tuple(tokens, student)
@@ -64,39 +65,24 @@ def _forward(
     labels: Tensor | None,
     upstream: Tensor | None,
     need: bool,
-    kind: str,
-    beta: float,
-    reduction: str,
-    vocab: int,
-    scale: float,
-    softcap: float | None,
-    teacher_scale: float,
-    teacher_softcap: float | None,
-    temperature: float,
-    return_tokens: bool,
-    chunk_bytes: int | None,
-    compact: bool,
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    *plain: Any,
+) -> tuple[Tensor, ...]:
     """The loss, six per-token outputs and the gradient; what was not asked for has no elements."""
-    options = Options.from_flat(
-        kind, beta, reduction, vocab, scale, softcap, teacher_scale, teacher_softcap, temperature,
-        return_tokens, chunk_bytes, compact, impl,
-    )  # fmt: skip
-    into = torch.empty_like(student) if need and (reduction != "none" or upstream is not None) else None
+    options = Options.from_flat(*plain)
+    into = torch.empty_like(student) if need and (options.reduction != "none" or upstream is not None) else None
     outputs = _loss(student, teacher, token_weights, labels, upstream, options, into)
-    return (*outputs, student.new_empty(0) if into is None else into)  # type: ignore[return-value]
+    return (*outputs, student.new_empty(0) if into is None else into)
 
 
 def _fake(
     student: Tensor, teacher: Tensor, token_weights: Tensor | None, labels: Tensor | None, upstream: Tensor | None,
-    need: bool, kind: str, beta: float, reduction: str, *rest: Any,
+    need: bool, *plain: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    dtype = compute_dtype(student, teacher)
-    loss = student.new_empty((student.shape[0],) if reduction == "none" else (), dtype=dtype)
-    made = need and (reduction != "none" or upstream is not None)
+    options, dtype = Options.from_flat(*plain), compute_dtype(student, teacher)
+    loss = student.new_empty((student.shape[0],) if options.reduction == "none" else (), dtype=dtype)
+    made = need and (options.reduction != "none" or upstream is not None)
     grad = torch.empty_like(student) if made else student.new_empty(0)
-    return loss, *fake_tokens(student, dtype, rest[-4], labels is not None), grad
+    return loss, *fake_tokens(student, dtype, options.return_tokens, labels is not None), grad
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -114,15 +100,16 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ..
     if grad is None:  # an undefined gradient: nothing depends on the loss
         return nothing
     *tensors, made = ctx.saved_tensors
-    if ctx.plain[3] == "none" or ctx.spent:
+    options = Options.from_flat(*ctx.plain[1:])
+    if options.reduction == "none" or ctx.spent:
         made = _op(*tensors, grad, *ctx.plain)[7]
     else:
         ctx.spent = True
-        made = scale_grad(made, grad, ctx.plain[-1])
+        made = scale_grad(made, grad, options.impl)
     return made, *nothing[1:]
 
 
-_op = register("sdft::divergence", _forward, _fake, _backward, _setup)
+_op = register("sdft::divergence", SCHEMA, _forward, _fake, _backward, _setup)
 
 
 class _InPlace(torch.autograd.Function):

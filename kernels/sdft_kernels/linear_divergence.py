@@ -25,11 +25,17 @@ from .checks import (
     choose_impl,
     make_options,
 )
-from .chunks import live_rows
 from .operators import fake_tokens, refuse_double_backward, register, scale_grad, token_stats, token_tuple
-from .reduce import finish, scale_rows
+from .reduce import finish, row_scales
 
 LOOPS = {"torch": ".torch_impl", "triton": ".triton_impl", "triton_no_logits": ".no_logits"}
+
+
+SCHEMA = (
+    "(Tensor x, Tensor w, Tensor? bias, Tensor teacher_x, Tensor teacher_w, Tensor? teacher_bias, "
+    "Tensor? token_weights, Tensor? labels, Tensor? upstream, bool need_x, bool need_w, bool need_bias, "
+    f"ScalarType? autocast, {Options.SCHEMA}) -> ({', '.join(['Tensor'] * 10)})"
+)
 
 
 def _run(impl: str) -> Callable[..., Result]:
@@ -51,60 +57,39 @@ def _forward(
     need_w: bool,
     need_bias: bool,
     autocast: torch.dtype | None,
-    kind: str,
-    beta: float,
-    reduction: str,
-    vocab: int,
-    scale: float,
-    softcap: float | None,
-    teacher_scale: float,
-    teacher_softcap: float | None,
-    temperature: float,
-    return_tokens: bool,
-    chunk_bytes: int | None,
-    compact: bool,
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    *plain: Any,
+) -> tuple[Tensor, ...]:
     """The loss, six per-token outputs, and dX, dW, db; what was not asked for has no elements.
 
     For reduction="none" the gradients come only with `upstream`, because those of single rows are known then.
     """
-    options = Options.from_flat(
-        kind, beta, reduction, vocab, scale, softcap, teacher_scale, teacher_softcap, temperature,
-        return_tokens, chunk_bytes, compact, impl,
-    )  # fmt: skip
-    inputs = Inputs(x, w, bias, teacher_x, teacher_w, teacher_bias, labels if return_tokens else None)
-    rows = x.shape[0]
-    keep = live_rows(token_weights) if compact or impl == "torch" else None
-    weights, uniform = scale_rows(token_weights, options.reduction, rows)
-    grads = Grads(need_x, need_w, need_bias)
-    if upstream is not None:
-        weights, uniform = upstream.expand(rows) * (uniform if weights is None else weights), 1.0
-    elif reduction == "none":
-        grads = Grads()
-    result = _run(impl)(inputs, options, grads, weights, uniform, keep, autocast)
+    options = Options.from_flat(*plain)
+    inputs = Inputs(x, w, bias, teacher_x, teacher_w, teacher_bias, labels if options.return_tokens else None)
+    keep, weights, uniform = row_scales(token_weights, upstream, options, x.shape[0])
+    known = upstream is not None or options.reduction != "none"
+    grads = Grads(need_x, need_w, need_bias) if known else Grads()
+    result = _run(options.impl)(inputs, options, grads, weights, uniform, keep, autocast)
     loss = finish(result.divergence, token_weights, options.reduction)
     made = (result.dx, result.dw, result.dbias)
-    return (loss, *token_tuple(result.tokens, x), *(x.new_empty(0) if g is None else g for g in made))  # type: ignore[return-value]
+    return (loss, *token_tuple(result.tokens, x), *(x.new_empty(0) if g is None else g for g in made))
 
 
 def _fake(
     x: Tensor, w: Tensor, bias: Tensor | None, teacher_x: Tensor, teacher_w: Tensor, teacher_bias: Tensor | None,
     token_weights: Tensor | None, labels: Tensor | None, upstream: Tensor | None,
-    need_x: bool, need_w: bool, need_bias: bool, autocast: torch.dtype | None, kind: str, beta: float,
-    reduction: str, *rest: Any,
+    need_x: bool, need_w: bool, need_bias: bool, autocast: torch.dtype | None, *plain: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    return_tokens = rest[-4]
+    options = Options.from_flat(*plain)
     inputs = Inputs(x, w, bias, teacher_x, teacher_w, teacher_bias, labels)
-    made = upstream is not None or reduction != "none"
-    loss = x.new_empty((x.shape[0],) if reduction == "none" else (), dtype=inputs.dtype)
+    made = upstream is not None or options.reduction != "none"
+    loss = x.new_empty((x.shape[0],) if options.reduction == "none" else (), dtype=inputs.dtype)
 
     def grad(like: Tensor | None, wanted: bool, dtype: torch.dtype) -> Tensor:
         return x.new_empty(0) if like is None or not (wanted and made) else x.new_empty(like.shape, dtype=dtype)
 
     return (
         loss,
-        *fake_tokens(x, inputs.dtype, return_tokens, labels is not None),
+        *fake_tokens(x, inputs.dtype, options.return_tokens, labels is not None),
         grad(x, need_x, dx_dtype(x, inputs.dtype)),
         grad(w, need_w, inputs.dtype),
         grad(bias, need_bias, inputs.dtype),
@@ -131,18 +116,18 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ..
         return nothing
     saved = ctx.saved_tensors  # once: under checkpointing every access would compute again
     tensors, made = saved[:8], saved[8:]
-    reduction = ctx.plain[6]
-    if reduction == "none" or ctx.spent:
+    options = Options.from_flat(*ctx.plain[4:])
+    if options.reduction == "none" or ctx.spent:
         made = _op(*tensors, grad, *ctx.plain)[7:]
     else:
         ctx.spent = True
-        made = tuple(scale_grad(g, grad, ctx.plain[-1]) for g in made)
+        made = tuple(scale_grad(g, grad, options.impl) for g in made)
     wanted = ctx.plain[:3]
     grads = [g.to(like.dtype) if want else None for g, like, want in zip(made, tensors, wanted, strict=False)]
     return *grads, *nothing[3:]
 
 
-_op = register("sdft::linear_divergence", _forward, _fake, _backward, _setup)
+_op = register("sdft::linear_divergence", SCHEMA, _forward, _fake, _backward, _setup)
 
 
 def linear_divergence(

@@ -29,8 +29,8 @@ from .row_kernels import (
     finite_or_zero,
     gradient,
     inner_outer,
-    log_mixture,
-    log_ratio,
+    merge_jsd,
+    merge_tile,
     rescaled,
     round_to_bf16,
 )
@@ -40,12 +40,6 @@ from .tuning import device_class, splits_of, tile_blocks
 STATS = 8  # of a row in one range of the vocabulary, in the order of statistics_kernel's stores
 GROUP = tl.constexpr(8)  # row blocks that share a tile of the head while it is in cache
 MERGE_BLOCK = {"BM": 16, "BK": 64}
-
-
-@triton.jit
-def row_sum(weight, f):
-    """Σ weight·f along each row, 0 where the weight is 0 whatever f is. (BM, BN) -> (BM,)"""
-    return tl.sum(tl.where(weight == 0.0, 0.0, weight * f), 1)
 
 
 @triton.jit
@@ -81,33 +75,6 @@ def tile_logits(
     return tl.where(cols[None, :] < V, z, -float("inf"))
 
 
-@triton.jit
-def merge_block(s, t, m_s, z_s, b_s, m_t, z_t, b_t, a, top, KIND: tl.constexpr, TOKENS: tl.constexpr):
-    """row_kernels.merge_tile for a block of rows: s and t (BM, BN), the running statistics (BM,)."""
-    new_s = tl.maximum(m_s, tl.max(s, 1))
-    new_t = tl.maximum(m_t, tl.max(t, 1))
-    x_s = s - finite_or_zero(new_s)[:, None]
-    x_t = t - finite_or_zero(new_t)[:, None]
-    e_s = tl.exp(x_s)
-    e_t = tl.exp(x_t)
-    r_s = tl.exp(m_s - finite_or_zero(new_s))
-    r_t = tl.exp(m_t - finite_or_zero(new_t))
-    up_s = finite_or_zero(new_s) - finite_or_zero(m_s)
-    up_t = finite_or_zero(new_t) - finite_or_zero(m_t)
-    if KIND == REVERSE:
-        a = rescaled(a + z_s * (up_t - up_s), r_s) + row_sum(e_s, x_s - x_t)
-    if KIND == FORWARD:
-        a = rescaled(a + z_t * (up_s - up_t), r_t) + row_sum(e_t, x_t - x_s)
-    if TOKENS:
-        b_s = rescaled(b_s - z_s * up_s, r_s) + row_sum(e_s, x_s)
-        b_t = rescaled(b_t - z_t * up_t, r_t) + row_sum(e_t, x_t)
-        here = tl.max(tl.where(t == new_t[:, None], s, -float("inf")), 1)
-        top = tl.where(new_t > m_t, here, tl.maximum(top, here))
-    z_s = z_s * r_s + tl.sum(e_s, 1)
-    z_t = z_t * r_t + tl.sum(e_t, 1)
-    return new_s, z_s, b_s, new_t, z_t, b_t, a, top
-
-
 @triton.jit(do_not_specialize=["R", "per_split"])
 def statistics_kernel(
     x_ptr, w_ptr, bias_ptr, tx_ptr, tw_ptr, t_bias_ptr,  # both sides' operands
@@ -131,7 +98,7 @@ def statistics_kernel(
                         S_BIAS, S_CAP, BM, BN, BK, WIDEN)  # fmt: skip
         t = tile_logits(tx_ptr, tw_ptr, t_bias_ptr, n, start, V, T_H, tx_stride, tw_stride, t_inner, t_outer,
                         T_BIAS, T_CAP, BM, BN, BK, WIDEN)  # fmt: skip
-        m_s, z_s, b_s, m_t, z_t, b_t, a, top = merge_block(s, t, m_s, z_s, b_s, m_t, z_t, b_t, a, top, KIND, TOKENS)
+        m_s, z_s, b_s, m_t, z_t, b_t, a, top = merge_tile(s, t, m_s, z_s, b_s, m_t, z_t, b_t, a, top, KIND, TOKENS, 1)
 
     out = part_ptr + split.to(tl.int64) * R + row
     step = splits.to(tl.int64) * R
@@ -256,7 +223,7 @@ def jsd_kernel(
     INDEX: tl.constexpr, S_BIAS: tl.constexpr, T_BIAS: tl.constexpr, S_CAP: tl.constexpr, T_CAP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """k_p = Σ p·log(m/p) and k_q = Σ q·log(q/m) of BM rows over per_split tiles (see row_kernels.merge_jsd)."""
+    """k_p = Σ p·log(m/p) and k_q = Σ q·log(q/m) of BM rows over per_split tiles."""
     split, splits = tl.program_id(0), tl.num_programs(0)
     row = tl.program_id(1) * BM + tl.arange(0, BM)
     n = token_rows(index_ptr, row, R, INDEX)
@@ -270,12 +237,7 @@ def jsd_kernel(
                         S_BIAS, S_CAP, BM, BN, BK, WIDEN)  # fmt: skip
         t = tile_logits(tx_ptr, tw_ptr, t_bias_ptr, n, start, V, T_H, tx_stride, tw_stride, t_inner, t_outer,
                         T_BIAS, T_CAP, BM, BN, BK, WIDEN)  # fmt: skip
-        s -= m_s
-        t -= m_t
-        u = log_ratio(s, t, s_lse, t_lse)
-        mix = log_mixture(u, beta)
-        k_p += row_sum(tl.exp(s - s_lse), mix)
-        k_q += row_sum(tl.exp(t - t_lse), u - mix)
+        k_p, k_q = merge_jsd(s - m_s, t - m_t, s_lse, t_lse, k_p, k_q, beta, 1)
     out = part_ptr + split.to(tl.int64) * R + row
     tl.store(out, k_p, mask=row < R)
     tl.store(out + splits.to(tl.int64) * R, k_q, mask=row < R)
@@ -494,6 +456,4 @@ class _Call:
         if result.dx is not None and dx is not None and dx is not result.dx:
             put(result.dx, self.keep, 0, self.rows, dx)
         if fp16:
-            for grad in (result.dx, result.dw, result.dbias):
-                if grad is not None:
-                    grad.mul_(after)
+            result.scale_grads(after)

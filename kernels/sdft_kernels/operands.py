@@ -54,8 +54,20 @@ def has_bf16_products(device: torch.device) -> bool:
     )
 
 
+def mm32(a: Tensor, b: Tensor, out: Tensor, beta: float = 0.0) -> None:
+    """out = a b + beta·out in out's dtype, fp32 or fp64: neither sums nor result are rounded to the operands'."""
+    if a.dtype != out.dtype and a.is_cuda and torch.version.hip is None:
+        if beta == 0.0:
+            torch.mm(a, b, out_dtype=out.dtype, out=out)
+        else:
+            torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, out=out)
+        return
+    # No such product elsewhere: narrow operands are widened, which is exact, slower, and wants their memory twice.
+    torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=beta, out=out)
+
+
 class Head:
-    """One side's output matrix (V, H), read as fp32 (fp64 for fp64 inputs) through vocabulary tiles.
+    """One side's output matrix (V, H), read in the dtype of the products through vocabulary tiles.
 
     A matrix already in the compute dtype is one tile, itself. Otherwise tiles are upcast into one buffer,
     or the whole matrix once if it fits in `budget` bytes.
@@ -85,7 +97,7 @@ class Head:
             tile = self.buffer[: v1 - v0]
             if self.held != v0:
                 source = self.weight[v0:v1]
-                tile.copy_(source if source.dtype == self.rounding else source.to(self.rounding))
+                tile.copy_(source if self.rounding in (source.dtype, self.compute) else source.to(self.rounding))
                 self.held = v0
             yield v0, v1, tile
 
@@ -95,9 +107,9 @@ class Head:
         for v0, v1, tile in self.tiles():
             for lo in range(v0, v1, step):
                 hi = min(lo + step, v1)
-                torch.mm(x, tile[lo - v0 : hi - v0].t(), out=out[:, lo:hi])
+                mm32(x, tile[lo - v0 : hi - v0].t(), out[:, lo:hi])
 
     def input_grad(self, grad: Tensor, out: Tensor) -> None:
         """grad (C, V) -> out (C, H) = grad W."""
         for v0, v1, tile in self.tiles():
-            out.addmm_(grad[:, v0:v1], tile, beta=0.0 if v0 == 0 else 1.0)
+            mm32(grad[:, v0:v1], tile, out, beta=0.0 if v0 == 0 else 1.0)

@@ -11,6 +11,7 @@ from .checks import TokenStats
 
 def register(
     name: str,
+    schema: str,
     forward: Callable[..., Any],
     fake: Callable[..., Any],
     backward: Callable[..., Any],
@@ -18,10 +19,10 @@ def register(
 ) -> Callable[..., tuple[Tensor, ...]]:
     """Make forward the operator `name` ("sdft::..."), opaque to torch.compile, with its shapes and its autograd.
 
-    The schema comes from forward's annotations. torch.library.custom_op would do the same, and import
+    torch.library.custom_op would do the same, and import
     torch._dynamo at the first call: two seconds and 150 MB of which an eager caller has no use.
     """
-    torch.library.define(name, torch.library.infer_schema(forward, mutates_args=()))
+    torch.library.define(name, schema)
     torch.library.impl(name, "CompositeExplicitAutograd", forward)
     torch.library.register_fake(name, fake)
     torch.library.register_autograd(name, backward, setup_context=setup)

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from .checks import Reduction
+from .checks import Options, Reduction
+from .chunks import live_rows
 
 
 def scale_rows(token_weights: Tensor | None, reduction: Reduction, rows: int) -> tuple[Tensor | None, float]:
@@ -14,6 +15,20 @@ def scale_rows(token_weights: Tensor | None, reduction: Reduction, rows: int) ->
     if reduction == "mean":
         weights = weights * inverse_sum(weights)
     return weights, 1.0
+
+
+def row_scales(
+    token_weights: Tensor | None,  # (N,)
+    upstream: Tensor | None,  # () or (N,): dLoss where it is known already
+    options: Options,
+    rows: int,
+) -> tuple[Tensor | None, Tensor | None, float]:
+    """What a loop takes: indices of the rows that count or None for all, and scale_rows times upstream."""
+    keep = live_rows(token_weights) if options.compact or options.impl == "torch" else None
+    weights, uniform = scale_rows(token_weights, options.reduction, rows)
+    if upstream is not None:
+        weights, uniform = upstream.expand(rows) * (uniform if weights is None else weights), 1.0
+    return keep, weights, uniform
 
 
 def inverse_sum(weights: Tensor) -> Tensor:

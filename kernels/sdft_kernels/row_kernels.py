@@ -5,14 +5,13 @@ two, because log(p/m) is not linear in the normalisers. The gradient is one more
 the tiles read last are still in cache. Math and names: design section 2.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .checks import INTERPRETED, Activation, Options
+from .chunks import Outputs
 from .tuning import device_class, row_blocks
 
 REVERSE = tl.constexpr(0)
@@ -55,9 +54,17 @@ def rescaled(total, ratio):
 
 
 @triton.jit
-def weighted_sum(weight, f):
+def weighted_sum(weight, f, AXIS: tl.constexpr):
     """Σ weight·f, 0 where the weight is 0 whatever f is."""
-    return tl.sum(tl.where(weight == 0.0, 0.0, weight * f), 0)
+    return tl.sum(tl.where(weight == 0.0, 0.0, weight * f), AXIS)
+
+
+@triton.jit
+def along(m, AXIS: tl.constexpr):
+    """A row's number beside its logits: as it is for one row, (BM, 1) for a block of them."""
+    if AXIS == 1:
+        m = m[:, None]
+    return m
 
 
 @triton.jit
@@ -92,17 +99,18 @@ def load_logits(ptr, bias_ptr, start, V, inner, outer, BIAS: tl.constexpr, CAP: 
 
 
 @triton.jit
-def merge_tile(s, t, m_s, z_s, b_s, m_t, z_t, b_t, a, top, KIND: tl.constexpr, TOKENS: tl.constexpr):
-    """Fold a tile into the running statistics of its row.
+def merge_tile(s, t, m_s, z_s, b_s, m_t, z_t, b_t, a, top, KIND: tl.constexpr, TOKENS: tl.constexpr,
+               AXIS: tl.constexpr):  # fmt: skip
+    """Fold a tile into the running statistics of its row, or of its BM rows: (BLOCK,), AXIS 0, or (BM, BN), AXIS 1.
 
     m maximum, z = Σ e^{·−m}, b = Σ e^{·−m}·(·−m) (for entropies), a = Σ e^{s−m_s}((s − m_s) − (t − m_t)) or, for
     the forward KL, Σ e^{t−m_t}((t − m_t) − (s − m_s)); top = the student's best logit among the teacher's best
     tokens. Every logit counts from its side's maximum: sums of s − t would lose the digits of a common offset.
     """
-    new_s = tl.maximum(m_s, tl.max(s, 0))
-    new_t = tl.maximum(m_t, tl.max(t, 0))
-    x_s = s - finite_or_zero(new_s)
-    x_t = t - finite_or_zero(new_t)
+    new_s = tl.maximum(m_s, tl.max(s, AXIS))
+    new_t = tl.maximum(m_t, tl.max(t, AXIS))
+    x_s = s - along(finite_or_zero(new_s), AXIS)
+    x_t = t - along(finite_or_zero(new_t), AXIS)
     e_s = tl.exp(x_s)
     e_t = tl.exp(x_t)
     r_s = tl.exp(m_s - finite_or_zero(new_s))
@@ -110,26 +118,26 @@ def merge_tile(s, t, m_s, z_s, b_s, m_t, z_t, b_t, a, top, KIND: tl.constexpr, T
     up_s = finite_or_zero(new_s) - finite_or_zero(m_s)
     up_t = finite_or_zero(new_t) - finite_or_zero(m_t)
     if KIND == REVERSE:
-        a = rescaled(a + z_s * (up_t - up_s), r_s) + weighted_sum(e_s, x_s - x_t)
+        a = rescaled(a + z_s * (up_t - up_s), r_s) + weighted_sum(e_s, x_s - x_t, AXIS)
     if KIND == FORWARD:
-        a = rescaled(a + z_t * (up_s - up_t), r_t) + weighted_sum(e_t, x_t - x_s)
+        a = rescaled(a + z_t * (up_s - up_t), r_t) + weighted_sum(e_t, x_t - x_s, AXIS)
     if TOKENS:
-        b_s = rescaled(b_s - z_s * up_s, r_s) + weighted_sum(e_s, x_s)
-        b_t = rescaled(b_t - z_t * up_t, r_t) + weighted_sum(e_t, x_t)
-        here = tl.max(tl.where(t == new_t, s, -float("inf")), 0)
+        b_s = rescaled(b_s - z_s * up_s, r_s) + weighted_sum(e_s, x_s, AXIS)
+        b_t = rescaled(b_t - z_t * up_t, r_t) + weighted_sum(e_t, x_t, AXIS)
+        here = tl.max(tl.where(t == along(new_t, AXIS), s, -float("inf")), AXIS)
         top = tl.where(new_t > m_t, here, tl.maximum(top, here))
-    z_s = z_s * r_s + tl.sum(e_s, 0)
-    z_t = z_t * r_t + tl.sum(e_t, 0)
+    z_s = z_s * r_s + tl.sum(e_s, AXIS)
+    z_t = z_t * r_t + tl.sum(e_t, AXIS)
     return new_s, z_s, b_s, new_t, z_t, b_t, a, top
 
 
 @triton.jit
-def merge_jsd(s, t, s_lse, t_lse, k_p, k_q, beta):
+def merge_jsd(s, t, s_lse, t_lse, k_p, k_q, beta, AXIS: tl.constexpr):
     """Add a tile to k_p = Σ p·log(m/p) and k_q = Σ q·log(q/m)."""
     u = log_ratio(s, t, s_lse, t_lse)
     mix = log_mixture(u, beta)
-    k_p += weighted_sum(tl.exp(s - s_lse), mix)
-    k_q += weighted_sum(tl.exp(t - t_lse), u - mix)
+    k_p += weighted_sum(tl.exp(s - s_lse), mix, AXIS)
+    k_q += weighted_sum(tl.exp(t - t_lse), u - mix, AXIS)
     return k_p, k_q
 
 
@@ -230,11 +238,11 @@ def row_kernel(
     for start in range(0, whole, BLOCK):
         s = load_logits(s_ptr, s_bias_ptr, start, V, s_inner, s_outer, S_BIAS, S_CAP, BLOCK, False)
         t = load_logits(t_ptr, t_bias_ptr, start, V, t_inner, t_outer, T_BIAS, T_CAP, BLOCK, False)
-        m_s, z_s, b_s, m_t, z_t, b_t, a, top = merge_tile(s, t, m_s, z_s, b_s, m_t, z_t, b_t, a, top, KIND, TOKENS)
+        m_s, z_s, b_s, m_t, z_t, b_t, a, top = merge_tile(s, t, m_s, z_s, b_s, m_t, z_t, b_t, a, top, KIND, TOKENS, 0)
     if whole < V:
         s = load_logits(s_ptr, s_bias_ptr, whole, V, s_inner, s_outer, S_BIAS, S_CAP, BLOCK, True)
         t = load_logits(t_ptr, t_bias_ptr, whole, V, t_inner, t_outer, T_BIAS, T_CAP, BLOCK, True)
-        m_s, z_s, b_s, m_t, z_t, b_t, a, top = merge_tile(s, t, m_s, z_s, b_s, m_t, z_t, b_t, a, top, KIND, TOKENS)
+        m_s, z_s, b_s, m_t, z_t, b_t, a, top = merge_tile(s, t, m_s, z_s, b_s, m_t, z_t, b_t, a, top, KIND, TOKENS, 0)
     s_lse = tl.log(z_s)  # counted from the maximum, as every logit from here on
     t_lse = tl.log(z_t)
 
@@ -249,11 +257,11 @@ def row_kernel(
         for start in range(0, whole, BLOCK):
             s = load_logits(s_ptr, s_bias_ptr, start, V, s_inner, s_outer, S_BIAS, S_CAP, BLOCK, False)
             t = load_logits(t_ptr, t_bias_ptr, start, V, t_inner, t_outer, T_BIAS, T_CAP, BLOCK, False)
-            k_p, k_q = merge_jsd(s - m_s, t - m_t, s_lse, t_lse, k_p, k_q, beta)
+            k_p, k_q = merge_jsd(s - m_s, t - m_t, s_lse, t_lse, k_p, k_q, beta, 0)
         if whole < V:
             s = load_logits(s_ptr, s_bias_ptr, whole, V, s_inner, s_outer, S_BIAS, S_CAP, BLOCK, True)
             t = load_logits(t_ptr, t_bias_ptr, whole, V, t_inner, t_outer, T_BIAS, T_CAP, BLOCK, True)
-            k_p, k_q = merge_jsd(s - m_s, t - m_t, s_lse, t_lse, k_p, k_q, beta)
+            k_p, k_q = merge_jsd(s - m_s, t - m_t, s_lse, t_lse, k_p, k_q, beta, 0)
         center = k_p
         d = beta * k_q - (1.0 - beta) * k_p
     tl.store(d_ptr + n, d)
@@ -317,7 +325,7 @@ def launch_rows(
     g: Tensor | None,  # where the student's gradient goes; may be s, or a narrower view of its memory
     options: Options,
     bias: tuple[Tensor | None, Tensor | None],  # (V,) of both sides
-    outputs: Any,  # chunks.Outputs
+    outputs: Outputs,
     *,
     rows: int,
     lo: int = 0,
@@ -326,14 +334,12 @@ def launch_rows(
     weights: Tensor | None = None,  # (N,)
     labels: Tensor | None = None,  # (N,)
     factor: float = 1.0,
-    vocab: int | None = None,
 ) -> None:
     """Run row_kernel on `rows` rows: outputs filled, the gradient times factor (and row weight) in g."""
-    vocab = options.vocab if vocab is None else vocab
     heavy = (
         any(b is not None for b in bias) or options.student.softcap is not None or options.teacher.softcap is not None
     )
-    block, warps = row_blocks(device_class(s.device), vocab, heavy)
+    block, warps = row_blocks(device_class(s.device), options.vocab, heavy)
     s_inner, s_outer = inner_outer(options.student)
     t_inner, t_outer = inner_outer(options.teacher)
     s_entropy, t_entropy, s_logprob, t_logprob = outputs.rest
@@ -341,7 +347,7 @@ def launch_rows(
         s, t, g, *bias, weights, labels, index,
         outputs.divergence, s_entropy, t_entropy, s_logprob, t_logprob,
         None if outputs.agree is None else outputs.agree.view(torch.int8),
-        s.stride(0), t.stride(0), 0 if g is None else g.stride(0), vocab, lo,
+        s.stride(0), t.stride(0), 0 if g is None else g.stride(0), options.vocab, lo,
         s_inner, s_outer, t_inner, t_outer, options.beta, factor,
         FP16_MAX if g is not None and g.dtype == torch.float16 else float("inf"),
         KIND=KINDS[options.kind], GRAD=g is not None, TOKENS=outputs.agree is not None,

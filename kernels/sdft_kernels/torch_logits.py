@@ -11,6 +11,7 @@ from .chunks import (
     block_rows,
     blocks,
     budget_of,
+    clear_untouched,
     power_of_two_below,
     put,
     take,
@@ -33,7 +34,7 @@ def run_logits(
     rows, vocab = student.shape[0] if keep is None else keep.numel(), options.vocab
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         outputs = Outputs(student.shape[0], dtype, device, options.return_tokens, labels is not None)
-        _clear_untouched(into, student.shape[0], vocab, keep)
+        clear_untouched(into, student.shape[0], vocab, keep)
         if rows == 0:
             return outputs.divergence, outputs.tokens()
         size = _chunk(options, dtype, device, rows)
@@ -50,17 +51,6 @@ def run_logits(
                 s.mul_(uniform * options.grad_factor)
                 put(into[:, :vocab], keep, lo, hi, s)
         return outputs.divergence, outputs.tokens()
-
-
-def _clear_untouched(into: Tensor | None, rows: int, vocab: int, keep: Tensor | None) -> None:
-    """Zero what no chunk writes: padded columns, and rows of weight zero."""
-    if into is None:
-        return
-    into[:, vocab:].zero_()
-    if keep is not None:
-        gone = torch.ones(rows, dtype=torch.bool, device=into.device)
-        gone[keep] = False
-        into.masked_fill_(gone.unsqueeze(1), 0.0)
 
 
 def _chunk(options: Options, dtype: torch.dtype, device: torch.device, rows: int) -> int:

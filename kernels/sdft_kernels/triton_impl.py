@@ -4,14 +4,13 @@ Buffers are allocated once, and nothing in here makes the host wait. N tokens wi
 per chunk, V vocabulary, H hidden size.
 """
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 from .call import Grads, Inputs, Result, new_grads
 from .checks import Options
 from .chunks import Outputs, blocks, put, take
+from .operands import Head, mm32
 from .row_kernels import gradient_view, launch_rows
 
 ROW_MULTIPLE = 64  # of the tokens in a chunk: GEMM tiles
@@ -45,46 +44,6 @@ def operand_dtype(hidden: Tensor, weight: Tensor, autocast: torch.dtype | None) 
     return torch.promote_types(hidden.dtype, weight.dtype) if autocast is None else autocast
 
 
-def mm32(a: Tensor, b: Tensor, out: Tensor, beta: float = 0.0) -> None:
-    """out (fp32) = a b + beta·out, with fp32 sums and no rounding of the result, whatever the operands' dtype."""
-    if a.dtype == out.dtype:
-        torch.addmm(out, a, b, beta=beta, out=out)
-    elif a.is_cuda and torch.version.hip is None:
-        if beta == 0.0:
-            torch.mm(a, b, out_dtype=out.dtype, out=out)
-        else:
-            torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, out=out)
-    else:  # no such product there: the operands are widened, which is exact, slower, and wants their memory twice
-        torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=beta, out=out)
-
-
-class Head:
-    """One side's output matrix (V, H) as a GEMM operand; cast tile by tile where its dtype is another."""
-
-    def __init__(self, weight: Tensor, vocab: int, dtype: torch.dtype, budget: int):
-        self.weight = weight[:vocab]  # (V, H)
-        self.tile, self.buffer = vocab, None
-        if weight.dtype != dtype:
-            self.tile = min(vocab, max(1, budget // (weight.shape[1] * dtype.itemsize)))
-            self.buffer = torch.empty(self.tile, weight.shape[1], dtype=dtype, device=weight.device)
-
-    def tiles(self) -> Iterator[tuple[int, int, Tensor]]:
-        """(first row, end row, (rows, H)); a tile lives until the next."""
-        for v0, v1 in blocks(self.weight.shape[0], self.tile):
-            part = self.weight[v0:v1]
-            yield v0, v1, part if self.buffer is None else self.buffer[: v1 - v0].copy_(part)
-
-    def logits(self, x: Tensor, out: Tensor) -> None:
-        """x (C, H) -> out (C, V) = x Wᵀ."""
-        for v0, v1, tile in self.tiles():
-            mm32(x, tile.t(), out[:, v0:v1])
-
-    def input_grad(self, grad: Tensor, out: Tensor) -> None:
-        """grad (C, V) -> out (C, H) = grad W."""
-        for v0, v1, tile in self.tiles():
-            mm32(grad[:, v0:v1], tile, out, beta=0.0 if v0 == 0 else 1.0)
-
-
 class _Loop:
     """Buffers and steps of run_linear."""
 
@@ -99,8 +58,10 @@ class _Loop:
         self.stride = -(-options.vocab // PAD) * PAD
         budget = workspace_bytes(inputs.x.device) if options.chunk_bytes is None else options.chunk_bytes
         self.chunk = self.chunk_rows(budget)
-        self.head = Head(inputs.w, options.vocab, self.s_dtype, budget // 8)
-        self.teacher = self.head if self.stacked else Head(inputs.teacher_w, options.vocab, self.t_dtype, budget // 8)
+        self.head = Head(inputs.w, options.vocab, self.s_dtype, self.s_dtype, budget // 8)
+        self.teacher = self.head
+        if not self.stacked:
+            self.teacher = Head(inputs.teacher_w, options.vocab, self.t_dtype, self.t_dtype, budget // 8)
         hidden, device = inputs.x.shape[1], inputs.x.device
         self.z = torch.empty(2 * self.chunk, self.stride, dtype=torch.float32, device=device)
         self.dx = torch.empty(self.chunk if grads.x else 0, hidden, dtype=torch.float32, device=device)
@@ -143,9 +104,7 @@ class _Loop:
             if g is not None:
                 self.gradients(result, g[:, : opt.vocab], x, lo, hi)
         if fp16:
-            for grad in (result.dx, result.dw, result.dbias):
-                if grad is not None:
-                    grad.mul_(after)
+            result.scale_grads(after)
         return result
 
     def project(self, lo: int, hi: int) -> Tensor:

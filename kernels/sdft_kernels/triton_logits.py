@@ -5,9 +5,8 @@ from torch import Tensor
 
 from .call import compute_dtype
 from .checks import Options, TokenStats
-from .chunks import Outputs
+from .chunks import Outputs, clear_untouched, put, take
 from .row_kernels import launch_rows
-from .torch_logits import _clear_untouched
 
 
 def run_logits(
@@ -26,7 +25,7 @@ def run_logits(
         student.shape[0], compute_dtype(student, teacher), student.device, options.return_tokens, labels is not None
     )
     with torch.no_grad():
-        _clear_untouched(into, student.shape[0], options.vocab, keep)
+        clear_untouched(into, student.shape[0], options.vocab, keep)
         if rows == 0:
             return outputs.divergence, outputs.tokens()
         s, t = (v if v.stride(1) == 1 else v.contiguous() for v in (student, teacher))
@@ -36,13 +35,6 @@ def run_logits(
             rows=rows, index=keep, gather=True, weights=row_weights, labels=labels,
             factor=uniform * options.grad_factor,
         )  # fmt: skip
-        if g is not into and into is not None and g is not None:
-            _copy_rows(into, g, options.vocab, keep)
+        if into is not None and g is not None and g is not into:
+            put(into[:, : options.vocab], keep, 0, rows, take(g, keep, 0, rows)[:, : options.vocab])
     return outputs.divergence, outputs.tokens()
-
-
-def _copy_rows(into: Tensor, g: Tensor, vocab: int, keep: Tensor | None) -> None:
-    if keep is None:
-        into[:, :vocab].copy_(g[:, :vocab])
-    else:
-        into[:, :vocab].index_copy_(0, keep, g[keep, :vocab])
