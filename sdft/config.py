@@ -30,6 +30,10 @@ class ModelConfig:
     """auto: flash_attention_2 where flash-attn is installed and the model runs on CUDA in bf16, sdpa otherwise."""
     gradient_checkpointing: bool = False
     """Recompute the layers in the backward pass: less memory, about a third more time."""
+    activation_offload: bool = False
+    """Keep what the backward pass needs of a forward in pinned CPU memory; CUDA only."""
+    quantize: Literal["none", "4bit"] = "none"
+    """4bit (QLoRA): frozen weights in bitsandbytes' NF4; needs lora.rank and the package bitsandbytes."""
     trust_remote_code: bool = False
     """Run Python code that comes with a hub model. Only for authors you trust."""
 
@@ -44,6 +48,15 @@ class LoraConfig:
     """Dropout on the adapters' input."""
     targets: tuple[str, ...] = ("all-linear",)
     """Module names that get an adapter; all-linear takes every linear layer but the head."""
+    rslora: bool = False
+    """Scale the update by alpha / sqrt(rank), which keeps its size as the rank grows (Kalajdzievski 2023)."""
+    dora: bool = False
+    """Train the norm of every weight row apart from its direction (DoRA, Liu et al. 2024)."""
+    modules_to_save: tuple[str, ...] = ()
+    """Modules to train whole beside the adapters, such as lm_head where it is not tied to the embedding."""
+    earlier: Literal["", "merge", "stack", "continue"] = ""
+    """Where model.name is a LoRA adapter, say of an earlier stage: merge it into the base weights and train a new
+    one, stack a new one on it (saved as one adapter of both ranks), or continue training it."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +92,9 @@ class TeacherConfig:
     """context = template: the user turn, with {request} and {demonstration} in it."""
     max_prompt_tokens: int = 2048
     """Longest teacher prompt, demonstration included."""
+    offload: bool = False
+    """Keep the ema masters (fp32) in pinned CPU memory, updated while the next answers are sampled; the device holds
+    a copy in the dtype of the weights."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +137,10 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
+    name: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
+    """adamw (PyTorch's), or bitsandbytes' AdamW with 8-bit moments; paged moves them to the CPU under pressure."""
+    offload: bool = False
+    """Keep the optimizer's state in pinned CPU memory and update there; CUDA only."""
     lr: float = 1e-5
     """Peak learning rate."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -161,16 +181,24 @@ class TrainConfig:
     """Passes over the data, where steps is 0."""
     batch_size: int = 32
     """Prompts in an optimizer step."""
-    micro_batch_size: int = 0
-    """Answers in one forward pass, the gradients of a step adding up; 0 takes the whole step at once."""
+    micro_batch_tokens: int = 0
+    """Tokens in one forward pass, prompts included, the gradients of a step adding up; 0 takes the whole step at
+    once. `sdft plan` says what fits. A longer sequence still runs, alone."""
+    packing: Literal["auto", "on", "off"] = "auto"
+    """Lay sequences end to end instead of padding them to one length. auto: where a probe at the start finds that
+    the model keeps them apart."""
     seed: int = 0
     """Seed of data order and sampling."""
     save_every: int = 0
     """Checkpoint every so many steps; 0 only at the end and on Ctrl-C."""
     keep_checkpoints: int = 2
     """How many of the newest checkpoints to keep."""
+    keep_best: str = ""
+    """Name of an evaluation set (or `mean` of all): the checkpoint that did best on it is kept too."""
     resume: bool = False
     """Go on from the newest checkpoint in the output folder."""
+    resume_step: int = 0
+    """With resume: go on from the checkpoint of this step; 0 takes the newest."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """NaN or inf in a loss or gradient: stop the run, or skip the step; the batch is saved either way."""
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
@@ -295,9 +323,10 @@ def validate(config: Config) -> None:
         (c.train.steps >= 0, "train.steps", "must be 0 (use epochs) or more"),
         (c.train.steps > 0 or c.train.epochs > 0, "train.epochs", "must be above 0 where train.steps is 0"),
         (c.train.batch_size >= 1, "train.batch_size", "must be at least 1"),
-        (c.train.micro_batch_size >= 0, "train.micro_batch_size", "must be 0 (the whole step) or more"),
+        (c.train.micro_batch_tokens >= 0, "train.micro_batch_tokens", "must be 0 (the whole step) or more"),
         (c.train.save_every >= 0, "train.save_every", "must be 0 (only at the end) or more"),
         (c.train.keep_checkpoints >= 1, "train.keep_checkpoints", "must be at least 1"),
+        (c.train.resume_step >= 0, "train.resume_step", "must be 0 (the newest) or more"),
         (c.optim.lr > 0, "optim.lr", "must be above 0"),
         (c.optim.warmup_steps >= 0, "optim.warmup_steps", "must be 0 or more"),
         (0 <= c.optim.min_lr_ratio <= 1, "optim.min_lr_ratio", "must lie between 0 and 1"),
