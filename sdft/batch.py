@@ -67,8 +67,18 @@ def sequence_weights(lengths: Sequence[int], config: LossConfig) -> list[float]:
     return [1.0 / (n * sequences) if n else 0.0 for n in counted]
 
 
-def micro_batches(lengths: Sequence[int], size: int) -> list[list[int]]:
-    """Indices of sequences in groups of at most `size` (0: one group), like lengths together."""
-    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
-    size = size or max(1, len(order))
-    return [order[i : i + size] for i in range(0, len(order), size)]
+def micro_batches(lengths: Sequence[int], budget: int, packed: bool) -> list[list[int]]:
+    """Indices of sequences in groups whose forward pass computes at most `budget` tokens (0: one group).
+
+    lengths: tokens of each sequence. packed: laid end to end; otherwise each is padded to its group's longest.
+    Like lengths come together, shortest first; a sequence over the budget gets a group of its own.
+    """
+    groups: list[list[int]] = [[]]
+    total = 0
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        total = total + lengths[i] if packed else (len(groups[-1]) + 1) * lengths[i]
+        if budget and groups[-1] and total > budget:
+            groups.append([])
+            total = lengths[i]
+        groups[-1].append(i)
+    return groups

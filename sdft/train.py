@@ -173,8 +173,11 @@ def accumulate_gradients(
     weights = sequence_weights(lengths, replace(config.loss, mask_first=skip))
     parts, positions = [], []
     total = torch.zeros((), device=model.device)
-    sizes = [len(e.prompt) + n for e, n in zip(examples, lengths, strict=True)]
-    for group in micro_batches(sizes, config.train.micro_batch_size):
+    sizes = [
+        max(len(e.prompt), len(e.teacher_prompt) if run.teacher else 0) + n
+        for e, n in zip(examples, lengths, strict=True)
+    ]
+    for group in micro_batches(sizes, config.train.micro_batch_tokens, packed=False):
         where = [j for i in group for j in range(skip, lengths[i])]
         if not where:
             continue

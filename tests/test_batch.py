@@ -1,5 +1,6 @@
 """Rows of student and teacher predict the same tokens; weights of a step; micro-batches."""
 
+import itertools
 import random
 from typing import Any
 
@@ -66,10 +67,19 @@ def test_sequence_weights_are_a_mean_of_means(lengths: list[int], mask: int) -> 
     assert all(w == 0 for w, n in zip(weights, counted, strict=True) if not n)
 
 
-@given(lengths=lengths, size=st.integers(0, 5))
-def test_micro_batches_partition_by_length(lengths: list[int], size: int) -> None:
-    groups = micro_batches(lengths, size)
+@given(lengths=lengths, budget=st.integers(0, 60), packed=st.booleans())
+def test_micro_batches_partition_by_length(lengths: list[int], budget: int, packed: bool) -> None:
+    groups = micro_batches(lengths, budget, packed)
     assert sorted(i for g in groups for i in g) == list(range(len(lengths)))
-    assert len(groups) == (1 if size == 0 else -(-len(lengths) // size))
-    assert all(len(g) <= (size or len(lengths)) for g in groups)
     assert [lengths[i] for g in groups for i in g] == sorted(lengths)
+
+    def computed(group: list[int]) -> int:
+        sizes = [lengths[i] for i in group]
+        return sum(sizes) if packed else len(sizes) * max(sizes)
+
+    if not budget:
+        assert len(groups) == 1
+        return
+    assert all(computed(g) <= budget or len(g) == 1 for g in groups)
+    for group, after in itertools.pairwise(groups):  # no group could have taken one more
+        assert computed([*group, after[0]]) > budget

@@ -18,18 +18,19 @@ from sdft.config import PRESETS, Config, config_keys, describe, load_config, to_
 KEYS = """
 preset
 model.name model.weights_dtype model.compute_dtype model.device model.attention model.gradient_checkpointing
-model.trust_remote_code
-lora.rank lora.alpha lora.dropout lora.targets
+model.activation_offload model.quantize model.trust_remote_code
+lora.rank lora.alpha lora.dropout lora.targets lora.rslora lora.dora lora.modules_to_save lora.earlier
 data.train data.split data.chat_template data.system data.max_prompt_tokens data.over_length
 teacher.kind teacher.ema_alpha teacher.context teacher.turns teacher.request teacher.template
-teacher.max_prompt_tokens
+teacher.max_prompt_tokens teacher.offload
 rollout.source rollout.per_prompt rollout.max_new_tokens rollout.temperature rollout.top_p rollout.top_k
 rollout.batch_size
 loss.method loss.divergence loss.beta loss.temperature loss.mask_first loss.average loss.chunk_bytes loss.impl
-optim.lr optim.schedule optim.warmup_steps optim.min_lr_ratio optim.weight_decay optim.betas optim.eps optim.clip_norm
+optim.name optim.offload optim.lr optim.schedule optim.warmup_steps
+optim.min_lr_ratio optim.weight_decay optim.betas optim.eps optim.clip_norm
 eval.sets eval.every eval.max_new_tokens eval.batch_size
-train.output train.steps train.epochs train.batch_size train.micro_batch_size train.seed train.save_every
-train.keep_checkpoints train.resume train.on_nonfinite train.trackers
+train.output train.steps train.epochs train.batch_size train.micro_batch_tokens train.packing train.seed
+train.save_every train.keep_checkpoints train.keep_best train.resume train.resume_step train.on_nonfinite train.trackers
 """
 
 
@@ -133,7 +134,7 @@ def test_integers_become_floats(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("[optim]\nlearning_rat = 1\n", "unknown key 'optim.learning_rat'; valid here: optim.lr, optim.schedule"),
+        ("[optim]\nlearning_rat = 1\n", "unknown key 'optim.learning_rat'; valid here: optim.name, optim.offload"),
         ("[optim]\nwarmup_step = 1\n", "unknown key 'optim.warmup_step'; did you mean 'optim.warmup_steps'?"),
         ("[optimm]\nlr = 1\n", "unknown key 'optimm'; did you mean 'optim'?"),
         ("[train]\nlr = 1\n", "unknown key 'train.lr'; did you mean 'optim.lr'?"),
@@ -192,7 +193,8 @@ BAD = {
     "train.steps": [-1],
     "train.epochs": [0.0, -1.0, NAN],
     "train.batch_size": [0],
-    "train.micro_batch_size": [-1],
+    "train.micro_batch_tokens": [-1],
+    "train.resume_step": [-1],
     "train.save_every": [-1],
     "train.keep_checkpoints": [0],
     "optim.lr": [0.0, -1e-5, NAN],

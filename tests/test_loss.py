@@ -101,9 +101,9 @@ def test_step_gradient_is_dense_autograd(family: str, divergence: str, make_run:
         {"loss.temperature": 2.0},
         {"loss.chunk_bytes": 2**16},
         {"lora.rank": 4},
-        {"lora.rank": 4, "loss.divergence": "forward_kl", "train.micro_batch_size": 2},
+        {"lora.rank": 4, "loss.divergence": "forward_kl", "train.micro_batch_tokens": 100},
         {"model.gradient_checkpointing": True},
-        {"train.micro_batch_size": 3, "loss.average": "sequence"},
+        {"train.micro_batch_tokens": 200, "loss.average": "sequence"},
     ],
     ids=str,
 )
@@ -124,13 +124,13 @@ def test_a_student_at_its_teacher_has_no_gradient_but_for_the_context(make_run: 
 
 @pytest.mark.parametrize("average", ["token", "sequence"])
 @pytest.mark.parametrize("method", ["sdft", "sft"])
-@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("size", [1, 200, 300])
 def test_micro_batches_add_up(size: int, method: str, average: str, make_run: Any, nudge: Any) -> None:
     settings = {"loss.method": method, "loss.average": average, "loss.mask_first": 1}
     run = nudged_run(make_run, nudge, **settings)[0]
     whole = gradients(run)
     assert whole[0] > 0.1
-    check(gradients(run, train=replace(run.config.train, micro_batch_size=size)), whole, 1e-5)
+    check(gradients(run, train=replace(run.config.train, micro_batch_tokens=size)), whole, 1e-5)
 
 
 def test_an_answer_that_is_masked_whole_counts_for_nothing(make_run: Any, nudge: Any) -> None:
@@ -150,7 +150,7 @@ def test_all_masked_is_no_loss(make_run: Any) -> None:
 
 
 def test_per_token_values_are_the_dense_ones(make_run: Any, nudge: Any) -> None:
-    run, start = nudged_run(make_run, nudge, **{"train.micro_batch_size": 2, "loss.mask_first": 1})
+    run, start = nudged_run(make_run, nudge, **{"train.micro_batch_tokens": 100, "loss.mask_first": 1})
     examples = run.data.examples[: len(ANSWERS)]
     parts, positions, _ = accumulate_gradients(run, examples, completions())
     with torch.no_grad():

@@ -24,7 +24,7 @@ RUNS = {
     "sdft": {},
     "sft": {"loss.method": "sft"},
     "lora": {"lora.rank": 2, "lora.dropout": 0.2, "optim.weight_decay": 0.1},
-    "mixed": {"rollout.source": "mixed", "rollout.per_prompt": 2, "train.micro_batch_size": 2, "train.seed": 3},
+    "mixed": {"rollout.source": "mixed", "rollout.per_prompt": 2, "train.micro_batch_tokens": 100, "train.seed": 3},
     "base": {"teacher.kind": "base", "loss.divergence": "jsd", "rollout.source": "teacher"},
     "live": {"teacher.kind": "live", "loss.divergence": "forward_kl", "loss.average": "sequence"},
     "bf16": {
