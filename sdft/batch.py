@@ -1,10 +1,12 @@
-"""Prompts and completions -> padded token ids and the rows that predict completion tokens.
+"""Prompts and completions -> token ids and the rows that predict completion tokens.
 
-Legend: B sequences, T padded length, N completion tokens of the batch.
-Row n of the student's and of the teacher's batch predicts the same token, so the two sides line up whatever
-the lengths of their prompts.
+Legend: B sequences, T tokens of a row of ids, N completion tokens of the batch.
+Sequences lie end to end in one row of ids (packed), or each in a row of its own, padded to the longest. Row n of
+the student's and of the teacher's batch predicts the same token, so the two sides line up whatever the lengths of
+their prompts.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,38 +18,49 @@ from sdft.config import LossConfig
 
 @dataclass(frozen=True)
 class Batch:
-    input_ids: Tensor  # (B, T) int64, right-padded
-    rows: Tensor  # (N,) int64 index into the B * T positions: the position before each completion token
+    input_ids: Tensor  # (1, T) int64 packed; (B, T) padded on the right
+    lengths: tuple[int, ...] | None  # packed: tokens of each sequence, in order; None: padded
+    real: int  # tokens that are not padding
+    rows: Tensor  # (N,) int64 index into the positions of input_ids: the one before each completion token
     labels: Tensor  # (N,) int64, the completion tokens
 
     def select(self, hidden: Tensor) -> Tensor:
-        """Hidden states (B, T, H) -> (N, H), those that predict a completion token."""
+        """Hidden states, shaped like input_ids with H behind -> (N, H), those that predict a completion token."""
         return hidden.flatten(0, 1).index_select(0, self.rows)
 
 
-def pack(
+def lay_out(
     prompts: Sequence[Sequence[int]],
     completions: Sequence[Sequence[int]],
     pad_id: int,
     device: torch.device,
     mask_first: int = 0,
+    packed: bool = False,
 ) -> Batch:
-    """Lays out prompt + completion per sequence, padded on the right.
+    """Prompt + completion per sequence, end to end (packed) or padded on the right.
 
     The first `mask_first` tokens of each completion are context only: they get no row, so no head ever sees them.
     """
     # The last token predicts nothing that is trained, so it need not be run.
     sequences = [[*p, *c][:-1] for p, c in zip(prompts, completions, strict=True)]
-    width = max(len(s) for s in sequences)
-    ids = [[*s, *[pad_id] * (width - len(s))] for s in sequences]
+    lengths = [len(s) for s in sequences]
+    width = max(lengths)
+    if packed:
+        ids = [[token for s in sequences for token in s]]
+        starts = [0, *itertools.accumulate(lengths)]
+    else:
+        ids = [[*s, *[pad_id] * (width - len(s))] for s in sequences]
+        starts = [b * width for b in range(len(sequences))]
     rows = [
-        b * width + len(prompt) - 1 + j
-        for b, (prompt, completion) in enumerate(zip(prompts, completions, strict=True))
+        start + len(prompt) - 1 + j
+        for start, prompt, completion in zip(starts, prompts, completions, strict=False)
         for j in range(mask_first, len(completion))
     ]
     labels = [token for completion in completions for token in completion[mask_first:]]
     return Batch(
         torch.tensor(ids, device=device),
+        tuple(lengths) if packed else None,
+        sum(lengths),
         torch.tensor(rows, device=device, dtype=torch.int64),
         torch.tensor(labels, device=device, dtype=torch.int64),
     )

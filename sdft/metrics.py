@@ -16,7 +16,7 @@ import torch
 from sdft import SdftError
 from sdft.loss import TokenLoss
 
-PHASES = ("rollout", "score", "loss", "update")
+PHASES = ("rollout", "score", "loss", "backward", "update")
 
 
 class Phases:

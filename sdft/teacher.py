@@ -53,7 +53,7 @@ class Teacher:
             training = self.model.lm.training
             self.model.lm.eval()
             try:
-                hidden = batch.select(self.model.hidden(batch.input_ids))
+                hidden = batch.select(self.model.hidden(batch.input_ids, batch.lengths))
             finally:
                 self.model.lm.train(training)
             head = self.model.head()

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from sdft import SdftError, card, checkpoint, evaluate, models, optim
-from sdft.batch import micro_batches, pack, sequence_weights
+from sdft import SdftError, card, checkpoint, evaluate, memory, models, optim
+from sdft.batch import lay_out, micro_batches, sequence_weights
 from sdft.config import Config, describe, load_config, to_toml, validate
 from sdft.data import Dataset, Example, TokenizedExample, batch_indices, load_records, tokenize
 from sdft.loss import TokenLoss, check_impl, cross_entropy_loss, divergence_loss
@@ -42,6 +42,8 @@ class Run:
     optimizer: torch.optim.Optimizer
     steps: int
     phases: Phases
+    micro_batch_tokens: int  # of the config; halved where memory ran out
+    rollout_batch: int  # likewise
     result: dict[str, Any] = field(default_factory=dict)  # the newest evaluation
 
 
@@ -57,6 +59,7 @@ def train(config: Config) -> Path:
     """
     validate(config)
     print(describe(config))
+    memory.return_freed()
     output = Path(config.train.output)
     start_from = prepare_output(config, output)
     run = set_up(config, output)
@@ -98,15 +101,22 @@ def train_step(run: Run, step: int, output: Path) -> dict[str, Any]:
     """One optimizer step; returns its metrics. Raises NonFiniteError with the weights untouched."""
     config, began = run.config, time.perf_counter()
     seed_step(config.train.seed, step)
-    examples = [
+    batch = [
         run.data.examples[i]
         for i in batch_indices(len(run.data.examples), config.train.batch_size, step, config.train.seed)
     ]
     run.phases.spans.clear()
     with run.phases("rollout"):
-        examples, completions = answers(run, examples, step)
-
-    parts, positions, loss = accumulate_gradients(run, examples, completions)
+        examples, completions = memory.within(
+            run.model.device, f"step {step + 1}, rollout", lambda: answers(run, batch, step), lambda: halve_rollout(run)
+        )
+    scored = memory.within(
+        run.model.device,
+        f"step {step + 1}, gradients",
+        lambda: accumulate_gradients(run, examples, completions),
+        lambda: halve_tokens(run, sum(sequence_sizes(run, examples, completions))),
+    )
+    loss = scored.loss
     with run.phases("update"):
         rate = optim.learning_rate(step, run.steps, config.optim)
         parameters = list(run.model.trainable().values())
@@ -131,9 +141,11 @@ def train_step(run: Run, step: int, output: Path) -> dict[str, Any]:
         "lr": rate,
         **({} if finite else {"skipped": True}),
         **({"teacher_tracked": run.teacher.tracked().item()} if run.teacher else {}),
-        **token_metrics(parts, positions),
+        **token_metrics(scored.parts, scored.positions),
         "answer_tokens": tokens / len(completions),
         "truncated": sum(c.truncated for c in completions) / len(completions),
+        **({"micro_batch_tokens": run.micro_batch_tokens} if run.micro_batch_tokens else {}),
+        "real_tokens": scored.real / max(1, scored.computed),
         "tokens": tokens,
         "tokens_per_second": tokens / (time.perf_counter() - began),
         "seconds": seconds,
@@ -156,55 +168,80 @@ def answers(run: Run, examples: list[TokenizedExample], step: int) -> tuple[list
     by_teacher = config.rollout.source == "teacher" or (config.rollout.source == "mixed" and step % 2 == 1)
     prompts = [e.teacher_prompt if by_teacher else e.prompt for e in examples]
     weights = run.teacher.weights if by_teacher else contextlib.nullcontext
-    return examples, generate(run.model, prompts, config.rollout, weights)
+    return examples, generate(run.model, prompts, replace(config.rollout, batch_size=run.rollout_batch), weights)
 
 
-def accumulate_gradients(
-    run: Run, examples: Sequence[TokenizedExample], completions: Sequence[Completion]
-) -> tuple[list[TokenLoss], list[list[int]], torch.Tensor]:
-    """Scores and backpropagates the step in micro-batches; gradients add up in the parameters.
+@dataclass
+class Scored:
+    """What scoring a step gives; the gradients themselves are in the parameters."""
 
-    Returns per-token values and answer positions of each micro-batch, and the loss of the whole step.
-    """
+    loss: torch.Tensor  # of the whole step, 0-dim
+    parts: list[TokenLoss] = field(default_factory=list)  # per micro-batch
+    positions: list[list[int]] = field(default_factory=list)  # of each trained token in its answer, per micro-batch
+    real: int = 0  # tokens that were run and are no padding, both sides
+    computed: int = 0  # tokens that were run
+
+
+def sequence_sizes(run: Run, examples: Sequence[TokenizedExample], completions: Sequence[Completion]) -> list[int]:
+    """Tokens of each sequence, those of the longer side: what micro-batches are cut by."""
+    return [
+        max(len(e.prompt), len(e.teacher_prompt) if run.teacher else 0) + len(c.ids)
+        for e, c in zip(examples, completions, strict=True)
+    ]
+
+
+def accumulate_gradients(run: Run, examples: Sequence[TokenizedExample], completions: Sequence[Completion]) -> Scored:
+    """Scores and backpropagates the step in micro-batches; gradients add up in the parameters."""
     config, model = run.config, run.model
     # The mask is for the teacher's preamble; a demonstration has none.
     skip = config.loss.mask_first if run.teacher is not None else 0
     lengths = [len(c.ids) for c in completions]
     weights = sequence_weights(lengths, replace(config.loss, mask_first=skip))
-    parts, positions = [], []
-    total = torch.zeros((), device=model.device)
-    sizes = [
-        max(len(e.prompt), len(e.teacher_prompt) if run.teacher else 0) + n
-        for e, n in zip(examples, lengths, strict=True)
-    ]
-    for group in micro_batches(sizes, config.train.micro_batch_tokens, packed=False):
+    scored = Scored(torch.zeros((), device=model.device))
+    sizes = sequence_sizes(run, examples, completions)
+    for group in micro_batches(sizes, run.micro_batch_tokens, model.packed):
         where = [j for i in group for j in range(skip, lengths[i])]
         if not where:
             continue
         ids = [completions[i].ids for i in group]
+        layout = (ids, model.pad_id, model.device, skip, model.packed)
         row_weights = torch.tensor(
             [weights[i] for i in group for _ in range(skip, lengths[i])], device=model.device
         )  # (N,)
+        batches = [lay_out([examples[i].prompt for i in group], *layout)]
         with run.phases("score"):
             teacher_side = None
             if run.teacher is not None:
-                shown = pack([examples[i].teacher_prompt for i in group], ids, model.pad_id, model.device, skip)
-                teacher_side = run.teacher.hidden(shown)  # (N, H), head
-            batch = pack([examples[i].prompt for i in group], ids, model.pad_id, model.device, skip)
-            hidden = batch.select(model.hidden(batch.input_ids))  # (N, H)
+                batches.append(lay_out([examples[i].teacher_prompt for i in group], *layout))
+                teacher_side = run.teacher.hidden(batches[1])  # (N, H), head
+            hidden = batches[0].select(model.hidden(batches[0].input_ids, batches[0].lengths))  # (N, H)
+        labels = batches[0].labels  # (N,)
         with run.phases("loss"), model.autocast():
             if teacher_side is None:
-                loss, part = cross_entropy_loss(hidden, model.head(), batch.labels, row_weights)
+                loss, part = cross_entropy_loss(hidden, model.head(), labels, row_weights)
             else:
-                loss, part = divergence_loss(
-                    hidden, model.head(), *teacher_side, batch.labels, row_weights, config.loss
-                )
-        with run.phases("loss"):
+                loss, part = divergence_loss(hidden, model.head(), *teacher_side, labels, row_weights, config.loss)
+        with run.phases("backward"):
             loss.backward()
-        total += loss.detach()
-        parts.append(part)
-        positions.append(where)
-    return parts, positions, total
+        scored.loss += loss.detach()
+        scored.parts.append(part)
+        scored.positions.append(where)
+        scored.real += sum(b.real for b in batches)
+        scored.computed += sum(b.input_ids.numel() for b in batches)
+    return scored
+
+
+def halve_rollout(run: Run) -> str:
+    """Half as many prompts generate together, from now on."""
+    run.rollout_batch = max(1, min(run.rollout_batch, run.config.train.batch_size * run.config.rollout.per_prompt) // 2)
+    return f"rollout.batch_size = {run.rollout_batch}"
+
+
+def halve_tokens(run: Run, whole: int) -> str:
+    """Half as many tokens in a forward pass, from now on; drops the gradients of the attempt that failed."""
+    run.optimizer.zero_grad(set_to_none=True)
+    run.micro_batch_tokens = max(1, min(run.micro_batch_tokens or whole, whole) // 2)
+    return f"train.micro_batch_tokens = {run.micro_batch_tokens}"
 
 
 def on_nonfinite(
@@ -290,6 +327,7 @@ def set_up(config: Config, output: Path) -> Run:
         for name, examples in eval_records.items()
     }
     model = models.load(config.model, tokenizer, stop_ids)
+    models.enable_packing(model, config.train.packing)
     models.check_context(model, *longest(data, config))
     if config.lora.rank:
         models.add_lora(model, config.lora, config.train.seed)
@@ -301,13 +339,25 @@ def set_up(config: Config, output: Path) -> Run:
     trained = sum(p.numel() for p in parameters.values())
     print(
         f"Model: {config.model.name}, {trained / 1e6:.1f}M weights train; {model.device.type}, products in "
-        f"{str(model.compute_dtype).removeprefix('torch.')}, attention {model.inner.config._attn_implementation}. "
+        f"{str(model.compute_dtype).removeprefix('torch.')}, attention {models.attention_name(model)}. "
         f"Data: {len(data.examples)} records."
     )
     check_space(config, model, output)
     steps = config.train.steps or math.ceil(config.train.epochs * len(data.examples) / config.train.batch_size)
     optimizer = optim.make_optimizer(parameters.values(), config.optim)
-    return Run(config, model, tokenizer, data, evals, teacher, optimizer, steps, Phases(model.device))
+    return Run(
+        config,
+        model,
+        tokenizer,
+        data,
+        evals,
+        teacher,
+        optimizer,
+        steps,
+        Phases(model.device),
+        config.train.micro_batch_tokens,
+        config.rollout.batch_size,
+    )
 
 
 def longest(data: Dataset, config: Config) -> tuple[int, int]:

@@ -9,8 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdft.batch import micro_batches, pack, sequence_weights
+from sdft.batch import lay_out, micro_batches, sequence_weights
 from sdft.config import LossConfig
+from sdft.models import enable_packing
 
 CPU = torch.device("cpu")
 
@@ -20,29 +21,50 @@ def sequences(seed: int, count: int, longest: int) -> list[list[int]]:
     return [[draw.randrange(256) for _ in range(draw.randint(1, longest))] for _ in range(count)]
 
 
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("mask_first", [0, 2])
-def test_rows_are_those_of_unpadded_sequences(family: str, load_tiny: Any, mask_first: int) -> None:
+def test_rows_are_those_of_sequences_run_alone(family: str, load_tiny: Any, mask_first: int, packed: bool) -> None:
     model = load_tiny(family)[1]
+    if packed:
+        enable_packing(model, "on")
     model.lm.eval()
     answers = sequences(1, 4, 7)
-    for seed, longest in ((2, 5), (3, 30)):  # a student's and a teacher's prompts: other lengths, same rows
+    for seed, longest in ((2, 5), (3, 30), (4, 150)):  # other prompts, same rows; 150 passes Gemma's window of 64
         prompts = sequences(seed, 4, longest)
-        batch = pack(prompts, answers, model.pad_id, CPU, mask_first)
+        batch = lay_out(prompts, answers, model.pad_id, CPU, mask_first, packed)
         with torch.no_grad():
-            got = batch.select(model.hidden(batch.input_ids))
+            got = batch.select(model.hidden(batch.input_ids, batch.lengths))
             alone = [model.hidden(torch.tensor([p + a]))[0] for p, a in zip(prompts, answers, strict=True)]
         want = [h[len(p) - 1 + mask_first : -1] for h, p in zip(alone, prompts, strict=True)]
         torch.testing.assert_close(got, torch.cat(want), rtol=1e-4, atol=1e-4)
         assert batch.labels.tolist() == [t for a in answers for t in a[mask_first:]]
-        assert batch.input_ids.shape[1] == max(len(p + a) for p, a in zip(prompts, answers, strict=True)) - 1
+        sizes = [len(p + a) - 1 for p, a in zip(prompts, answers, strict=True)]
+        assert batch.real == sum(sizes)
+        assert batch.input_ids.shape == ((1, sum(sizes)) if packed else (4, max(sizes)))
 
 
 def test_everything_masked_leaves_no_rows() -> None:
-    batch = pack([[1, 2], [3]], [[4], [5, 6]], 0, CPU, mask_first=2)
+    batch = lay_out([[1, 2], [3]], [[4], [5, 6]], 0, CPU, mask_first=2)
     assert (batch.rows.shape, batch.labels.shape) == ((0,), (0,))
     assert batch.rows.dtype == batch.labels.dtype == torch.int64
     assert batch.input_ids.tolist() == [[1, 2], [3, 5]]
     assert batch.select(torch.ones(2, 2, 8)).shape == (0, 8)
+
+
+@given(seed=st.integers(0, 1000), count=st.integers(1, 6), mask=st.integers(0, 4))
+def test_packed_is_padded_without_the_padding(seed: int, count: int, mask: int) -> None:
+    prompts, answers = sequences(seed, count, 9), sequences(seed + 1, count, 9)
+    padded = lay_out(prompts, answers, 999, CPU, mask)
+    packed = lay_out(prompts, answers, 999, CPU, mask, packed=True)
+    assert packed.input_ids[0].tolist() == [t for t in padded.input_ids.flatten().tolist() if t != 999]
+    assert torch.equal(packed.labels, padded.labels)
+    for batch in (packed, padded):  # the row before a label holds the token before it
+        sequence = [[*p, *a] for p, a in zip(prompts, answers, strict=True)]
+        before = [
+            s[len(p) - 1 + j] for s, p in zip(sequence, prompts, strict=True) for j in range(mask, len(s) - len(p))
+        ]
+        assert batch.input_ids.flatten()[batch.rows].tolist() == before
+    assert packed.lengths == tuple(len(p) + len(a) - 1 for p, a in zip(prompts, answers, strict=True))
 
 
 lengths = st.lists(st.integers(0, 20), min_size=1, max_size=12)

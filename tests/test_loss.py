@@ -23,10 +23,11 @@ def completions() -> list[Completion]:
 
 def gradients(run: Run, **settings: Any) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss and gradients of the step as the trainer makes them."""
-    run.config = replace(run.config, **settings)
+    for name, value in settings.items():
+        setattr(run, name, value)
     for p in run.model.trainable().values():
         p.grad = None
-    loss = accumulate_gradients(run, run.data.examples[: len(ANSWERS)], completions())[2]
+    loss = accumulate_gradients(run, run.data.examples[: len(ANSWERS)], completions()).loss
     return loss, {k: p.grad for k, p in run.model.trainable().items()}
 
 
@@ -103,6 +104,8 @@ def test_step_gradient_is_dense_autograd(family: str, divergence: str, make_run:
         {"lora.rank": 4},
         {"lora.rank": 4, "loss.divergence": "forward_kl", "train.micro_batch_tokens": 100},
         {"model.gradient_checkpointing": True},
+        {"train.packing": "off"},
+        {"train.packing": "on", "model.gradient_checkpointing": True, "lora.rank": 2},
         {"train.micro_batch_tokens": 200, "loss.average": "sequence"},
     ],
     ids=str,
@@ -117,7 +120,7 @@ def test_a_student_at_its_teacher_has_no_gradient_but_for_the_context(make_run: 
     run = make_run(**{"teacher.kind": "live"})
     run.model.lm.eval()
     same = [replace(e, teacher_prompt=e.prompt) for e in run.data.examples[: len(ANSWERS)]]
-    loss = accumulate_gradients(run, same, completions())[2]
+    loss = accumulate_gradients(run, same, completions()).loss
     assert loss.abs() < 1e-6
     assert max(p.grad.abs().max() for p in run.model.trainable().values()) < 1e-6
 
@@ -130,29 +133,30 @@ def test_micro_batches_add_up(size: int, method: str, average: str, make_run: An
     run = nudged_run(make_run, nudge, **settings)[0]
     whole = gradients(run)
     assert whole[0] > 0.1
-    check(gradients(run, train=replace(run.config.train, micro_batch_tokens=size)), whole, 1e-5)
+    check(gradients(run, micro_batch_tokens=size), whole, 1e-5)
 
 
 def test_an_answer_that_is_masked_whole_counts_for_nothing(make_run: Any, nudge: Any) -> None:
     run = nudged_run(make_run, nudge, **{"loss.mask_first": 3, "loss.average": "sequence"})[0]
     got = gradients(run)
     run2 = nudged_run(make_run, nudge, **{"loss.mask_first": 3, "loss.average": "sequence"})[0]
-    long = accumulate_gradients(run2, run2.data.examples[1:2], completions()[1:2])[2]  # the one longer than 3
+    long = accumulate_gradients(run2, run2.data.examples[1:2], completions()[1:2]).loss  # the one longer than 3
     check(got, (long, {k: p.grad for k, p in run2.model.trainable().items()}), 1e-5)
 
 
 def test_all_masked_is_no_loss(make_run: Any) -> None:
     run = make_run(**{"loss.mask_first": 5})
     short = [Completion([1, 2], truncated=False)] * 2
-    parts, positions, loss = accumulate_gradients(run, run.data.examples[:2], short)
-    assert (parts, positions, loss.item()) == ([], [], 0.0)
+    scored = accumulate_gradients(run, run.data.examples[:2], short)
+    assert (scored.parts, scored.positions, scored.loss.item()) == ([], [], 0.0)
     assert all(p.grad is None for p in run.model.trainable().values())
 
 
 def test_per_token_values_are_the_dense_ones(make_run: Any, nudge: Any) -> None:
     run, start = nudged_run(make_run, nudge, **{"train.micro_batch_tokens": 100, "loss.mask_first": 1})
     examples = run.data.examples[: len(ANSWERS)]
-    parts, positions, _ = accumulate_gradients(run, examples, completions())
+    scored = accumulate_gradients(run, examples, completions())
+    parts, positions = scored.parts, scored.positions
     with torch.no_grad():
         own = rows(run.model.lm.double(), [e.prompt for e in examples])
         shown = rows(start.lm.double(), [e.teacher_prompt for e in examples])

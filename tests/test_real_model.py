@@ -33,15 +33,15 @@ def config(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def held_out_divergence(model: Any, config: Any, tokenizer: Any, stop_ids: tuple[int, ...]) -> float:
     """Mean divergence between student and the *initial* teacher on the demonstrations of unseen phrasings."""
-    from sdft.batch import pack
+    from sdft.batch import lay_out
     from sdft.data import load_records, tokenize
     from sdft.loss import divergence_loss
     from sdft.teacher import Teacher
 
     examples = tokenize(load_records(config.data.train), tokenizer, stop_ids, config.data, config.teacher).examples[-6:]
     answers = [tokenizer("The capital is", add_special_tokens=False)["input_ids"] for _ in examples]
-    batch = pack([e.prompt for e in examples], answers, model.pad_id, model.device)
-    shown = pack([e.teacher_prompt for e in examples], answers, model.pad_id, model.device)
+    batch = lay_out([e.prompt for e in examples], answers, model.pad_id, model.device)
+    shown = lay_out([e.teacher_prompt for e in examples], answers, model.pad_id, model.device)
     teacher, head = Teacher(model, replace(config.teacher, kind="live")).hidden(shown)
     with torch.no_grad(), model.autocast():
         hidden = batch.select(model.hidden(batch.input_ids))

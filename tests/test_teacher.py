@@ -6,13 +6,13 @@ from typing import Any
 import pytest
 import torch
 
-from sdft.batch import pack
+from sdft.batch import lay_out
 from sdft.config import LoraConfig, TeacherConfig
 from sdft.models import add_lora
 from sdft.teacher import Teacher
 
 ALPHA = 0.05
-BATCH = pack([[1, 2, 3], [4]], [[5, 6], [7, 8, 9]], 258, torch.device("cpu"))
+BATCH = lay_out([[1, 2, 3], [4]], [[5, 6], [7, 8, 9]], 258, torch.device("cpu"))
 SETTINGS = {"full": {}, "tied": {"kind": "llama-tied"}, "lora": {"lora": 3}, "bf16": {"weights_dtype": "bfloat16"}}
 
 

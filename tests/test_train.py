@@ -21,8 +21,8 @@ from sdft.train import NonFiniteError, accumulate_gradients, answers, train_step
 
 FIELDS = {
     "step", "loss", "grad_norm", "lr", "teacher_tracked", "token_loss", "student_entropy", "teacher_entropy",
-    "student_logprob", "teacher_logprob", "top1_agree", "loss_by_position", "answer_tokens", "truncated", "tokens",
-    "tokens_per_second", "seconds", "peak_memory",
+    "student_logprob", "teacher_logprob", "top1_agree", "loss_by_position", "answer_tokens", "truncated", "real_tokens",
+    "tokens", "tokens_per_second", "seconds", "peak_memory",
 }  # fmt: skip
 SDFT_ONLY = {
     "teacher_tracked",
@@ -66,7 +66,9 @@ def test_a_run_writes_what_it_promises(make_config: Any, eval_set: str, capsys: 
 
     told = capsys.readouterr().out
     assert told.startswith("SDFT: reverse KL, KL(student || teacher), on the student's own samples")
-    assert "0.0M weights train; cpu, products in float32, attention sdpa. Data: 12 records." in told
+    assert (
+        "0.0M weights train; cpu, products in float32, attention sdpa, sequences end to end. Data: 12 records." in told
+    )
     assert "5/5  loss" in told
 
     from safetensors.torch import load_file
@@ -87,7 +89,7 @@ def test_step_metrics_are_consistent(make_config: Any, tmp_path: Path) -> None:
         assert 0 < line["grad_norm"] < 1e3
         assert 0 <= line["truncated"] <= 1
         assert 0 <= line["teacher_tracked"] < 1
-        assert set(line["seconds"]) == {"rollout", "score", "loss", "update"}
+        assert set(line["seconds"]) == {"rollout", "score", "loss", "backward", "update"}
         assert all(s > 0 for s in line["seconds"].values())
 
 
@@ -192,7 +194,7 @@ def test_sdft_lowers_the_divergence_on_held_out_prompts(make_run: Any, tmp_path:
         sampled = generate(run.model, [e.prompt for e in held], RolloutConfig(max_new_tokens=6))
 
         def measure(run: Any = run, held: Any = held, sampled: Any = sampled) -> float:
-            loss = accumulate_gradients(run, held, sampled)[2].item()
+            loss = accumulate_gradients(run, held, sampled).loss.item()
             run.optimizer.zero_grad()
             return loss
 

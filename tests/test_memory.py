@@ -1,0 +1,150 @@
+"""What happens where memory runs short."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sdft import SdftError, memory, train
+from sdft.metrics import read_metrics
+
+CPU = torch.device("cpu")
+CPU_ERROR = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried ..."
+ERRORS = [RuntimeError(CPU_ERROR), MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda e: type(e).__name__)
+def test_what_counts_as_out_of_memory(error: Exception) -> None:
+    assert memory.ran_out(error)
+
+
+def test_a_real_failure_to_allocate_counts() -> None:
+    with pytest.raises(RuntimeError) as error:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert memory.ran_out(error.value)
+    assert not memory.ran_out(RuntimeError("shapes cannot be multiplied"))
+    assert not memory.ran_out(ValueError("can't allocate memory"))
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda e: type(e).__name__)
+def test_once_more_with_the_same_random_numbers(error: Exception, capsys: Any) -> None:
+    drawn = []
+
+    def work() -> str:
+        drawn.append(torch.rand(3))
+        if len(drawn) == 1:
+            raise error
+        return "done"
+
+    assert memory.within(CPU, "step 3", work, lambda: "half of it") == "done"
+    assert torch.equal(*drawn)
+    assert "step 3: out of memory (" in (told := capsys.readouterr().out)
+    assert "once more with half of it." in told
+
+
+def test_other_errors_pass() -> None:
+    def work() -> None:
+        raise RuntimeError("shapes")
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        memory.within(CPU, "x", work, lambda: "")
+
+
+def out_of_memory_over(monkeypatch: pytest.MonkeyPatch, tokens: int) -> list[int]:
+    """Makes every forward of the student over more than `tokens` tokens fail; returns the sizes that were tried."""
+    from sdft.models import LanguageModel
+
+    own, tried = LanguageModel.hidden, []
+
+    def hidden(self: Any, input_ids: torch.Tensor, lengths: Any = None) -> torch.Tensor:
+        if torch.is_grad_enabled():
+            tried.append(input_ids.numel())
+            if input_ids.numel() > tokens:
+                raise RuntimeError(CPU_ERROR)
+        return own(self, input_ids, lengths)
+
+    monkeypatch.setattr(LanguageModel, "hidden", hidden)
+    return tried
+
+
+@pytest.mark.parametrize("settings", [{}, {"lora.rank": 2, "lora.dropout": 0.3}], ids=str)
+def test_the_step_is_repeated_in_halves(
+    settings: Any, make_config: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
+) -> None:
+    whole = make_config(**settings | {"train.output": str(tmp_path / "whole"), "train.batch_size": 6})
+    train.train(whole)
+    want = read_metrics(tmp_path / "whole")
+    capsys.readouterr()
+    tried = out_of_memory_over(monkeypatch, 150)
+    train.train(make_config(**settings | {"train.batch_size": 6}))
+    got, told = read_metrics(tmp_path / "run"), capsys.readouterr().out
+    assert told.count("step 1, gradients: out of memory (") == 1
+    assert "out of memory" not in told.replace("step 1, gradients: out of memory", "")  # the smaller size stays
+    assert tried[0] > 150
+    assert max(tried[1:]) <= 150
+    assert all(line["micro_batch_tokens"] < 600 for line in got)
+    if not settings:  # dropout draws for other shapes
+        for one, other in zip(got, want, strict=True):
+            assert one["loss"] == pytest.approx(other["loss"], rel=1e-3)
+            assert one["tokens"] == other["tokens"]
+
+
+def test_twice_out_of_memory_is_a_clear_error(
+    make_config: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    tried = out_of_memory_over(monkeypatch, 0)
+    with pytest.raises(SdftError) as error:
+        train.train(make_config())
+    assert len(tried) == 2
+    for words in ("step 1, gradients: out of memory also in halves", "sdft plan", "--resume"):
+        assert words in str(error.value)
+
+
+def test_rollouts_too(make_config: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
+    from sdft import rollout
+
+    own, tried = rollout._generate_batch, []
+
+    def generate(model: Any, prompts: Any, config: Any) -> Any:
+        tried.append(len(prompts))
+        if len(prompts) > 3:
+            raise MemoryError
+        return own(model, prompts, config)
+
+    monkeypatch.setattr(rollout, "_generate_batch", generate)
+    train.train(make_config(**{"train.batch_size": 6, "train.steps": 2}))
+    assert tried == [6, 3, 3, 3, 3]
+    assert (
+        "step 1, rollout: out of memory (MemoryError); once more with rollout.batch_size = 3."
+        in capsys.readouterr().out
+    )
+    assert len(read_metrics(tmp_path / "run")) == 2
+
+
+def test_freed_memory_goes_back(tmp_path: Path) -> None:
+    """In a fresh process: blocks of 8 MiB that are freed leave the resident size, in whatever order."""
+    import subprocess
+    import sys
+
+    if sys.platform != "linux":
+        pytest.skip("glibc only")
+    script = """
+import sys, torch
+from sdft import memory
+if sys.argv[1] == "yes": memory.return_freed()
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+torch.ones(7 * 2**20)  # 28 MiB, freed at once: from now on glibc keeps smaller blocks in its heap
+start = resident()
+blocks = [torch.ones(2**20) for _ in range(32)]  # 4 MiB each
+pin = [bytearray(100_000) for _ in range(4)]  # above them, so that the heap cannot shrink
+del blocks
+print(resident() - start)
+"""
+    left = {
+        how: int(subprocess.run([sys.executable, "-c", script, how], capture_output=True, text=True, check=True).stdout)
+        for how in ("yes", "no")
+    }
+    assert left["yes"] < 8 * 2**20
+    assert left["no"] > 100 * 2**20
