@@ -80,7 +80,9 @@ class LanguageModel:
     def autocast(self) -> Iterator[None]:
         """Matrix products in the compute dtype. One context per forward: its cache of cast weights must not
         outlive an update or the teacher's turn in the same module."""
-        if self.compute_dtype == torch.float32 or self.weights_dtype == self.compute_dtype:
+        # Adapters are fp32 also where the weights they belong to are bf16.
+        other = any(p.is_floating_point() and p.dtype != self.compute_dtype for p in self.lm.parameters())
+        if self.compute_dtype == torch.float32 or not other:
             yield
         else:
             with torch.autocast(self.device.type, dtype=self.compute_dtype):
@@ -93,6 +95,27 @@ class LanguageModel:
     def trainable(self) -> dict[str, nn.Parameter]:
         """The parameters that train, by name; a tied weight once."""
         return {name: p for name, p in self.lm.named_parameters() if p.requires_grad}
+
+    def adapter_is_fresh(self) -> bool:
+        """Whether the adapter that trains has no effect yet: every B is zero, every module trained whole unmoved."""
+        from peft.utils import ModulesToSaveWrapper
+
+        factors = [p for name, p in self.trainable().items() if ".lora_B." in name]
+        wrapped = [module for module in self.lm.modules() if isinstance(module, ModulesToSaveWrapper)]
+        pairs = [
+            pair
+            for module in wrapped
+            for own in module.modules_to_save.values()
+            for pair in zip(own.parameters(), module.original_module.parameters(), strict=True)
+        ]
+        unmoved = all(torch.equal(own, was.to(own.dtype)) for own, was in pairs)
+        return bool(factors) and not any(p.any() for p in factors) and unmoved
+
+    @contextlib.contextmanager
+    def without_adapter(self) -> Iterator[None]:
+        """Within it, the adapter that trains is off. No student graph may be alive, and nothing counts as trainable."""
+        with self.lm.disable_adapter():
+            yield
 
 
 def backbone(lm: Any) -> nn.Module:
@@ -398,6 +421,9 @@ def add_lora(model: LanguageModel, config: LoraConfig, seed: int) -> None:
                 lora_alpha=config.alpha,  # type: ignore[arg-type]  # peft divides; a float is as good
                 lora_dropout=config.dropout,
                 target_modules=targets,
+                use_rslora=config.rslora,
+                use_dora=config.dora,
+                modules_to_save=list(config.modules_to_save) or None,
                 task_type="CAUSAL_LM",
             ),
         )
@@ -407,6 +433,16 @@ def add_lora(model: LanguageModel, config: LoraConfig, seed: int) -> None:
         raise SdftError(f"lora.targets = {list(config.targets)}: the head cannot take an adapter; leave it out")
     for parameter in model.trainable().values():
         parameter.data = parameter.data.float()  # adapters are small; bf16 would lose their updates
+    if config.dora:
+        _exact_row_norms(model)
+
+
+def _exact_row_norms(model: LanguageModel) -> None:
+    # peft computed them in the dtype of the weights; rounded to bf16, the adapter would not start at the model.
+    for module in model.lm.modules():
+        for name, magnitude in getattr(module, "lora_magnitude_vector", {}).items():
+            factors = {"lora_A": module.lora_A[name].weight, "lora_B": module.lora_B[name].weight}
+            magnitude.update_layer(base_layer=module.get_base_layer(), scaling=module.scaling[name], **factors)
 
 
 def enable_gradient_checkpointing(model: LanguageModel) -> None:

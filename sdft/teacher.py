@@ -2,7 +2,8 @@
 
 One mechanism for full fine-tuning and LoRA: the teacher holds its own tensor for every parameter that trains and
 shares the rest. To score, its tensors are put in place of the student's for the length of a forward pass, so a
-second module never exists. With LoRA, `ema` therefore averages the factors A and B, not their product.
+second module never exists. With LoRA, `ema` therefore averages the factors A and B, not their product, and `base`
+holds nothing at all where the adapter is fresh: to switch it off is to go back to the start.
 """
 
 import contextlib
@@ -26,7 +27,8 @@ class Teacher:
         self.alpha = config.ema_alpha
         self.masters: dict[str, Tensor] = {}
         self.origin: dict[str, Tensor] = {}
-        if self.kind != "live":
+        self.adapter_off = self.kind == "base" and model.adapter_is_fresh()
+        if self.kind != "live" and not self.adapter_off:
             # fp32 also where the weights are bf16: at alpha = 0.01 a bf16 average never moves (design section 4).
             dtype = torch.float32 if self.kind == "ema" else None
             self.masters = {k: p.detach().to(dtype, copy=True) for k, p in model.trainable().items()}
@@ -35,6 +37,10 @@ class Teacher:
     @contextlib.contextmanager
     def weights(self) -> Iterator[None]:
         """Within it, the model holds the teacher's weights. No student graph may be alive."""
+        if self.adapter_off:
+            with self.model.without_adapter():
+                yield
+            return
         parameters = self.model.trainable() if self.masters else {}
         own = {name: parameters[name].data for name in parameters}
         try:
@@ -95,6 +101,8 @@ class Teacher:
     @torch.no_grad()
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Takes over what `state` of a teacher of the same kind and model returned."""
+        if self.kind == "base" and not state:
+            self.adapter_off, self.masters, self.origin = True, {}, {}
         for name, tensor in self.state().items():
             tensor.copy_(state[name])
 

@@ -1,6 +1,7 @@
 """The teacher against float64 by hand; the swap leaves no trace in the student."""
 
 import copy
+import gc
 from typing import Any
 
 import pytest
@@ -93,10 +94,113 @@ def test_hidden_is_a_model_with_the_teachers_weights(model: Any, kind: Any) -> N
 def test_base_never_moves(model: Any) -> None:
     start = values(model)
     teacher = Teacher(model, TeacherConfig(kind="base"))
+    want = hidden_with(model, start)
     for step in range(3):
         move(model, step, 0.1)
         teacher.update()
-    assert all(torch.equal(teacher.masters[k], start[k]) for k in start)
+        assert torch.equal(teacher.hidden(BATCH)[0], want)
+    if not teacher.adapter_off:
+        assert all(torch.equal(teacher.masters[k], start[k]) for k in start)
+
+
+# LoRA: the base weights exist once, and a fresh adapter's start is the adapter switched off.
+
+FRESH = {
+    "lora": {},
+    "rslora": {"rslora": True},
+    "dora": {"dora": True},
+    "head": {"modules_to_save": ("lm_head",)},
+}
+
+
+def with_adapter(load_tiny: Any, settings: dict[str, Any], **model_settings: Any) -> Any:
+    model = load_tiny(**model_settings)[1]
+    add_lora(model, LoraConfig(rank=3, **settings), 0)
+    return model
+
+
+@pytest.mark.parametrize("kind", FRESH)
+@pytest.mark.parametrize("dtypes", [("float32", "float32"), ("float32", "bfloat16"), ("bfloat16", "bfloat16")])
+def test_base_of_a_fresh_adapter_is_the_adapter_off(kind: str, dtypes: tuple[str, str], load_tiny: Any) -> None:
+    """Equal, bit for bit, to a teacher that holds a copy of the factors; and to the model without any adapter."""
+    precision = dict(zip(("weights_dtype", "compute_dtype"), dtypes, strict=True))
+    model = with_adapter(load_tiny, FRESH[kind], **precision)
+    copy_ = Teacher(copy.deepcopy(model), TeacherConfig(kind="base"))
+    copy_.adapter_off = False
+    copy_.masters = values(model)
+    teacher = Teacher(model, TeacherConfig(kind="base"))
+    assert teacher.adapter_off
+    assert not teacher.state()
+    for m in (model, copy_.model):
+        move(m, 1, 0.1)
+    hidden, head = teacher.hidden(BATCH)
+    want, want_head = copy_.hidden(BATCH)
+    assert torch.equal(hidden, want)
+    assert torch.equal(head.weight, want_head.weight.to(head.weight.dtype))
+    plain = load_tiny(**precision)[1]
+    plain.lm.eval()
+    with torch.no_grad():
+        assert torch.equal(hidden, BATCH.select(plain.hidden(BATCH.input_ids)))
+    student = BATCH.select(model.hidden(BATCH.input_ids))
+    assert not torch.equal(hidden, student)
+
+
+def test_an_adapter_that_has_moved_is_copied(load_tiny: Any) -> None:
+    for settings in FRESH.values():
+        model = with_adapter(load_tiny, settings)
+        move(model, 0, 0.1)
+        teacher = Teacher(model, TeacherConfig(kind="base"))
+        assert not teacher.adapter_off
+        assert teacher.masters.keys() == model.trainable().keys()
+    model = with_adapter(load_tiny, FRESH["head"])
+    model.head().weight.data.mul_(2)  # only the head has moved
+    assert not Teacher(model, TeacherConfig(kind="base")).adapter_off
+
+
+@pytest.mark.parametrize("kind", FRESH)
+def test_a_resumed_base_teacher_is_the_start_of_the_stage(kind: str, load_tiny: Any) -> None:
+    """A resumed run makes the teacher, then loads adapters that are zero no more."""
+    model = with_adapter(load_tiny, FRESH[kind])
+    teacher = Teacher(model, TeacherConfig(kind="base"))
+    want = teacher.hidden(BATCH)[0]
+    move(model, 0, 0.1)
+    trained, state = values(model), teacher.state()
+    again = with_adapter(load_tiny, FRESH[kind])
+    resumed = Teacher(again, TeacherConfig(kind="base"))
+    for name, p in again.trainable().items():
+        p.data.copy_(trained[name])
+    resumed.load_state(state)
+    assert torch.equal(resumed.hidden(BATCH)[0], want)
+
+
+def storage_bytes() -> int:
+    """Bytes of every live tensor's storage, each once."""
+    gc.collect()
+    storages = {}
+    for found in gc.get_objects():
+        if isinstance(found, torch.Tensor) and found.device.type == "cpu":
+            storage = found.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("kind", ["base", "ema", "live"])
+def test_the_base_weights_exist_once(kind: Any, load_tiny: Any) -> None:
+    model = load_tiny()[1]
+    base = sum(p.numel() for p in model.lm.parameters()) * 4
+    before = storage_bytes()
+    add_lora(model, LoraConfig(rank=1, targets=("q_proj",)), 0)
+    teacher = Teacher(model, TeacherConfig(kind=kind))
+    with torch.no_grad():
+        hidden, head = teacher.hidden(BATCH)
+    move(model, 0)
+    teacher.update()
+    factors = sum(p.numel() for p in model.trainable().values()) * 4
+    copies = {"base": 1, "live": 1, "ema": 3}[kind]  # of the factors: the student's, the masters, the sample at start
+    extra = storage_bytes() - before
+    assert factors <= extra <= copies * factors + hidden.nbytes + 20_000
+    assert extra < 0.2 * base
+    assert head.weight.data_ptr() == model.head().weight.data_ptr()
 
 
 def test_it_starts_from_the_student_in_memory(model: Any) -> None:
