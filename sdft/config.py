@@ -31,7 +31,7 @@ class ModelConfig:
     gradient_checkpointing: bool = False
     """Recompute the layers in the backward pass: less memory, about a third more time."""
     activation_offload: bool = False
-    """Keep what the backward pass needs of a forward in pinned CPU memory; CUDA only."""
+    """Keep what the backward pass needs of the student's forward in pinned CPU memory; CUDA only."""
     quantize: Literal["none", "4bit"] = "none"
     """4bit (QLoRA): frozen weights in bitsandbytes' NF4; needs lora.rank and the package bitsandbytes."""
     trust_remote_code: bool = False
@@ -93,8 +93,8 @@ class TeacherConfig:
     max_prompt_tokens: int = 2048
     """Longest teacher prompt, demonstration included."""
     offload: bool = False
-    """Keep the ema masters (fp32) in pinned CPU memory, updated while the next answers are sampled; the device holds
-    a copy in the dtype of the weights."""
+    """Keep the ema masters (fp32) in CPU memory, updated while the next answers are sampled; the device holds a copy
+    in the dtype of the weights, which is smaller where that is bfloat16. CUDA only."""
 
 
 @dataclass(frozen=True)
@@ -138,9 +138,10 @@ class LossConfig:
 @dataclass(frozen=True)
 class OptimConfig:
     name: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
-    """adamw (PyTorch's), or bitsandbytes' AdamW with 8-bit moments; paged moves them to the CPU under pressure."""
+    """adamw (PyTorch's), or bitsandbytes' AdamW with 8-bit moments, a quarter of the memory; paged (CUDA only) moves
+    them to the CPU under pressure."""
     offload: bool = False
-    """Keep the optimizer's state in pinned CPU memory and update there; CUDA only."""
+    """Keep adamw's moments in CPU memory and update there; CUDA only."""
     lr: float = 1e-5
     """Peak learning rate."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -363,6 +364,12 @@ def validate(config: Config) -> None:
     if c.model.weights_dtype == "bfloat16" and c.model.compute_dtype == "float32":
         raise SdftError(
             "model.compute_dtype = 'float32' has no effect on bfloat16 weights; set model.weights_dtype = 'float32' too"
+        )
+    if c.optim.offload and c.optim.name != "adamw":
+        raise SdftError(f"optim.offload = true goes with optim.name = 'adamw', not {c.optim.name!r}; drop one of them")
+    if c.teacher.offload and c.teacher.kind != "ema":
+        raise SdftError(
+            f"teacher.offload = true keeps averages on the CPU, and teacher.kind = {c.teacher.kind!r} has none; drop it"
         )
     if "{request}" not in c.teacher.request:
         raise SdftError(f"teacher.request = {c.teacher.request!r} has no {{request}}; write it where it belongs")

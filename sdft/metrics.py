@@ -41,8 +41,8 @@ class Phases:
 
     def seconds(self) -> dict[str, float]:
         """Sums by phase; on CUDA this waits for the last event."""
-        if self.cuda:
-            torch.cuda.synchronize()
+        if self.cuda and self.spans:
+            self.spans[-1][2].synchronize()  # not the whole device: the teacher's average may still be on its way
         total = dict.fromkeys(PHASES, 0.0)
         for name, start, end in self.spans:
             total[name] += start.elapsed_time(end) / 1e3 if self.cuda else end - start

@@ -452,6 +452,25 @@ def enable_gradient_checkpointing(model: LanguageModel) -> None:
         model.inner.enable_input_require_grads()  # frozen embeddings otherwise cut the graph
 
 
+class saved_activations(torch.autograd.graph.save_on_cpu):  # noqa: N801  # named as the context it extends
+    """Within it, what a forward saves for its backward goes to pinned CPU memory, and comes back when needed.
+
+    Weights stay where they are: PyTorch's save_on_cpu would take them along, once for every layer that uses them.
+    With gradient checkpointing only the layers' inputs go.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(pin_memory=True)
+        pack, unpack = self.pack_hook, self.unpack_hook
+        self.pack_hook = lambda t: t if _is_weight(t) else pack(t)
+        self.unpack_hook = lambda kept: kept if isinstance(kept, Tensor) else unpack(kept)
+
+
+def _is_weight(tensor: Tensor) -> bool:
+    # A linear layer saves its weight transposed: a view.
+    return isinstance(tensor if tensor._base is None else tensor._base, nn.Parameter)
+
+
 def save(model: LanguageModel, tokenizer: Any, folder: Path) -> None:
     """A folder that from_pretrained loads: the whole model, or the peft adapter, and the tokenizer."""
     model.lm.save_pretrained(folder)

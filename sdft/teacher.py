@@ -4,10 +4,15 @@ One mechanism for full fine-tuning and LoRA: the teacher holds its own tensor fo
 shares the rest. To score, its tensors are put in place of the student's for the length of a forward pass, so a
 second module never exists. With LoRA, `ema` therefore averages the factors A and B, not their product, and `base`
 holds nothing at all where the adapter is fresh: to switch it off is to go back to the start.
+
+With `offload` the averages live in CPU memory and the device holds a copy of them in the dtype of the weights:
+2 bytes a weight instead of 4 where they are bfloat16. A thread brings every new student to the host, averages, and
+sends the result back, while the device samples the next answers.
 """
 
 import contextlib
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -15,6 +20,7 @@ from torch import Tensor
 from sdft.batch import Batch
 from sdft.config import TeacherConfig
 from sdft.models import Head, LanguageModel
+from sdft.offload import HostLane, buckets, pieces
 
 
 class Teacher:
@@ -27,12 +33,21 @@ class Teacher:
         self.alpha = config.ema_alpha
         self.masters: dict[str, Tensor] = {}
         self.origin: dict[str, Tensor] = {}
+        self.copies: dict[str, Tensor] = {}  # offload: what the device holds of the masters, in the weights' dtype
+        self.sampled: dict[str, Tensor] = {}  # offload: _sample of the masters, averaged on the device
+        self.pending: Future[None] | None = None
         self.adapter_off = self.kind == "base" and model.adapter_is_fresh()
         if self.kind != "live" and not self.adapter_off:
             # fp32 also where the weights are bf16: at alpha = 0.01 a bf16 average never moves (design section 4).
             dtype = torch.float32 if self.kind == "ema" else None
-            self.masters = {k: p.detach().to(dtype, copy=True) for k, p in model.trainable().items()}
+            host = torch.device("cpu") if config.offload and self.kind == "ema" else None
+            self.masters = {k: p.detach().to(host, dtype, copy=True).contiguous() for k, p in model.trainable().items()}
             self.origin = {k: _sample(p.detach()).float().clone() for k, p in model.trainable().items()}
+        if config.offload and self.kind == "ema":
+            self.copies = {k: p.detach().clone().contiguous() for k, p in model.trainable().items()}
+            self.sampled = {k: t.clone() for k, t in self.origin.items()}
+            self.lane = HostLane(model.device)
+            self.worker = ThreadPoolExecutor(1, "teacher")
 
     @contextlib.contextmanager
     def weights(self) -> Iterator[None]:
@@ -42,11 +57,13 @@ class Teacher:
                 yield
             return
         parameters = self.model.trainable() if self.masters else {}
+        self.wait()
+        shown = self.copies or self.masters
         own = {name: parameters[name].data for name in parameters}
         try:
             for name, parameter in parameters.items():
                 # The pointer is exchanged, not the values: nothing is copied, and views keep their storage.
-                parameter.data = self.masters[name].to(own[name].dtype)
+                parameter.data = shown[name].to(own[name].dtype)
             yield
         finally:
             for name, parameter in parameters.items():
@@ -69,25 +86,60 @@ class Teacher:
 
     @torch.no_grad()
     def update(self) -> None:
-        """phi += alpha (theta - phi), in fp32 (`ema`); nothing otherwise."""
+        """phi += alpha (theta - phi), in fp32 (`ema`); nothing otherwise.
+
+        With `offload` it returns at once: whatever reads the teacher waits for the average, and the student's
+        weights must not change before `wait`.
+        """
         if self.kind != "ema":
             return
+        self.wait()
         parameters = self.model.trainable()
         masters = [self.masters[name] for name in parameters]
-        torch._foreach_lerp_(masters, [p.detach().float() for p in parameters.values()], self.alpha)
+        student = [p.detach().contiguous() for p in parameters.values()]
+        if not self.copies:
+            for part in buckets([m.numel() for m in masters]):
+                _average(pieces(masters, part), pieces(student, part), self.alpha)
+            return
+        _average([self.sampled[name] for name in parameters], [_sample(p) for p in student], self.alpha)
+        self.lane.follow_device()
+        copies = [self.copies[name] for name in parameters]
+        self.pending = self.worker.submit(self._average_on_host, masters, student, copies)
+
+    @torch.no_grad()
+    def _average_on_host(self, masters: list[Tensor], student: list[Tensor], copies: list[Tensor]) -> None:
+        parts = list(buckets([m.numel() for m in masters]))
+
+        def work(number: int, host: list[Tensor]) -> list[Tensor]:
+            own = pieces(masters, parts[number])
+            _average(own, host, self.alpha)
+            for buffer, master in zip(host, own, strict=True):
+                buffer.copy_(master)  # back through the pinned memory the student came in
+            return host
+
+        self.lane.each([(pieces(student, part), pieces(copies, part)) for part in parts], work)
+
+    def wait(self) -> None:
+        """Until the last update's average is there (`offload`); raises what went wrong in it, each time."""
+        if self.pending is not None:
+            self.pending.result()
+            self.lane.lead_device()
+            self.pending = None
 
     @torch.no_grad()
     def tracked(self) -> Tensor:
         """Fraction of the student's way since the start that the teacher has gone too; 0-dim, on the device.
 
         <phi - theta_0, theta - theta_0> / |theta - theta_0|^2 over a fixed sample of the weights, so that no whole
-        copy of theta_0 is kept. 0 for `base`, 1 for `live`; an EMA that stays near 0 teaches like `base`.
+        copy of theta_0 is kept. 0 for `base`, 1 for `live`; an EMA that stays near 0 teaches like `base`. Waits for
+        nothing: with `offload` the sample is averaged on the device too.
         """
         device = self.model.device
         if self.kind != "ema":
             return torch.full((), float(self.kind == "live"), device=device)
+        sampled = self.sampled or {name: _sample(master) for name, master in self.masters.items()}
         pairs = [
-            (_sample(p.detach()).float() - self.origin[name], _sample(self.masters[name]) - self.origin[name])
+            (_sample(p.detach()).float() - self.origin[name], sampled[name] - self.origin[name])
             for name, p in self.model.trainable().items()
         ]
         along = torch.stack([(student * teacher).sum() for student, teacher in pairs]).sum()
@@ -95,7 +147,8 @@ class Teacher:
         return along / whole.clamp(min=1e-30)
 
     def state(self) -> dict[str, Tensor]:
-        """Every tensor a resumed teacher needs, for safetensors."""
+        """Every tensor a resumed teacher needs, for safetensors; the same with and without `offload`."""
+        self.wait()
         return {f"masters.{k}": t for k, t in self.masters.items()} | {f"origin.{k}": t for k, t in self.origin.items()}
 
     @torch.no_grad()
@@ -105,6 +158,14 @@ class Teacher:
             self.adapter_off, self.masters, self.origin = True, {}, {}
         for name, tensor in self.state().items():
             tensor.copy_(state[name])
+        for name, copy in self.copies.items():
+            copy.copy_(self.masters[name])
+            self.sampled[name].copy_(_sample(self.masters[name]))
+
+
+def _average(masters: list[Tensor], student: list[Tensor], alpha: float) -> None:
+    """masters (fp32) += alpha (student - masters), in place; a temporary only where the student is not fp32."""
+    torch._foreach_lerp_(masters, [t.float() for t in student], alpha)
 
 
 def _sample(tensor: Tensor, size: int = 1024) -> Tensor:

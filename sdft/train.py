@@ -124,6 +124,8 @@ def train_step(run: Run, step: int, output: Path) -> dict[str, Any]:
         # The step's one wait for the device: an update with NaN in it could not be taken back.
         finite = bool(torch.isfinite(norm + loss))
         if finite:
+            if run.teacher is not None:
+                run.teacher.wait()  # it may still be reading the weights
             for group in run.optimizer.param_groups:
                 group["lr"] = rate
             run.optimizer.step()
@@ -214,7 +216,8 @@ def accumulate_gradients(run: Run, examples: Sequence[TokenizedExample], complet
             if run.teacher is not None:
                 batches.append(lay_out([examples[i].teacher_prompt for i in group], *layout))
                 teacher_side = run.teacher.hidden(batches[1])  # (N, H), head
-            hidden = batches[0].select(model.hidden(batches[0].input_ids, batches[0].lengths))  # (N, H)
+            with models.saved_activations() if config.model.activation_offload else contextlib.nullcontext():
+                hidden = batches[0].select(model.hidden(batches[0].input_ids, batches[0].lengths))  # (N, H)
         labels = batches[0].labels  # (N,)
         with run.phases("loss"), model.autocast():
             if teacher_side is None:
@@ -311,8 +314,11 @@ def _dotted(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def set_up(config: Config, output: Path) -> Run:
     """Data first (cheap, and most mistakes are there), then the weights."""
     check_trackers(config.train.trackers)
+    device = models.pick_device(config.model.device)
+    check_offload(config, device)
+    optim.check_optimizer(config.optim, device)
     if config.loss.method == "sdft":
-        check_impl(config.loss, models.pick_device(config.model.device))
+        check_impl(config.loss, device)
     records = load_records(config.data.train, config.data.split)
     eval_records = {name: load_records(path) for name, path in config.eval.sets.items()}
     for name, examples in eval_records.items():
@@ -358,6 +364,16 @@ def set_up(config: Config, output: Path) -> Run:
         config.train.micro_batch_tokens,
         config.rollout.batch_size,
     )
+
+
+def check_offload(config: Config, device: torch.device) -> None:
+    """Raises SdftError where there is no GPU to take memory from."""
+    for key in ("teacher.offload", "optim.offload", "model.activation_offload"):
+        section, name = key.split(".")
+        if getattr(getattr(config, section), name) and device.type != "cuda":
+            raise SdftError(
+                f"{key} = true moves memory from a CUDA device to the CPU, and the model runs on {device}; drop it"
+            )
 
 
 def longest(data: Dataset, config: Config) -> tuple[int, int]:

@@ -2,11 +2,14 @@
 
 import copy
 import gc
+import threading
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 
+from sdft import offload
 from sdft.batch import lay_out
 from sdft.config import LoraConfig, TeacherConfig
 from sdft.models import add_lora
@@ -320,3 +323,119 @@ def test_state_round_trip(model: Any, kind: Any) -> None:
     again.load_state(state)  # ... and is put right
     assert torch.equal(again.hidden(BATCH)[0], want[0])
     assert torch.equal(again.tracked(), want[1])
+
+
+# Averages on the host. On a CPU the same code runs, worker and all, without streams.
+
+
+@pytest.fixture
+def small_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offload, "BUCKET", 1000)
+
+
+@pytest.mark.usefixtures("small_buckets")
+def test_offloaded_masters_are_the_same_bit_for_bit(model: Any) -> None:
+    plain, away = (Teacher(model, TeacherConfig(ema_alpha=ALPHA, offload=o)) for o in (False, True))
+    for step in range(6):
+        move(model, step)
+        plain.update()
+        away.update()
+        if step % 2:  # read in every step, and only at the end
+            assert torch.equal(away.hidden(BATCH)[0], plain.hidden(BATCH)[0])
+        assert away.tracked().item() == pytest.approx(plain.tracked().item(), rel=1e-5)
+        away.wait()  # before the student moves again
+    want, got = plain.state(), away.state()
+    assert list(got) == list(want)
+    assert all(torch.equal(got[k], want[k]) and got[k].dtype == torch.float32 for k in want)
+    for k, p in model.trainable().items():  # what the device holds
+        assert away.copies[k].dtype == p.dtype
+        assert torch.equal(away.copies[k], got[f"masters.{k}"].to(p.dtype))
+        assert not torch.equal(away.copies[k], p)
+
+
+@pytest.mark.usefixtures("small_buckets")
+def test_state_goes_between_offloaded_and_not(model: Any) -> None:
+    teachers = [Teacher(model, TeacherConfig(ema_alpha=ALPHA, offload=o)) for o in (False, True, False)]
+    move(model, 0, 0.1)
+    teachers[0].update()
+    for before, after in pairwise(teachers):
+        after.load_state({k: t.clone() for k, t in before.state().items()})
+        assert torch.equal(after.hidden(BATCH)[0], before.hidden(BATCH)[0])
+        assert torch.equal(after.tracked(), before.tracked())
+
+
+@pytest.fixture
+def held(load_tiny: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """An offloaded teacher after an update whose average waits for `let_go`, with the student moved before it."""
+    model = load_tiny()[1]
+    teacher = Teacher(model, TeacherConfig(ema_alpha=ALPHA, offload=True))
+    let_go, own = threading.Event(), teacher.lane.each
+
+    def each(*args: Any) -> None:
+        assert let_go.wait(60)
+        own(*args)
+
+    monkeypatch.setattr(teacher.lane, "each", each)
+    move(model, 0, 0.1)
+    teacher.update()
+    yield teacher, let_go
+    let_go.set()
+
+
+READERS = {
+    "hidden": lambda t: t.hidden(BATCH),
+    "weights": lambda t: t.weights().__enter__(),
+    "state": lambda t: t.state(),
+    "update": lambda t: t.update(),
+    "wait": lambda t: t.wait(),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_whoever_reads_the_teacher_waits_for_the_average(reader: str, held: Any) -> None:
+    teacher, let_go = held
+    before = {k: t.clone() for k, t in teacher.masters.items()}
+    assert teacher.tracked().item() == pytest.approx(ALPHA, rel=1e-3)  # logged at once
+    assert not teacher.pending.done()
+    assert all(torch.equal(teacher.masters[k], before[k]) for k in before)
+    threading.Timer(0.1, let_go.set).start()
+    first = teacher.pending
+    READERS[reader](teacher)
+    assert first.done()
+    assert not any(torch.equal(teacher.masters[k], before[k]) for k in before)
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_a_failed_average_is_told_to_everyone(reader: str, load_tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_tiny()[1]
+    teacher = Teacher(model, TeacherConfig(offload=True))
+    monkeypatch.setattr(teacher.lane, "each", lambda *a: 1 / 0)
+    before = facts(model)
+    teacher.update()
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            READERS[reader](teacher)
+    assert facts(model) == before
+
+
+@pytest.mark.parametrize("weights_dtype", ["float32", "bfloat16"])
+def test_an_update_keeps_no_whole_copy_of_the_weights(weights_dtype: str, load_tiny: Any) -> None:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    model = load_tiny(weights_dtype=weights_dtype)[1]
+    teacher = Teacher(model, TeacherConfig())
+
+    class Largest(TorchDispatchMode):
+        made = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and func is torch.ops.aten._to_copy.default:
+                self.made = max(self.made, out.numel())
+            return out
+
+    with pytest.MonkeyPatch.context() as patch, Largest() as largest:
+        patch.setattr(offload, "BUCKET", 1000)
+        teacher.update()
+    assert max(p.numel() for p in model.trainable().values()) > 8000
+    assert largest.made == (1000 if weights_dtype == "bfloat16" else 0)
