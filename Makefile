@@ -10,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test bench bench-gpu test-gpu wheels lint clean
+.PHONY: demo test bench bench-step bench-gpu bench-step-gpu test-gpu wheels lint clean
 
 $(VENV)/installed: pyproject.toml constraints.txt Makefile
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'sdft needs Python 3.11 or later; run: make PYTHON=python3.11 ...')"
@@ -31,11 +31,17 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/installed
+$(VENV)/peers: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt liger-kernel
-	# --no-deps: what TRL's losses import is here already.
+	# --no-deps: what the parts of TRL that are measured import is here already.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt trl
+	touch $@
+
+bench: $(VENV)/peers
 	$(BIN)/python -m pytest bench
+
+bench-step: $(VENV)/peers
+	$(BIN)/python -m bench.step $(ARGS)
 
 # For a machine with a GPU, its own PyTorch, and perhaps no network: no environment is made.
 ON_GPU = site=; if [ -d $(WHEELS) ]; then site=$$(mktemp -d) && $(PYTHON) -m pip install --quiet --no-index --no-deps \
@@ -44,6 +50,9 @@ ON_GPU = site=; if [ -d $(WHEELS) ]; then site=$$(mktemp -d) && $(PYTHON) -m pip
 
 bench-gpu:
 	@$(ON_GPU) -m bench.gpu $(ARGS)
+
+bench-step-gpu:
+	@$(ON_GPU) -m bench.step --device cuda --model random-0.5b $(ARGS)
 
 test-gpu:
 	@$(ON_GPU) -m pytest -p no:cacheprovider tests/test_gpu.py $(ARGS)

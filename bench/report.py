@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from datetime import date
 from itertools import groupby
 from pathlib import Path
@@ -59,7 +60,7 @@ def output_of(*command: str) -> str:
     return done.stdout.partition("\n")[0].strip() if done.returncode == 0 else ""
 
 
-def describe(command: str) -> dict[str, Any]:
+def describe(command: str, packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
     """Where and with what the rows are measured. COMMIT names the commit where the checkout has no git."""
     meta: dict[str, Any] = {
         "device": device_name(),
@@ -69,7 +70,7 @@ def describe(command: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
-    for name in PACKAGES:
+    for name in packages:
         try:
             meta[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
