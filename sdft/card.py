@@ -9,9 +9,10 @@ from sdft.config import Config, describe, to_toml
 
 def model_card(config: Config, digest: str, records: int, steps: int, result: dict[str, float]) -> str:
     """Markdown with the front matter Hugging Face reads; config, data hash, versions, metrics."""
-    packages = ("torch", "transformers", *(("peft",) if config.lora.rank else ()))
+    adapter = config.lora.rank or config.lora.earlier == "continue"
+    packages = ("torch", "transformers", *(("peft",) if adapter else ()))
     versions = f"sdft {__version__}, " + ", ".join(f"{name} {version(name)}" for name in packages)
-    library = "peft" if config.lora.rank else "transformers"
+    library = "peft" if adapter else "transformers"
     scores = "\n".join(f"| {name} | {value:.1%} |" for name, value in result.items())
     measured = f"| evaluation set | accuracy, greedy |\n|---|---|\n{scores}" if scores else "Not evaluated."
     return f"""---
@@ -35,4 +36,17 @@ tags: [sdft, self-distillation]
 
 ```toml
 {to_toml(config)}```
+"""
+
+
+def merged_card(adapter: str, base: str, dtype: str) -> str:
+    """Markdown for a LoRA adapter merged into its base."""
+    return f"""---
+library_name: transformers
+base_model: {base}
+tags: [sdft, self-distillation]
+---
+# {adapter}, merged
+
+The LoRA adapter {adapter} merged into its base {base} by sdft {__version__}, in float32, saved in {dtype}.
 """

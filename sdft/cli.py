@@ -1,4 +1,4 @@
-"""The command `sdft`: train, check, eval, generate, convert."""
+"""The command `sdft`: train, check, eval, generate, merge, convert."""
 
 import os
 import sys
@@ -18,6 +18,7 @@ OVERVIEW = """sdft: Self-Distillation Fine-Tuning (arXiv 2601.19897)
   sdft check CONFIG.toml [--count 32]            can the teacher use the demonstrations? run this first
   sdft eval MODEL DATA.jsonl                     accuracy by greedy generation
   sdft generate MODEL PROMPT                     an answer
+  sdft merge ADAPTER FOLDER                      a LoRA adapter and its base to one plain model
   sdft convert toolalpaca FILE OUT.jsonl         other formats to records
   sdft convert gguf FILE.gguf FOLDER             a GGUF model to a Hugging Face folder
 
@@ -87,6 +88,18 @@ class GenerateArgs:
 
 
 @dataclass(frozen=True)
+class MergeArgs:
+    """`sdft merge ADAPTER FOLDER`: a LoRA adapter, merged into its base, as a plain Hugging Face model."""
+
+    adapter: tyro.conf.Positional[str]
+    """An adapter: the model folder of a LoRA run, or any peft LoRA adapter."""
+    folder: tyro.conf.Positional[Path]
+    """New folder to write."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """dtype of the written weights; they are merged in float32."""
+
+
+@dataclass(frozen=True)
 class ConvertArgs:
     """`sdft convert KIND SOURCE TARGET`."""
 
@@ -106,6 +119,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "check": check_command,
         "eval": eval_command,
         "generate": generate_command,
+        "merge": merge_command,
         "convert": convert_command,
     }
     if not args or args[0] in ("-h", "--help"):
@@ -252,6 +266,14 @@ def _load(config: ModelConfig) -> tuple[Any, Any]:
     tokenizer, stop_ids = models.load_tokenizer(config)
     set_chat_template(tokenizer, "")
     return tokenizer, models.load(config, tokenizer, stop_ids)
+
+
+def merge_command(args: list[str]) -> None:
+    a = tyro.cli(MergeArgs, args=args, prog="sdft merge")
+    from sdft.models import merge_folder
+
+    merge_folder(a.adapter, a.folder, a.dtype)
+    print(f"model in {a.folder}")
 
 
 def convert_command(args: list[str]) -> None:

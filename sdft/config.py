@@ -361,6 +361,7 @@ def validate(config: Config) -> None:
     for ok, key, problem in checks:
         if not ok:
             raise SdftError(f"{key} = {_get(config, key)!r} {problem}")
+    _check_lora(c)
     if c.model.weights_dtype == "bfloat16" and c.model.compute_dtype == "float32":
         raise SdftError(
             "model.compute_dtype = 'float32' has no effect on bfloat16 weights; set model.weights_dtype = 'float32' too"
@@ -379,6 +380,35 @@ def validate(config: Config) -> None:
                 raise SdftError(f"teacher.template = {c.teacher.template!r} has no {name}; write it where it belongs")
     elif c.teacher.template:
         raise SdftError("teacher.template is set but teacher.context is not 'template'; set it, or drop the template")
+
+
+def _check_lora(c: Config) -> None:
+    adapter = c.lora.rank > 0 or c.lora.earlier == "continue"
+    for key in ("lora.rslora", "lora.dora", "lora.modules_to_save"):
+        if _get(c, key) and not adapter:
+            raise SdftError(f"{key} = {_get(c, key)!r} has no effect without an adapter; set lora.rank above 0")
+    if c.lora.earlier == "stack":
+        if not c.lora.rank:
+            raise SdftError("lora.earlier = 'stack' needs a new adapter; set lora.rank above 0")
+        for key in ("lora.dora", "lora.modules_to_save"):
+            if _get(c, key):
+                raise SdftError(
+                    f"{key} = {_get(c, key)!r} does not add to another adapter; leave it out, or "
+                    "set lora.earlier = 'merge'"
+                )
+    if adapter and c.model.name.endswith(".gguf"):
+        raise SdftError(
+            f"model.name = {c.model.name!r}: a LoRA adapter cannot name a GGUF file as its base; "
+            "run `sdft convert gguf FILE FOLDER` and name the folder"
+        )
+    if c.model.quantize != "none":
+        if not adapter:
+            raise SdftError(f"model.quantize = {c.model.quantize!r} freezes the weights; set lora.rank above 0")
+        if c.lora.earlier == "merge":
+            raise SdftError(
+                "lora.earlier = 'merge' would round the adapter into 4-bit weights; set 'stack' or 'continue', or run "
+                "`sdft merge` and train on its folder"
+            )
 
 
 def _get(config: Any, key: str) -> Any:

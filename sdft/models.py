@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sdft import SdftError, attention
+from sdft import SdftError, adapters, attention, card
 from sdft.config import LoraConfig, ModelConfig
 
 SMOLLM2 = "smollm2-135m"
@@ -53,6 +53,7 @@ class LanguageModel:
     pad_id: int
     stop_ids: tuple[int, ...]
     packed: bool = False  # sequences may lie end to end: attention keeps them apart
+    own_base: bool = False  # an earlier adapter is merged into the base weights, which are in no other folder
 
     @property
     def inner(self) -> Any:
@@ -96,27 +97,6 @@ class LanguageModel:
         """The parameters that train, by name; a tied weight once."""
         return {name: p for name, p in self.lm.named_parameters() if p.requires_grad}
 
-    def adapter_is_fresh(self) -> bool:
-        """Whether the adapter that trains has no effect yet: every B is zero, every module trained whole unmoved."""
-        from peft.utils import ModulesToSaveWrapper
-
-        factors = [p for name, p in self.trainable().items() if ".lora_B." in name]
-        wrapped = [module for module in self.lm.modules() if isinstance(module, ModulesToSaveWrapper)]
-        pairs = [
-            pair
-            for module in wrapped
-            for own in module.modules_to_save.values()
-            for pair in zip(own.parameters(), module.original_module.parameters(), strict=True)
-        ]
-        unmoved = all(torch.equal(own, was.to(own.dtype)) for own, was in pairs)
-        return bool(factors) and not any(p.any() for p in factors) and unmoved
-
-    @contextlib.contextmanager
-    def without_adapter(self) -> Iterator[None]:
-        """Within it, the adapter that trains is off. No student graph may be alive, and nothing counts as trainable."""
-        with self.lm.disable_adapter():
-            yield
-
 
 def backbone(lm: Any) -> nn.Module:
     """The part of a causal LM that maps token ids to hidden states."""
@@ -132,7 +112,10 @@ def read_head(lm: Any) -> Head:
     if not isinstance(getattr(head, "weight", None), Tensor):
         raise SdftError(f"model {type(lm).__name__} has no linear head with a weight; sdft needs one")
     if hasattr(head, "base_layer"):  # its weight is the frozen one: the adapter would have no part in the loss
-        raise SdftError(f"model {type(lm).__name__} has a LoRA adapter on its head, which the fused loss cannot see")
+        raise SdftError(
+            f"model {type(lm).__name__} has a LoRA adapter on its head, which the fused loss cannot see; "
+            "merge it first: sdft merge"
+        )
     scale = getattr(config, "logit_scale", None) or 1.0
     if divisor := getattr(config, "logits_scaling", None):
         scale = scale / divisor
@@ -147,18 +130,32 @@ def check_head(model: LanguageModel) -> None:
 
     Models differ in what they do between hidden states and logits; four tokens tell whether `read_head` knows.
     """
-    ids = torch.arange(4, device=model.device)[None] + 3  # (1, 4)
     training = model.lm.training
     model.lm.eval()
-    with model.autocast():
-        want = model.inner(input_ids=ids, use_cache=False).logits[0].float()  # (4, V)
-    got = model.head().logits(model.hidden(ids)[0]).float()  # (4, V)
+    got = model.head().logits(model.hidden(_few_ids(model))[0]).float()  # (4, V)
     model.lm.train(training)
-    if (got - want).abs().max() > 0.05 * want.abs().max().clamp(min=1e-3):
+    if not _near(got, _few_logits(model)):
         raise SdftError(
             f"model {type(model.inner).__name__} does more between hidden states and logits than a linear head, "
             "a scale and a soft cap; its divergence would be wrong, so it is refused"
         )
+
+
+def _few_ids(model: LanguageModel) -> Tensor:
+    return torch.arange(4, device=model.device)[None] + 3  # (1, 4)
+
+
+def _few_logits(model: LanguageModel) -> Tensor:
+    training = model.lm.training
+    model.lm.eval()
+    with model.autocast():
+        logits = model.inner(input_ids=_few_ids(model), use_cache=False).logits[0].float()  # (4, V)
+    model.lm.train(training)
+    return logits
+
+
+def _near(got: Tensor, want: Tensor, bound: float = 0.05) -> bool:
+    return bool((got - want).abs().max() <= bound * want.abs().max().clamp(min=1e-3))
 
 
 # Where a model comes from.
@@ -180,10 +177,26 @@ def resolve(name: str) -> tuple[str, dict[str, str]]:
             raise SdftError(f"model.name = {name!r}: no such GGUF file")
         return str(path.parent), {"gguf_file": path.name}
     if path.is_dir():
-        return str(path), {}
+        return str(path.absolute()), {}  # an adapter remembers its base by this
     if path.is_file() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise SdftError(f"model.name = {name!r}: no such folder; give a model folder, a .gguf file or a hub name")
     return name, {}
+
+
+def find_base(name: str) -> tuple[str, dict[str, str], str | None]:
+    """`resolve` for the base weights, and the adapter (folder or hub name) where `name` is one."""
+    found, extra = resolve(name)
+    adapter = None if extra else adapters.read_config(found)
+    if adapter is None:
+        return found, extra, None
+    base = adapters.base_of(found, adapter)
+    try:
+        return resolve(base)[0], {}, found
+    except SdftError:
+        raise SdftError(
+            f"model.name = {name!r} is an adapter of {base!r}, which is not there; put it back, or correct "
+            "base_model_name_or_path in its adapter_config.json"
+        ) from None
 
 
 def prepare_smollm2() -> Path:
@@ -235,7 +248,9 @@ def load_tokenizer(config: ModelConfig) -> tuple[Any, tuple[int, ...]]:
     """The tokenizer and the ids that end an answer; loads no weights."""
     from transformers import AutoTokenizer, GenerationConfig
 
-    name, extra = resolve(config.name)
+    base, extra, adapter = find_base(config.name)
+    own = adapter is not None and adapters.find_file(adapter, "tokenizer_config.json") is not None
+    name = str(adapter) if own else base
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=config.trust_remote_code, **extra)
     except Exception as error:  # transformers raises many kinds here
@@ -243,7 +258,7 @@ def load_tokenizer(config: ModelConfig) -> tuple[Any, tuple[int, ...]]:
     stops = [tokenizer.eos_token_id]
     with contextlib.suppress(OSError, ValueError):  # a model without a generation config is normal
         if not extra:
-            eos = GenerationConfig.from_pretrained(name).eos_token_id
+            eos = GenerationConfig.from_pretrained(base).eos_token_id
             stops += eos if isinstance(eos, list) else [eos]
     ids = tuple(dict.fromkeys(i for i in stops if i is not None))
     if not ids:
@@ -252,10 +267,18 @@ def load_tokenizer(config: ModelConfig) -> tuple[Any, tuple[int, ...]]:
 
 
 def load(config: ModelConfig, tokenizer: Any, stop_ids: tuple[int, ...]) -> LanguageModel:
-    """Loads the weights (safetensors or GGUF only; no remote code unless asked) and checks the head."""
+    """Loads the weights (safetensors or GGUF only; no remote code unless asked), with the adapter where it is one,
+    and checks the head."""
+    model = load_unchecked(config, tokenizer, stop_ids)
+    check_head(model)
+    return model
+
+
+def load_unchecked(config: ModelConfig, tokenizer: Any, stop_ids: tuple[int, ...]) -> LanguageModel:
+    """`load`, also of a model whose head the fused loss could not take."""
     from transformers import AutoModelForCausalLM
 
-    name, extra = resolve(config.name)
+    name, extra, adapter = find_base(config.name)
     device = pick_device(config.device)
     compute = pick_compute_dtype(config, device)
     attention = pick_attention(config, device, compute)
@@ -267,6 +290,7 @@ def load(config: ModelConfig, tokenizer: Any, stop_ids: tuple[int, ...]) -> Lang
             trust_remote_code=config.trust_remote_code,
             use_safetensors=None if extra else True,
             **extra,
+            **(quantization(compute, device) if config.quantize == "4bit" else {}),
         )
     except Exception as error:  # transformers raises many kinds here
         raise SdftError(f"model.name = {config.name!r}: no weights load ({_first_line(error)})") from error
@@ -280,9 +304,28 @@ def load(config: ModelConfig, tokenizer: Any, stop_ids: tuple[int, ...]) -> Lang
         )
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_ids[0]
     disable_dropout(lm)
-    model = LanguageModel(lm.to(device), device, compute, pad, stop_ids)
-    check_head(model)
-    return model
+    if config.quantize == "none":  # quantized weights were put there while loading
+        lm.to(device)
+    if adapter is not None:
+        lm = adapters.load(lm, adapter, device)
+    return LanguageModel(lm, device, compute, pad, stop_ids)
+
+
+def quantization(compute: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """from_pretrained's arguments for QLoRA (Dettmers et al. 2023): NF4 with double quantization, head left alone."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise SdftError(
+            "model.quantize = '4bit' needs bitsandbytes, which is not installed; run: pip install 'sdft[qlora]'"
+        )
+    from transformers import BitsAndBytesConfig
+
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute,
+    )
+    return {"quantization_config": settings, "device_map": {"": device}}
 
 
 def disable_dropout(lm: nn.Module) -> None:
@@ -294,13 +337,10 @@ def disable_dropout(lm: nn.Module) -> None:
             setattr(module, "attention_dropout", 0.0)  # noqa: B010  # attention layers that hand a number to the kernel
 
 
-def check_trainable(config: ModelConfig) -> None:
-    """Raises SdftError for an adapter folder: its base would load with every weight frozen."""
-    if (Path(config.name).expanduser() / "adapter_config.json").is_file():
-        raise SdftError(
-            f"model.name = {config.name!r} is a LoRA adapter, which can be evaluated but not trained further yet; "
-            "merge it into its base (peft's merge_and_unload, then save_pretrained) and name that folder"
-        )
+def check_earlier(config: ModelConfig, lora: LoraConfig) -> None:
+    """Raises SdftError, before any weight is loaded, where `lora.earlier` does not fit what model.name is."""
+    name, extra = resolve(config.name)
+    adapters.check_earlier(config.name, None if extra else adapters.read_config(name), lora)
 
 
 def check_context(model: "LanguageModel", prompt: int, new: int) -> None:
@@ -405,44 +445,37 @@ def _probe_packing(model: LanguageModel) -> str:
     return "" if gap < 0.05 else f"its hidden states change by {gap:.0%}"
 
 
+def set_up_lora(model: LanguageModel, config: LoraConfig, seed: int) -> None:
+    """Makes the model train what `lora` asks for, and says what becomes of an earlier adapter."""
+    if config.earlier:
+        done = {
+            "merge": f"is merged into the base weights ({str(model.weights_dtype).removeprefix('torch.')})",
+            "stack": "stays, frozen, under the new one",
+            "continue": "is trained further",
+        }[config.earlier]
+        print(f"The earlier adapter {done}.")
+    if config.earlier == "merge":
+        merge_adapter(model)
+        model.own_base = config.rank > 0
+    if config.earlier == "continue":
+        adapters.train_on(model.lm)
+    elif config.rank:
+        add_lora(model, config, seed)
+
+
 def add_lora(model: LanguageModel, config: LoraConfig, seed: int) -> None:
-    """Wraps the model in fresh LoRA adapters; everything else is frozen."""
-    import peft
-
-    targets: str | list[str] = list(config.targets)
-    if config.targets == ("all-linear",):
-        targets = "all-linear"
-    torch.manual_seed(seed)
-    try:
-        model.lm = peft.get_peft_model(
-            model.lm,
-            peft.LoraConfig(
-                r=config.rank,
-                lora_alpha=config.alpha,  # type: ignore[arg-type]  # peft divides; a float is as good
-                lora_dropout=config.dropout,
-                target_modules=targets,
-                use_rslora=config.rslora,
-                use_dora=config.dora,
-                modules_to_save=list(config.modules_to_save) or None,
-                task_type="CAUSAL_LM",
-            ),
-        )
-    except ValueError as error:
-        raise SdftError(f"lora.targets = {list(config.targets)}: {_first_line(error)}") from None
-    if hasattr(model.inner.get_output_embeddings(), "base_layer"):
-        raise SdftError(f"lora.targets = {list(config.targets)}: the head cannot take an adapter; leave it out")
-    for parameter in model.trainable().values():
-        parameter.data = parameter.data.float()  # adapters are small; bf16 would lose their updates
-    if config.dora:
-        _exact_row_norms(model)
+    """Wraps the model in a fresh LoRA adapter; everything else is frozen."""
+    model.lm = adapters.add(model.lm, config, seed)
 
 
-def _exact_row_norms(model: LanguageModel) -> None:
-    # peft computed them in the dtype of the weights; rounded to bf16, the adapter would not start at the model.
-    for module in model.lm.modules():
-        for name, magnitude in getattr(module, "lora_magnitude_vector", {}).items():
-            factors = {"lora_A": module.lora_A[name].weight, "lora_B": module.lora_B[name].weight}
-            magnitude.update_layer(base_layer=module.get_base_layer(), scaling=module.scaling[name], **factors)
+@torch.no_grad()
+def merge_adapter(model: LanguageModel) -> None:
+    """Folds the model's adapter into its weights; raises SdftError where that gives another model."""
+    want = _few_logits(model)
+    model.lm = adapters.merge(model.lm)
+    exact = model.weights_dtype == model.compute_dtype == torch.float32
+    if not _near(_few_logits(model), want, 1e-3 if exact else 0.05):
+        raise SdftError("the adapter cannot be merged: the merged model computes something else")
 
 
 def enable_gradient_checkpointing(model: LanguageModel) -> None:
@@ -471,7 +504,42 @@ def _is_weight(tensor: Tensor) -> bool:
     return isinstance(tensor if tensor._base is None else tensor._base, nn.Parameter)
 
 
-def save(model: LanguageModel, tokenizer: Any, folder: Path) -> None:
-    """A folder that from_pretrained loads: the whole model, or the peft adapter, and the tokenizer."""
-    model.lm.save_pretrained(folder)
+def save(model: LanguageModel, tokenizer: Any, folder: Path, final: Path | None = None) -> None:
+    """A folder that from_pretrained loads: the whole model, or the peft adapter, and the tokenizer.
+
+    An adapter on weights that are nowhere else (lora.earlier = merge) gets its base model beside it, in folder/base.
+    final: where the folder will be found if it is written aside first.
+    """
+    if not hasattr(model.lm, "peft_config"):
+        model.lm.save_pretrained(folder)
+    elif model.own_base:
+        model.inner.save_pretrained(folder / adapters.MERGED_BASE, state_dict=adapters.base_weights(model.inner))
+        adapters.save(model.lm, folder, str((final or folder).absolute() / adapters.MERGED_BASE))
+    else:
+        adapters.save(model.lm, folder)
     tokenizer.save_pretrained(folder)
+
+
+def merge_folder(name: str, folder: Path, dtype: str) -> None:
+    """Writes the LoRA adapter `name`, merged into its base in fp32, as a plain Hugging Face model in `dtype`.
+
+    Raises SdftError where `folder` exists or `name` is no adapter; the folder is complete or not there.
+    """
+    if folder.exists():
+        raise SdftError(f"{folder} exists; give a new folder")
+    base, _, adapter = find_base(name)
+    if adapter is None:
+        raise SdftError(f"{name} is no LoRA adapter (it has no adapter_config.json); there is nothing to merge")
+    config = ModelConfig(name=name, compute_dtype="float32", device="cpu")
+    tokenizer, stop_ids = load_tokenizer(config)
+    model = load_unchecked(config, tokenizer, stop_ids)
+    merge_adapter(model)
+    model.lm.to(DTYPES[dtype])
+    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
+    try:
+        model.lm.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        (partial / "README.md").write_text(card.merged_card(name, base, dtype))
+        os.replace(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -17,6 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+from sdft import adapters
 from sdft.batch import Batch
 from sdft.config import TeacherConfig
 from sdft.models import Head, LanguageModel
@@ -36,7 +37,7 @@ class Teacher:
         self.copies: dict[str, Tensor] = {}  # offload: what the device holds of the masters, in the weights' dtype
         self.sampled: dict[str, Tensor] = {}  # offload: _sample of the masters, averaged on the device
         self.pending: Future[None] | None = None
-        self.adapter_off = self.kind == "base" and model.adapter_is_fresh()
+        self.adapter_off = self.kind == "base" and adapters.is_fresh(model.lm)
         if self.kind != "live" and not self.adapter_off:
             # fp32 also where the weights are bf16: at alpha = 0.01 a bf16 average never moves (design section 4).
             dtype = torch.float32 if self.kind == "ema" else None
@@ -53,7 +54,7 @@ class Teacher:
     def weights(self) -> Iterator[None]:
         """Within it, the model holds the teacher's weights. No student graph may be alive."""
         if self.adapter_off:
-            with self.model.without_adapter():
+            with adapters.switched_off(self.model.lm):
                 yield
             return
         parameters = self.model.trainable() if self.masters else {}

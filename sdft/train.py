@@ -323,7 +323,7 @@ def set_up(config: Config, output: Path) -> Run:
     eval_records = {name: load_records(path) for name, path in config.eval.sets.items()}
     for name, examples in eval_records.items():
         evaluate.check_evaluable(examples, name)
-    models.check_trainable(config.model)
+    models.check_earlier(config.model, config.lora)
     tokenizer, stop_ids = models.load_tokenizer(config.model)
     data = tokenize(records, tokenizer, stop_ids, config.data, config.teacher)
     if data.dropped:
@@ -335,8 +335,7 @@ def set_up(config: Config, output: Path) -> Run:
     model = models.load(config.model, tokenizer, stop_ids)
     models.enable_packing(model, config.train.packing)
     models.check_context(model, *longest(data, config))
-    if config.lora.rank:
-        models.add_lora(model, config.lora, config.train.seed)
+    models.set_up_lora(model, config.lora, config.train.seed)
     if config.model.gradient_checkpointing:
         models.enable_gradient_checkpointing(model)
     model.lm.train()
@@ -466,7 +465,7 @@ def finish(run: Run, output: Path) -> Path:
     shutil.rmtree(partial, ignore_errors=True)
     text = card.model_card(run.config, run.data.digest, len(run.data.examples), run.steps, run.result)
     try:
-        models.save(run.model, run.tokenizer, partial)
+        models.save(run.model, run.tokenizer, partial, final)
         (partial / "README.md").write_text(text)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
