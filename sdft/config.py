@@ -195,11 +195,13 @@ class TrainConfig:
     keep_checkpoints: int = 2
     """How many of the newest checkpoints to keep."""
     keep_best: str = ""
-    """Name of an evaluation set (or `mean` of all): the checkpoint that did best on it is kept too."""
+    """Name of an evaluation set (or `mean` of all): the checkpoint that did best on it, the earliest of equals, is kept
+    beside the newest. OUTPUT/model is still the last step's."""
     resume: bool = False
     """Go on from the newest checkpoint in the output folder."""
     resume_step: int = 0
-    """With resume: go on from the checkpoint of this step; 0 takes the newest."""
+    """With resume: go on from the checkpoint of this step; 0 takes the newest. What the run wrote after that step moves
+    to OUTPUT/set-aside-after-step-N."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """NaN or inf in a loss or gradient: stop the run, or skip the step; the batch is saved either way."""
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
@@ -316,7 +318,7 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
 
 def validate(config: Config) -> None:
     """Raises SdftError for the first setting that cannot work, before any weight is loaded."""
-    c = config
+    c, best, names = config, config.train.keep_best, ", ".join(config.eval.sets)
     checks = [
         (bool(c.model.name), "model.name", "is missing; give a hub name, a folder, a .gguf file or smollm2-135m"),
         (bool(c.data.train), "data.train", "is missing; give a .jsonl file, a datasets folder or a hub name"),
@@ -328,6 +330,10 @@ def validate(config: Config) -> None:
         (c.train.save_every >= 0, "train.save_every", "must be 0 (only at the end) or more"),
         (c.train.keep_checkpoints >= 1, "train.keep_checkpoints", "must be at least 1"),
         (c.train.resume_step >= 0, "train.resume_step", "must be 0 (the newest) or more"),
+        (c.train.resume_step == 0 or c.train.resume, "train.resume_step", "has no effect alone; add --resume"),
+        (best in ("", "mean", *c.eval.sets), "train.keep_best", f"is none of eval.sets: {names or 'there are none'}"),
+        (not best or c.eval.every > 0, "train.keep_best", "needs evaluations; set eval.every"),
+        (best != "mean" or "mean" not in c.eval.sets, "train.keep_best", "is the mean, and a set; rename the set"),
         (c.optim.lr > 0, "optim.lr", "must be above 0"),
         (c.optim.warmup_steps >= 0, "optim.warmup_steps", "must be 0 or more"),
         (0 <= c.optim.min_lr_ratio <= 1, "optim.min_lr_ratio", "must lie between 0 and 1"),

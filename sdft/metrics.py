@@ -1,5 +1,6 @@
 """What a run tells: one JSON line a step, a progress bar, optional trackers."""
 
+import contextlib
 import json
 import math
 import os
@@ -7,13 +8,12 @@ import resource
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 
-from sdft import SdftError
+from sdft import SdftError, files
 from sdft.loss import TokenLoss
 
 PHASES = ("rollout", "score", "loss", "backward", "update")
@@ -33,7 +33,7 @@ class Phases:
         event.record()
         return event
 
-    @contextmanager
+    @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         start = self._now()
         yield
@@ -85,29 +85,44 @@ class MetricsLog:
 
     def __init__(self, output: Path, step: int, trackers: Sequence[str], config: dict[str, Any]) -> None:
         self.path = output / "metrics.jsonl"
-        kept = [line for line in read_metrics(output) if line["step"] <= step] if self.path.exists() and step else []
-        partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(partial, self.path)
+        kept = [line for line in read_metrics(output) if line["step"] <= step] if step else []
+        files.write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self.file: TextIO = self.path.open("a")
         self.trackers = [_tracker(name, output, config) for name in trackers]
 
     def write(self, line: dict[str, Any]) -> None:
-        """Appends one line and flushes it, so that a killed run keeps it; NaN and inf, which JSON lacks, are null."""
-        self.file.write(json.dumps(_finite(line), allow_nan=False) + "\n")
-        self.file.flush()
+        """Appends one line and flushes it, so that a killed run keeps it; NaN and inf, which JSON lacks, are null.
+
+        Raises SdftError where the disk is full.
+        """
+        with self._told():
+            self.file.write(json.dumps(_finite(line), allow_nan=False) + "\n")
+            self.file.flush()
         numbers = dict(_flatten(line))
         for tracker in self.trackers:
             tracker(numbers, line["step"])
 
+    def sync(self) -> None:
+        """Waits until every line is on the disk: a checkpoint must not outlive, in a power cut, the lines before it."""
+        with self._told():
+            os.fsync(self.file.fileno())
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise SdftError(f"{self.path}: not written: {files.why(error)}; then --resume goes on") from error
+
     def close(self) -> None:
-        self.file.close()
+        with contextlib.suppress(OSError):  # it would write again what `write` has told could not be written
+            self.file.close()
 
 
 def read_metrics(output: Path) -> list[dict[str, Any]]:
-    """All lines of a run's metrics.jsonl; a half-written last line is left out."""
-    lines = []
-    for text in (output / "metrics.jsonl").read_text().splitlines():
+    """All lines of a run's metrics.jsonl, none where there is no such file; a half-written last line is left out."""
+    path, lines = output / "metrics.jsonl", []
+    for text in path.read_text().splitlines() if path.exists() else ():
         try:
             lines.append(json.loads(text))
         except json.JSONDecodeError:

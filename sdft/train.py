@@ -1,12 +1,15 @@
 """The loop: batch -> rollout -> score -> loss -> update -> metrics -> checkpoint. Read it top to bottom."""
 
 import contextlib
+import itertools
 import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
+import statistics
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -15,18 +18,34 @@ from typing import Any
 
 import torch
 
-from sdft import SdftError, card, checkpoint, evaluate, memory, models, optim
+from sdft import SdftError, card, checkpoint, evaluate, files, memory, models, optim
 from sdft.batch import lay_out, micro_batches, sequence_weights
 from sdft.config import Config, describe, load_config, to_toml, validate
 from sdft.data import Dataset, Example, TokenizedExample, batch_indices, load_records, tokenize
 from sdft.loss import TokenLoss, check_impl, cross_entropy_loss, divergence_loss
-from sdft.metrics import MetricsLog, Phases, ProgressBar, check_trackers, peak_memory, token_metrics
+from sdft.metrics import MetricsLog, Phases, ProgressBar, check_trackers, peak_memory, read_metrics, token_metrics
 from sdft.models import LanguageModel
 from sdft.rollout import Completion, generate
 from sdft.teacher import Teacher
 
-# Settings that may differ between a run and its resumption: they change nothing that is computed.
-FREE_ON_RESUME = ("train.resume", "train.trackers", "train.save_every", "train.keep_checkpoints", "train.output")
+# Settings that may differ between a run and its resumption: they change nothing that was computed. The last ones do
+# change how what follows is rounded or drawn, yet a run that memory has stopped must be able to go on with less.
+FREE_ON_RESUME = (
+    "train.resume",
+    "train.resume_step",
+    "train.trackers",
+    "train.save_every",
+    "train.keep_checkpoints",
+    "train.keep_best",
+    "train.on_nonfinite",
+    "train.output",
+    "train.micro_batch_tokens",
+    "rollout.batch_size",
+    "eval.batch_size",
+    "loss.chunk_bytes",
+    "model.gradient_checkpointing",
+    "model.activation_offload",
+)
 
 
 @dataclass
@@ -44,7 +63,9 @@ class Run:
     phases: Phases
     micro_batch_tokens: int  # of the config; halved where memory ran out
     rollout_batch: int  # likewise
+    frozen: str  # digest of the weights that no checkpoint holds
     result: dict[str, Any] = field(default_factory=dict)  # the newest evaluation
+    best: dict[str, Any] = field(default_factory=dict)  # where train.keep_best was highest: on, step, accuracy
 
 
 class NonFiniteError(SdftError):
@@ -61,12 +82,22 @@ def train(config: Config) -> Path:
     print(describe(config))
     memory.return_freed()
     output = Path(config.train.output)
-    start_from = prepare_output(config, output)
+    prepare_output(config, output)
+    with files.locked(output):
+        return train_in(output, config)
+
+
+def train_in(output: Path, config: Config) -> Path:
+    """The run, in a folder that is its own."""
+    start_from = starting_point(config, output)
     run = set_up(config, output)
-    (output / "config.toml").write_text(to_toml(config))  # only now: a config that set-up refuses is not a run
     step = 0
     if start_from is not None:
-        step = resume(run, start_from)
+        step = resume(run, *start_from)
+        if config.train.resume_step:
+            set_aside(output, step)
+        recall_best(run, output)
+    files.write_text(output / "config.toml", to_toml(config))  # only now: a config refused above is not a run
     log = MetricsLog(output, step, config.train.trackers, asdict(config))
     bar = ProgressBar(step, run.steps)
     try:
@@ -74,23 +105,32 @@ def train(config: Config) -> Path:
             if step == 0:
                 evaluate_now(run, 0, log, bar)
             while step < run.steps:
-                line = train_step(run, step, output)
+                try:
+                    line = train_step(run, step, output)
+                except NonFiniteError:
+                    if step:
+                        save_checkpoint(run, step, log, output)  # the weights are those of the step before
+                    raise
                 step += 1
                 log.write({"step": step, **line})
                 bar.update(step, line)
+                better = False
                 if config.eval.every and (step % config.eval.every == 0 or step == run.steps):
                     evaluate_now(run, step, log, bar)
-                if interrupted() or (config.train.save_every and step % config.train.save_every == 0):
-                    save_checkpoint(run, step, output)
+                    better = is_best(run, step)
+                if interrupted() or better or (config.train.save_every and step % config.train.save_every == 0):
+                    save_checkpoint(run, step, log, output)
                 if interrupted() and step < run.steps:
                     bar.say(f"Stopped after step {step}; saved. Go on with --resume.")
                     raise KeyboardInterrupt
-        save_checkpoint(run, step, output)
+        save_checkpoint(run, step, log, output)
         folder = finish(run, output)
     finally:
         bar.close()
         log.close()
     print(f"Model: {folder}")
+    if run.best:
+        print(f"Best {told(run.best)}: {checkpoint.checkpoint_folder(output, run.best['step'])}")
     return folder
 
 
@@ -262,45 +302,72 @@ def on_nonfinite(
         {"prompt": e.prompt, "teacher_prompt": e.teacher_prompt, "completion": c.ids}
         for e, c in zip(examples, completions, strict=True)
     ]
-    path.write_text(json.dumps({"step": step + 1, "loss": str(loss), "grad_norm": str(norm), "batch": rows}))
+    files.write_text(path, json.dumps({"step": step + 1, "loss": str(loss), "grad_norm": str(norm), "batch": rows}))
     if run.config.train.on_nonfinite == "stop":
         raise NonFiniteError(
             f"step {step + 1}: loss {loss}, gradient norm {norm}; the weights are untouched and the batch is in "
-            f"{path}. Lower optim.lr, or set train.on_nonfinite = 'skip'"
+            f"{path}. Lower optim.lr in another run, or go on with --resume --train.on-nonfinite skip"
         )
 
 
 # Before and after.
 
 
-def prepare_output(config: Config, output: Path) -> Path | None:
-    """Makes the run's folder, or checks that it may go on; returns the checkpoint to resume from, if any."""
+def prepare_output(config: Config, output: Path) -> None:
+    """Makes the run's folder, or checks that it may go on. Raises SdftError where it holds anything else."""
     saved = output / "config.toml"
+    ours = {"partial-config.toml", "partial-probe"}  # a first start that was killed may have left these
     if saved.exists():
         if not config.train.resume:
             raise SdftError(
                 f"train.output = {str(output)!r} holds another run; give another folder, or --resume to go on with it"
             )
-        same_run(load_config(saved), config, output)
-    elif output.is_dir() and any(output.iterdir()):
+        same_run(_dotted(asdict(load_config(saved))), config, output)
+    elif output.is_dir() and any(path.name not in ours for path in output.iterdir()):
         raise SdftError(f"train.output = {str(output)!r} is not empty and not a run of sdft; give another folder")
     try:
         output.mkdir(parents=True, exist_ok=True)
-        (output / "probe").touch()
-        (output / "probe").unlink()
+        (output / "partial-probe").touch()
+        (output / "partial-probe").unlink()
     except OSError as error:
         raise SdftError(f"train.output = {str(output)!r} cannot be written ({error.strerror})") from None
-    return checkpoint.latest(output) if config.train.resume else None
 
 
-def same_run(old: Config, new: Config, output: Path) -> None:
-    """Raises SdftError for the first setting that would make the resumed run another one."""
-    before, now = _dotted(asdict(old)), _dotted(asdict(new))
-    for key in now:
-        if key not in FREE_ON_RESUME and before.get(key) != now[key]:
+def starting_point(config: Config, output: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint to resume from and its state, or None for a first step; clears away what a kill left half done.
+
+    Raises SdftError where that checkpoint is damaged, is another run's, or is not there.
+    """
+    files.clear_partials(output)
+    files.clear_partials(output / "eval")
+    if not config.train.resume:
+        return None
+    folder = checkpoint.latest(output)
+    if step := config.train.resume_step:
+        folder = checkpoint.checkpoint_folder(output, step)
+        if not folder.is_dir():
+            steps = ", ".join(str(checkpoint.step_of(f)) for f in checkpoint.checkpoints(output))
             raise SdftError(
-                f"--resume: {key} was {before.get(key)!r} in {output} and is now {now[key]!r}; "
-                "put it back, or start another run"
+                f"train.resume_step = {step}: {output} has no checkpoint of that step; it has {steps or 'none at all'}"
+            )
+    if folder is None:
+        return None
+    state = checkpoint.read_state(folder)
+    same_run(state["config"], config, folder)
+    return folder, state
+
+
+def same_run(before: dict[str, Any], config: Config, where: Path) -> None:
+    """Raises SdftError for the first setting that would make the resumed run another one.
+
+    before: the settings in `where`, by dotted name.
+    """
+    default, now = _dotted(asdict(Config())), _dotted(asdict(config))
+    for key in now:
+        was = before.get(key, default.get(key))  # a setting that an earlier version did not have
+        if key not in FREE_ON_RESUME and json.dumps(was) != json.dumps(now[key]):  # a tuple is a list in a file
+            raise SdftError(
+                f"--resume: {key} was {was!r} in {where} and is now {now[key]!r}; put it back, or start another run"
             )
 
 
@@ -362,6 +429,7 @@ def set_up(config: Config, output: Path) -> Run:
         Phases(model.device),
         config.train.micro_batch_tokens,
         config.rollout.batch_size,
+        checkpoint.frozen_digest(model),
     )
 
 
@@ -387,9 +455,9 @@ def check_space(config: Config, model: LanguageModel, output: Path) -> None:
     """Raises SdftError where checkpoints and the model will not fit on the disk."""
     ema = config.loss.method == "sdft" and config.teacher.kind != "live"
     one = checkpoint.checkpoint_bytes(model, ema)
-    need = one * (config.train.keep_checkpoints + 1) + sum(
-        p.numel() * p.element_size() for p in model.trainable().values()
-    )
+    kept = config.train.keep_checkpoints + bool(config.train.keep_best)
+    more = max(0, kept - len(checkpoint.checkpoints(output))) + 1  # those of a resumed run are there already
+    need = one * more + sum(p.numel() * p.element_size() for p in model.trainable().values())
     free = shutil.disk_usage(output).free
     if free < need:
         raise SdftError(
@@ -398,26 +466,98 @@ def check_space(config: Config, model: LanguageModel, output: Path) -> None:
         )
 
 
-def save_checkpoint(run: Run, step: int, output: Path) -> None:
-    """Checkpoint of `step` finished steps, unless it is there already."""
-    if checkpoint.checkpoint_folder(output, step).exists():
-        return
-    facts = {"data": run.data.digest, "result": run.result}
-    checkpoint.save_checkpoint(
-        output, step, run.model, run.teacher, run.optimizer, facts, run.config.train.keep_checkpoints
-    )
+def save_checkpoint(run: Run, step: int, log: MetricsLog, output: Path) -> None:
+    """Checkpoint of `step` finished steps, unless it is there already; older ones go, but for the best."""
+    log.sync()
+    if not checkpoint.checkpoint_folder(output, step).exists():
+        facts = {
+            "data": run.data.digest,
+            "frozen": run.frozen,
+            "config": {k: v for k, v in _dotted(asdict(run.config)).items() if k not in FREE_ON_RESUME},
+            "result": run.result,
+            "best": run.best,
+            "micro_batch_tokens": [run.config.train.micro_batch_tokens, run.micro_batch_tokens],
+            "rollout_batch": [run.config.rollout.batch_size, run.rollout_batch],
+        }
+        checkpoint.save_checkpoint(output, step, run.model, run.teacher, run.optimizer, facts)
+    checkpoint.prune(output, run.config.train.keep_checkpoints, run.best.get("step"))
 
 
-def resume(run: Run, folder: Path) -> int:
+def resume(run: Run, folder: Path, state: dict[str, Any]) -> int:
     """Puts a checkpoint in place; returns the number of finished steps."""
-    state = checkpoint.load_checkpoint(folder, run.model, run.teacher, run.optimizer)
     if state["data"] != run.data.digest:
         raise SdftError(
             f"--resume: the data in {run.config.data.train} is not what {folder} was trained on; put it back"
         )
-    run.result = state["result"]
+    if state["frozen"] != run.frozen:
+        raise SdftError(
+            f"--resume: the frozen weights of model.name = {run.config.model.name!r} are not those that {folder} was "
+            "trained on; put them back"
+        )
+    checkpoint.load_checkpoint(folder, run.model, run.teacher, run.optimizer)
+    run.result, run.best = state["result"], state["best"]
+    if state["micro_batch_tokens"][0] == run.micro_batch_tokens:  # asked for again: go on with what fitted
+        run.micro_batch_tokens = state["micro_batch_tokens"][1]
+    if state["rollout_batch"][0] == run.rollout_batch:
+        run.rollout_batch = state["rollout_batch"][1]
     print(f"Resumed after step {state['step']} from {folder}.")
     return int(state["step"])
+
+
+def set_aside(output: Path, step: int) -> None:
+    """Moves what the run wrote after `step` into OUTPUT/set-aside-after-step-N (-2, -3 where that is taken).
+
+    Checkpoints, answers, saved batches, the finished model, and a copy of metrics.jsonl: going on from an earlier
+    step deletes nothing, and no later start looks there.
+    """
+    found = (
+        *(output / "checkpoints").glob("step-*"), *(output / "eval").glob("step-*"),
+        *output.glob("nonfinite-step-*"),
+    )  # fmt: skip
+    numbers = {path: re.search(r"step-(\d+)", path.name) for path in found}
+    later = [path for path, number in numbers.items() if number and int(number[1]) > step]
+    later += [path for path in (output / "model",) if path.exists()]
+    lines = read_metrics(output)
+    if not later and all(line["step"] <= step for line in lines):
+        return
+    name = f"set-aside-after-step-{step:06d}"
+    folder = next(f for i in itertools.count(1) if not (f := output / (name + f"-{i}" * (i > 1))).exists())
+    files.write_text(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    try:
+        for path in later:
+            target = folder / path.relative_to(output)
+            target.parent.mkdir(exist_ok=True)
+            os.replace(path, target)
+    except OSError as error:
+        raise SdftError(f"{folder}: not written: {files.why(error)}") from error
+    print(f"What came after step {step} is in {folder}; delete it once it is of no use.")
+
+
+def is_best(run: Run, step: int) -> bool:
+    """Notes whether the newest evaluation is better, on train.keep_best, than every one since the first step."""
+    on = run.config.train.keep_best
+    if not on:
+        return False
+    accuracy = statistics.fmean(run.result.values()) if on == "mean" else run.result[on]
+    if run.best and accuracy <= run.best["accuracy"]:
+        return False
+    run.best = {"on": on, "step": step, "accuracy": accuracy}
+    return True
+
+
+def recall_best(run: Run, output: Path) -> None:
+    """Forgets a best that train.keep_best no longer asks for, or whose checkpoint has gone."""
+    if not run.best:
+        return
+    if run.best["on"] != run.config.train.keep_best:
+        run.best = {}
+    elif not checkpoint.checkpoint_folder(output, run.best["step"]).is_dir():
+        print(f"The checkpoint that was best {told(run.best)} is not there any more; the best is sought anew.")
+        run.best = {}
+
+
+def told(best: dict[str, Any]) -> str:
+    return f"on {best['on']}: {best['accuracy']:.1%} after step {best['step']}"
 
 
 @contextlib.contextmanager
@@ -451,10 +591,8 @@ def evaluate_now(run: Run, step: int, log: MetricsLog, bar: ProgressBar) -> None
         c = run.config.eval
         result = evaluate.evaluate(run.model, run.tokenizer, examples, prompts, c.max_new_tokens, c.batch_size)
         run.result[name] = result.accuracy
-        folder = Path(run.config.train.output) / "eval"
-        folder.mkdir(exist_ok=True)
         rows = "".join(json.dumps(asdict(a)) + "\n" for a in result.answers)
-        (folder / f"step-{step:06d}-{name}.jsonl").write_text(rows)
+        files.write_text(Path(run.config.train.output) / "eval" / f"step-{step:06d}-{name}.jsonl", rows)
     log.write({"step": step, "eval": dict(run.result)})
     bar.say(f"step {step}: " + "  ".join(f"{name} {value:.1%}" for name, value in run.result.items()))
 
@@ -467,11 +605,12 @@ def finish(run: Run, output: Path) -> Path:
     try:
         models.save(run.model, run.tokenizer, partial, final)
         (partial / "README.md").write_text(text)
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(partial, final)
-    except (OSError, RuntimeError) as error:
+        if final.exists():  # of an earlier end of this run, the same weights
+            files.remove(final, output)
+        files.publish(partial, final)
+    except Exception as error:  # safetensors wraps a full disk in a kind of its own
         shutil.rmtree(partial, ignore_errors=True)
         raise SdftError(
-            f"{final}: not written: {checkpoint.why(error)}; the newest checkpoint is whole: --resume writes it"
+            f"{final}: not written: {files.why(error)}; the newest checkpoint is whole: --resume writes it"
         ) from error
     return final

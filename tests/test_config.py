@@ -245,10 +245,26 @@ def test_edges_are_valid(changed: Any, key: str) -> None:
     validate(changed(Config(), **VALID | {key: EDGES[key]}))
 
 
+SETS: dict[str, Any] = {"eval.sets": {"new": "a", "old": "b"}, "eval.every": 1}
+
+
+@pytest.mark.parametrize("best", ["new", "old", "mean", ""])
+def test_the_best_of_a_set_or_of_all(changed: Any, best: str) -> None:
+    validate(changed(Config(), **VALID | SETS | {"train.keep_best": best}))
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
         ({"eval.every": 1}, "eval.sets = {} is empty though eval.every is set"),
+        ({"train.resume_step": 3}, "train.resume_step = 3 has no effect alone; add --resume"),
+        ({"train.keep_best": "new"}, "train.keep_best = 'new' is none of eval.sets: there are none"),
+        (SETS | {"train.keep_best": "nwe"}, "train.keep_best = 'nwe' is none of eval.sets: new, old"),
+        (
+            SETS | {"train.keep_best": "new", "eval.every": 0},
+            "train.keep_best = 'new' needs evaluations; set eval.every",
+        ),
+        (SETS | {"train.keep_best": "mean", "eval.sets": {"mean": "a"}}, "is the mean, and a set; rename the set"),
         ({"teacher.context": "template", "teacher.template": "{request}"}, "has no {demonstration}"),
         ({"teacher.context": "template", "teacher.template": "{demonstration}"}, "has no {request}"),
         ({"teacher.request": "no place for it"}, "teacher.request = 'no place for it' has no {request}"),
