@@ -269,6 +269,8 @@ def test_the_best_of_a_set_or_of_all(changed: Any, best: str) -> None:
         ({"teacher.context": "template", "teacher.template": "{demonstration}"}, "has no {request}"),
         ({"teacher.request": "no place for it"}, "teacher.request = 'no place for it' has no {request}"),
         ({"teacher.template": "{request} {demonstration}"}, "teacher.context is not 'template'"),
+        ({"optim.offload": True, "optim.name": "adamw_8bit"}, "optim.offload = true goes with optim.name = 'adamw'"),
+        ({"teacher.offload": True, "teacher.kind": "base"}, "teacher.kind = 'base' has none; drop it"),
     ],
 )
 def test_settings_that_do_not_go_together(changed: Any, settings: dict[str, Any], words: str) -> None:

@@ -1,5 +1,6 @@
 """What only a GPU can show. One command there: make test-gpu"""
 
+import io
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -250,3 +251,236 @@ def test_a_run_trains_and_resumes(make_config: Callable[..., Any], rank: int) ->
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert all(line["seconds"]["rollout"] > 0 for line in lines)
     train(replace(config, train=replace(config.train, resume=True)))
+
+
+# Memory that moves to the CPU.
+
+
+@pytest.fixture
+def big() -> Callable[..., Any]:
+    """big(dtype) is a random Llama of 27M weights on the GPU."""
+    transformers = pytest.importorskip("transformers")
+    from sdft.models import LanguageModel
+
+    def make(dtype: torch.dtype = torch.bfloat16) -> Any:
+        torch.manual_seed(0)
+        config = transformers.LlamaConfig(
+            vocab_size=16000, hidden_size=512, intermediate_size=1536, num_hidden_layers=6, num_attention_heads=8,
+            num_key_value_heads=4, tie_word_embeddings=True,
+        )  # fmt: skip
+        lm = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).cuda()
+        return LanguageModel(lm, torch.device("cuda", 0), torch.bfloat16, 0, (1,))
+
+    return make
+
+
+def ids(rows: int = 8, width: int = 512) -> Tensor:
+    return torch.randint(0, 16000, (rows, width), generator=torch.Generator().manual_seed(0)).cuda()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_offloaded_teacher_is_the_teacher(big: Callable[..., Any], dtype: torch.dtype) -> None:
+    from sdft.config import TeacherConfig
+    from sdft.teacher import Teacher
+
+    model, rounding = big(dtype), 1e-2 if dtype == torch.bfloat16 else 1e-6
+    parameters = list(model.trainable().values())
+    plain, away = (Teacher(model, TeacherConfig(ema_alpha=0.1, offload=o)) for o in (False, True))
+    for step in range(5):
+        draw = torch.Generator("cuda").manual_seed(step)
+        for p in parameters:
+            p.data.add_((torch.randn(p.shape, generator=draw, device="cuda") * 0.01).to(dtype))
+        plain.update()
+        away.update()
+        away.wait()
+        for name, master in plain.masters.items():
+            assert away.masters[name].device.type == "cpu"
+            torch.testing.assert_close(away.masters[name].cuda(), master, rtol=1e-6, atol=1e-8)
+            torch.testing.assert_close(away.copies[name], master.to(dtype), rtol=rounding, atol=1e-8)
+        assert away.tracked().item() == pytest.approx(plain.tracked().item(), rel=1e-4)
+    state = {name: t.clone() for name, t in away.state().items()}
+    again = Teacher(model, TeacherConfig(offload=True))
+    again.load_state(state)
+    assert all(torch.equal(again.copies[name], away.copies[name]) for name in away.copies)
+
+
+def test_an_offloaded_teacher_takes_two_bytes_a_weight(big: Callable[..., Any]) -> None:
+    from sdft.config import TeacherConfig
+    from sdft.teacher import Teacher
+
+    model = big()
+    weights = sum(p.numel() for p in model.trainable().values())
+    taken = {}
+    for offload in (False, True):
+        before = torch.cuda.memory_allocated()
+        teacher = Teacher(model, TeacherConfig(offload=offload))
+        teacher.update()
+        teacher.wait()
+        torch.cuda.synchronize()
+        taken[offload] = (torch.cuda.memory_allocated() - before) / weights
+        del teacher
+    assert 4.0 <= taken[False] < 4.3  # and the sample of the start
+    assert 2.0 <= taken[True] < 2.4
+
+
+def test_the_average_runs_beside_the_next_forward(big: Callable[..., Any]) -> None:
+    """Nothing waits between the update and the next forward, though the device is busy all along."""
+    from sdft.config import TeacherConfig
+    from sdft.teacher import Teacher
+
+    model = big()
+    teacher = Teacher(model, TeacherConfig(ema_alpha=0.5, offload=True))
+    tokens = ids()
+    with torch.no_grad():
+        for p in model.trainable().values():
+            p.add_(0.01)
+        teacher.update()  # pinned memory is made in the first
+        teacher.wait()
+        want = model.hidden(tokens)
+    torch.cuda.synchronize()
+    before = {name: t.clone() for name, t in teacher.masters.items()}
+    torch.cuda._sleep(2_000_000_000)  # about a second
+    busy = torch.cuda.Event()
+    busy.record()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        teacher.update()
+        tracked = teacher.tracked()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    with torch.no_grad():
+        got = model.hidden(tokens)
+    assert not busy.query()  # the host is ahead of the device
+    assert not teacher.pending.done()
+    assert torch.equal(got, want)  # the student's own
+    teacher.wait()
+    assert 0.5 < tracked.item() < 1
+    assert all(not torch.equal(teacher.masters[name], before[name]) for name in before)
+    with teacher.weights():
+        for name, p in model.trainable().items():
+            assert torch.equal(p.cpu(), teacher.masters[name].to(p.dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_offloaded_optimizer_is_the_optimizer(big: Callable[..., Any], dtype: torch.dtype) -> None:
+    from dataclasses import replace
+
+    from sdft.config import OptimConfig
+    from sdft.optim import clip, make_optimizer
+
+    config = OptimConfig(lr=1e-3, weight_decay=0.1)
+    weights, taken = {}, {}
+    for offload in (False, True):
+        model = big(dtype)
+        parameters = list(model.trainable().values())
+        optimizer = make_optimizer(parameters, replace(config, offload=offload))
+        before = torch.cuda.memory_allocated()
+        for step in range(6):
+            if step == 3:  # through a file, as at a resume
+                file = io.BytesIO()
+                torch.save(optimizer.state_dict(), file)
+                file.seek(0)
+                optimizer = make_optimizer(parameters, replace(config, offload=offload))
+                optimizer.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+            draw = torch.Generator("cuda").manual_seed(step)
+            for p in parameters:
+                p.grad = torch.randn(p.shape, generator=draw, device="cuda").to(dtype)
+            clip(parameters, config)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        torch.cuda.synchronize()
+        taken[offload] = (torch.cuda.memory_allocated() - before) / sum(p.nbytes for p in parameters)
+        weights[offload] = [p.detach().clone() for p in parameters]
+        assert all(t.device.type == ("cpu" if offload else "cuda") for t in optimizer.state[parameters[0]].values())
+        del optimizer, model, parameters
+    assert taken[True] < 0.05
+    assert 1.9 < taken[False] < 2.1
+    bound = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-3}
+    torch.testing.assert_close(weights[True], weights[False], **bound)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_activation_offload(big: Callable[..., Any], checkpointing: bool) -> None:
+    from contextlib import nullcontext
+
+    from sdft.models import enable_gradient_checkpointing, saved_activations
+
+    model = big(torch.float32)
+    model.compute_dtype = torch.float32
+    model.lm.train()
+    if checkpointing:
+        enable_gradient_checkpointing(model)
+    gradients, held = {}, {}
+    for offload in (False, True):
+        for _ in range(2):  # the first warms up
+            model.lm.zero_grad(set_to_none=True)
+            torch.cuda.synchronize()
+            before = torch.cuda.memory_allocated()
+            with saved_activations() if offload else nullcontext():
+                hidden = model.hidden(ids())
+            held[offload] = torch.cuda.memory_allocated() - before - hidden.nbytes
+            hidden.square().mean().backward()
+        gradients[offload] = [p.grad.clone() for p in model.trainable().values()]
+    torch.testing.assert_close(gradients[True], gradients[False], rtol=1e-4, atol=1e-7)
+    assert held[True] < 0.3 * held[False]
+
+
+@pytest.mark.parametrize("name", ["adamw_8bit", "paged_adamw_8bit"])
+def test_eight_bits(big: Callable[..., Any], name: Any) -> None:
+    pytest.importorskip("bitsandbytes")
+    from sdft.config import OptimConfig
+    from sdft.optim import make_optimizer
+
+    config = OptimConfig(name=name, lr=1e-3)
+    outcomes = []
+    for resumed in (False, True):
+        model = big()
+        parameters = list(model.trainable().values())
+        optimizer = make_optimizer(parameters, config)
+        for step in range(4):
+            if resumed and step == 2:
+                file = io.BytesIO()
+                torch.save(optimizer.state_dict(), file)
+                file.seek(0)
+                optimizer = make_optimizer(parameters, config)
+                optimizer.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+            draw = torch.Generator("cuda").manual_seed(step)
+            for p in parameters:
+                p.grad = torch.randn(p.shape, generator=draw, device="cuda").to(p.dtype)
+            optimizer.step()
+        large = optimizer.state[max(parameters, key=lambda p: p.numel())]["state1"]
+        assert large.dtype == torch.uint8
+        assert getattr(large, "is_paged", False) == (name == "paged_adamw_8bit")
+        outcomes.append([p.detach().clone() for p in parameters])
+    assert all(torch.equal(a, b) for a, b in zip(*outcomes, strict=True))
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_a_run_with_everything_offloaded(make_config: Callable[..., Any], rank: int) -> None:
+    from dataclasses import replace
+
+    for needed in ("tomli_w", "peft"):
+        pytest.importorskip(needed)
+    from sdft.metrics import read_metrics
+    from sdft.train import train
+
+    settings = {
+        "model.device": "cuda",
+        "model.weights_dtype": "bfloat16",
+        "model.compute_dtype": "bfloat16",
+        "lora.rank": rank,
+        "rollout.temperature": 0.0,
+        "optim.lr": 1e-2,
+    }
+    config = make_config(**settings)
+    train(config)
+    offload = {"teacher.offload": True, "optim.offload": True, "model.activation_offload": True}
+    away = make_config(**settings | offload | {"train.output": config.train.output + "-away"})
+    train(away)
+    plain, moved = (read_metrics(Path(c.train.output)) for c in (config, away))
+    assert moved[0]["loss"] == pytest.approx(plain[0]["loss"], rel=1e-3)
+    assert moved[0]["grad_norm"] == pytest.approx(plain[0]["grad_norm"], rel=1e-2)
+    # One step's rounding apart; later ones sample other answers.
+    assert moved[0]["teacher_tracked"] == pytest.approx(plain[0]["teacher_tracked"], rel=1e-2)
+    assert len(moved) == len(plain) == 4
+    train(replace(away, train=replace(away.train, resume=True)))
