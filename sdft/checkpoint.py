@@ -151,7 +151,8 @@ def load_checkpoint(
     Raises SdftError for a checkpoint of another model.
     """
     try:
-        weights = load_file(folder / "weights.safetensors", device=str(model.device))
+        # Everything is read to the CPU: a GPU that holds a run just so has no room for a second copy of its parts.
+        weights = load_file(folder / "weights.safetensors")
         parameters = model.trainable()
         if weights.keys() != parameters.keys():
             odd = sorted(weights.keys() ^ parameters.keys())[0]
@@ -165,8 +166,8 @@ def load_checkpoint(
         for name, parameter in parameters.items():
             parameter.copy_(weights[name])
         if teacher is not None:
-            teacher.load_state(load_file(folder / "teacher.safetensors", device=str(model.device)))
-        optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location=model.device, weights_only=True))
+            teacher.load_state(load_file(folder / "teacher.safetensors"))
+        optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True))
     except SdftError:
         raise
     except Exception as error:  # the files are as written, so they were written for something else
