@@ -48,17 +48,18 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> t
     return torch.optim.AdamW(groups, **settings, fused=fused)
 
 
-class OffloadedAdamW(torch.optim.Optimizer):
+class OffloadedAdamW(torch.optim.AdamW):
     """AdamW whose moments live in CPU memory and whose update runs there; the weights stay on the device.
 
     A step brings gradients and weights to the host and the new weights back, 64 MiB of each at a time, the next
-    bucket on its way while one is computed. State and results are those of torch.optim.AdamW(fused=True) on the CPU.
+    bucket on its way while one is computed. State and results are those of torch.optim.AdamW(fused=True) on the CPU;
+    either loads the other's state.
     (torchao's CPUOffloadOptimizer takes gradients away before they can be clipped, and after a resume overwrites the
     weights with its own copies.)
     """
 
     def __init__(self, groups: list[dict[str, Any]], lr: float, betas: tuple[float, float], eps: float) -> None:
-        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps})
+        super().__init__(groups, lr=lr, betas=betas, eps=eps, fused=True)
         self.lane = HostLane(self.param_groups[0]["params"][0].device)
 
     @torch.no_grad()

@@ -41,6 +41,8 @@ FREE_ON_RESUME = (
     "train.output",
     "train.micro_batch_tokens",
     "rollout.batch_size",
+    "teacher.offload",
+    "optim.offload",
     "eval.batch_size",
     "loss.chunk_bytes",
     "model.gradient_checkpointing",

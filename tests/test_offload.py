@@ -64,15 +64,23 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("kind", SETTINGS)
+@pytest.mark.parametrize(
+    ("kind", "first", "then"),
+    [*((kind, EVERYTHING, EVERYTHING) for kind in SETTINGS), ("full", EVERYTHING, {}), ("full", {}, EVERYTHING)],
+)
 def test_an_offloaded_run_is_the_same_run(
-    kind: str, make_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    kind: str,
+    first: dict[str, Any],
+    then: dict[str, Any],
+    make_config: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
-    """Bit for bit, also interrupted and resumed."""
+    """Bit for bit, interrupted and resumed, also where only one of the two parts is offloaded."""
     monkeypatch.setattr(train, "check_offload", lambda *a: None)
     monkeypatch.setattr(offload, "BUCKET", 1024)  # many buckets, which cut across the parameters
     train.train(make_config(**SETTINGS[kind]))
-    settings = SETTINGS[kind] | EVERYTHING | {"train.output": str(tmp_path / "off")}
+    settings = SETTINGS[kind] | {"train.output": str(tmp_path / "off")}
     own = train.train_step
 
     def interrupted(run: Any, step: int, output: Path) -> Any:
@@ -83,8 +91,8 @@ def test_an_offloaded_run_is_the_same_run(
     with monkeypatch.context() as patch:
         patch.setattr(train, "train_step", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            train.train(make_config(**settings))
-    train.train(make_config(**settings | {"train.resume": True}))
+            train.train(make_config(**settings | first))
+    train.train(make_config(**settings | then | {"train.resume": True}))
     got, want = outcome(tmp_path / "off"), outcome(tmp_path / "run")
     assert got.keys() == want.keys()
     assert all(torch.equal(got[name], want[name]) for name in want)
