@@ -1,7 +1,7 @@
 """Whole training steps beside TRL's SDFTTrainer: seconds by phase and peak memory. `make bench-step`.
 
     python -m bench.step                                        # SmolLM2-135M on the CPU
-    python -m bench.step --device cuda --model random-0.5b      # no download: a random Qwen2.5-0.5B
+    python -m bench.step --device cuda --model random-0.5b      # `make bench-step-gpu`: a random Qwen2.5-0.5B
     python -m bench.step --six                                  # ours: full/LoRA x checkpointing x ema/base
 
 Every contender trains on the same records in a process of its own. Peak memory is on the CPU the process's VmHWM,
@@ -17,8 +17,8 @@ What differs, because each trainer does it its own way:
 - TRL keeps a second model for the full fine-tuning's teacher; ours a second set of weights in the same model.
 - TRL pads on the left when scoring and computes full logits of all answer tokens; ours pads on the right and never
   has them.
-- In phases, TRL's head (hidden states to logits) counts to `score`, ours to `loss`. `loss` holds the backward pass,
-  `update` whatever is left of the step: clipping, AdamW, the teacher's update, logging.
+- In phases, TRL's head (hidden states to logits) counts to `score` and its gradient to `backward`, ours both to `loss`.
+  `update` is whatever is left of the step: clipping, AdamW, the teacher's update, logging.
 - TRL forbids the stop tokens (min_new_tokens); ours may sample them and goes on. That changes no shape.
 - TRL's LoRA teacher starts at A = B = 0, ours at the student's A and B: the same model, and the same work.
 - TRL's own defaults are a `base` teacher, checkpointing on, and the top 100 logits with beta 0.5; "TRL defaults" keeps
@@ -52,6 +52,7 @@ RANDOM = "random-0.5b"
 PACKAGES = ("transformers", "trl", "accelerate", "peft", "liger-kernel", "bitsandbytes")
 
 SHAPES = {"8x24": Shape(8, 24, 0), "16x128": Shape(16, 128, 200)}
+GPU_SHAPES = {"32x512": Shape(32, 512, 500)}
 
 CHECKPOINTING: dict[str, Any] = {"model.gradient_checkpointing": True}
 NO_CHECKPOINTING = {"gradient_checkpointing": False}
@@ -143,6 +144,7 @@ COLUMNS = {  # key of a row: (heading, factor, format)
     "rollout": ("rollout", 1, ".2f"),
     "score": ("score", 1, ".2f"),
     "loss": ("loss", 1, ".2f"),
+    "backward": ("backward", 1, ".2f"),
     "update": ("update", 1, ".2f"),
     "tokens_per_second": ("tokens/s", 1, ".0f"),
     "peak": ("peak GB", 1e-9, ".2f"),
@@ -158,9 +160,9 @@ def markdown(meta: dict[str, Any], rows: list[Row]) -> str:
     """A paragraph on the run, then a table for each shape; columns that no row has are left out."""
     lines = ["; ".join(f"{k} {v}" for k, v in meta.items()) + ".", ""]
     lines += [
-        "Medians over the steps after the first, in seconds; tokens/s: answer tokens. `loss` holds the backward pass",
-        "and our head, `score` the forwards and TRL's head, `update` the rest of the step. Peak GB: see bench/step.py,",
-        "which also says what is the same for all and what is not; libraries GB: the process before any weight.",
+        "Medians over the steps after the first, in seconds; tokens/s: answer tokens. Our head is in `loss`, TRL's in",
+        "`score` and `backward`; `update` is the rest of the step. Peak GB: see bench/step.py, which also says what is",
+        "the same for all and what is not; libraries GB: the process before any weight.",
     ]
     columns = {key: column for key, column in COLUMNS.items() if any(key in row for row in rows)}
     for shape in dict.fromkeys(row["shape"] for row in rows):
@@ -199,7 +201,7 @@ def main(arguments: list[str] | None = None) -> list[Row]:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--model", default="smollm2-135m", help=f"as model.name, or {RANDOM}, made on the spot")
     parser.add_argument("--six", action="store_true", help="ours alone, each peak beside sdft.plan's")
-    parser.add_argument("--shapes", default="", metavar="REGEX", help=f"of {', '.join(SHAPES)}")
+    parser.add_argument("--shapes", default="", metavar="REGEX", help=f"of {', '.join(SHAPES | GPU_SHAPES)}")
     parser.add_argument("--contenders", default="", metavar="REGEX", help='for example "^(ours|TRL)$"')
     parser.add_argument("--steps", type=int, default=5, help="measured steps, after one for warm-up")
     parser.add_argument("--seconds", type=float, default=120.0, help="for a contender: then no further step is begun")
@@ -216,7 +218,8 @@ def main(arguments: list[str] | None = None) -> list[Row]:
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("torch sees no GPU here; --device cpu is the default")
     contenders = [c for c in (SIX if args.six else CONTENDERS) if re.search(args.contenders, c.name)]
-    shapes = {name: shape for name, shape in SHAPES.items() if re.search(args.shapes, name)}
+    shapes = SHAPES | (GPU_SHAPES if args.device == "cuda" else {})
+    shapes = {name: shape for name, shape in shapes.items() if re.search(args.shapes, name)}
     if not contenders or not shapes:
         parser.error(f"nothing matches --contenders {args.contenders!r} and --shapes {args.shapes!r}")
     given = sys.argv[1:] if arguments is None else arguments

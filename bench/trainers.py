@@ -18,6 +18,7 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 LR, EMA_ALPHA, RANK = 1e-5, 0.02, 16
 TEMPLATE = "{request}\n\n{demonstration}"  # SDFTConfig.teacher_prompt_template
+TIMED = ("rollout", "score", "loss", "backward")  # sdft.metrics.PHASES but `update`, which is the rest of the step
 NO_TOKEN = 2**31 - 1  # an end-of-turn id that no vocabulary has
 
 
@@ -132,7 +133,7 @@ class Clock:
         self.peak = 0
 
     def step_ended(self, phases: dict[str, float]) -> bool:
-        """phases: seconds of the step in rollout, score and loss. Returns whether there is time for another step."""
+        """phases: seconds of the step in each of TIMED. Returns whether there is time for another step."""
         if self.job.device == "cuda":
             torch.cuda.synchronize()
             self.peak = torch.cuda.max_memory_allocated()
@@ -147,7 +148,7 @@ class Clock:
         seconds = [end - start for start, end in pairwise(self.ends)]
         if not seconds:
             raise RuntimeError(f"no step but the first within {self.job.seconds:.0f} s")
-        parts = {name: [phases[name] for phases in self.phases[1:]] for name in ("rollout", "score", "loss")}
+        parts = {name: [phases[name] for phases in self.phases[1:]] for name in TIMED}
         parts["update"] = [whole - sum(some) for whole, *some in zip(seconds, *parts.values(), strict=True)]
         median = statistics.median(seconds)
         return {
@@ -306,7 +307,7 @@ def run_trl(job: Job, rows: list[dict[str, str]]) -> Row:
         backward = trainer.accelerator.backward
 
         def timed_backward(*args: Any, **others: Any) -> None:
-            with phases("loss"):
+            with phases("backward"):
                 backward(*args, **others)
 
         trainer.accelerator.backward = timed_backward

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from bench import step, trainers
 from bench.trainers import Clock, Contender, Job, Shape
+from sdft.metrics import PHASES
 
 SHAPE = Shape(answers=3, new_tokens=5, prompt_tokens=80)
-PHASES = ("rollout", "score", "loss", "update")
 
 
 def needs_trl() -> None:
@@ -93,6 +94,10 @@ def test_a_step_that_went_on_in_halves_is_not_reported_as_whole(job: Job, monkey
     assert trainers.run_one(job)["note"] == "not possible: out of memory"
 
 
+def test_every_phase_of_ours_is_known() -> None:
+    assert (*trainers.TIMED, "update") == PHASES
+
+
 def test_records_reach_their_length(load_tiny: Callable[..., Any]) -> None:
     tokenizer, _ = load_tiny()
     from sdft.data import Message, encode_chat
@@ -114,12 +119,23 @@ def test_clock_leaves_out_the_warm_up_and_keeps_the_time(job: Job, monkeypatch: 
     more = []
     for seconds in (9.0, 2.0, 4.0, 3.0):
         now[0] += seconds
-        more.append(clock.step_ended({"rollout": seconds / 2, "score": 0.5, "loss": 0.25}))
+        more.append(clock.step_ended({"rollout": seconds / 2, "score": 0.5, "loss": 0.125, "backward": 0.125}))
     row = clock.row(answer_tokens=30)
     assert more == [True, True, True, False]  # at 118 a step of 3 s would end after 120
     assert (row["seconds"], row["least"], row["most"], row["steps"]) == (3.0, 2.0, 4.0, 3)
-    assert (row["rollout"], row["score"], row["loss"], row["update"]) == (1.5, 0.5, 0.25, 0.75)
+    assert [row[name] for name in PHASES] == [1.5, 0.5, 0.125, 0.125, 0.75]
     assert row["tokens_per_second"] == 10.0
+
+
+def test_on_a_gpu_the_peak_is_the_allocators(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[int] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waited.append(1))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 123)
+    clock = Clock(replace(job, device="cuda"))
+    for _ in range(2):
+        clock.step_ended(dict.fromkeys(PHASES, 0.0))
+    assert clock.row(answer_tokens=1)["peak"] == 123
+    assert len(waited) == 2
 
 
 def test_every_contender_of_ours_has_one_beside_it() -> None:
