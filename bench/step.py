@@ -11,12 +11,13 @@ libraries included (Linux only), and on CUDA what the allocator gave out. Result
 The same for both sides: weights and chat template, prompts, the teacher's context (TRL's template, which is a
 `teacher.template` of ours), answers a step, tokens an answer (nobody may stop early), sampling at temperature 1 from
 the whole vocabulary, full-vocabulary forward KL averaged over the answers, AdamW with fp32 states, a constant rate,
-clipping at 1, an EMA teacher at the same rate, fp32 weights, bf16 autocast by each trainer's own default.
+clipping at 1, an EMA teacher at the same rate, fp32 weights, bf16 autocast by each trainer's own default. Where a name
+says 8-bit or bf16, both sides differ from this alike.
 
 What differs, because each trainer does it its own way:
 - TRL keeps a second model for the full fine-tuning's teacher; ours a second set of weights in the same model.
-- TRL pads on the left when scoring and computes full logits of all answer tokens; ours pads on the right and never
-  has them.
+- TRL pads on the left when scoring and computes the logits of all answer tokens; ours lays sequences end to end or
+  pads on the right (train.packing) and never has the logits.
 - In phases, TRL's head (hidden states to logits) counts to `score` and its gradient to `backward`, ours both to `loss`.
   `update` is whatever is left of the step: clipping, AdamW, the teacher's update, logging.
 - TRL forbids the stop tokens (min_new_tokens); ours may sample them and goes on. That changes no shape.
@@ -59,6 +60,7 @@ NO_CHECKPOINTING = {"gradient_checkpointing": False}
 MICRO = {"train.micro_batch_tokens": 1024}
 EIGHT_BIT = CHECKPOINTING | {"optim.name": "adamw_8bit"}
 OFFLOAD = CHECKPOINTING | {"teacher.offload": True, "optim.offload": True}  # CUDA only
+BF16, TRL_BF16 = {"model.weights_dtype": "bfloat16"}, {"model_init_kwargs": {"dtype": "bfloat16"}}
 FP32, TRL_FP32 = {"model.compute_dtype": "float32"}, {"bf16": False}
 TOP_K = {"distillation_mode": "topk_logits", "distillation_alpha": 0.5}
 CONTENDERS = (
@@ -76,6 +78,8 @@ CONTENDERS = (
     Contender("TRL, fp32", "trl", settings=NO_CHECKPOINTING | TRL_FP32),
     Contender("ours, LoRA", "ours", lora=True, beside="TRL, LoRA"),
     Contender("TRL, LoRA", "trl", lora=True, settings=NO_CHECKPOINTING),
+    Contender("ours, LoRA, bf16 weights", "ours", lora=True, settings=BF16, beside="TRL, LoRA, bf16 weights"),
+    Contender("TRL, LoRA, bf16 weights", "trl", lora=True, settings=NO_CHECKPOINTING | TRL_BF16),
     Contender(
         "ours, LoRA, checkpointing", "ours", lora=True, settings=CHECKPOINTING, beside="TRL, LoRA, checkpointing"
     ),
