@@ -35,6 +35,10 @@ class Head:
     def logits(self, hidden: Tensor) -> Tensor:
         """(N, H) -> (N, V); for a handful of rows only."""
         z = nn.functional.linear(hidden, self.weight.to(hidden.dtype), _to(self.bias, hidden.dtype))
+        return self.cap(z)
+
+    def cap(self, z: Tensor) -> Tensor:
+        """h W^T + b (N, V) -> logits: scaled and soft-capped."""
         z = z * self.scale
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 

@@ -106,11 +106,11 @@ def test_rollouts_too(make_config: Any, monkeypatch: pytest.MonkeyPatch, tmp_pat
 
     own, tried = rollout._generate_batch, []
 
-    def generate(model: Any, prompts: Any, config: Any) -> Any:
+    def generate(model: Any, head: Any, prompts: Any, config: Any) -> Any:
         tried.append(len(prompts))
         if len(prompts) > 3:
             raise MemoryError
-        return own(model, prompts, config)
+        return own(model, head, prompts, config)
 
     monkeypatch.setattr(rollout, "_generate_batch", generate)
     train.train(make_config(**{"train.batch_size": 6, "train.steps": 2}))
