@@ -132,3 +132,23 @@ def test_flash_attention_is_told_the_bounds() -> None:
     assert arguments["cu_seq_lens_q"].dtype == torch.int32
     assert arguments["max_length_q"] == arguments["max_length_k"] == 3
     assert "attention_mask" not in arguments
+
+
+@pytest.mark.parametrize("longest", [20, 400])
+def test_short_bf16_sequences_are_differentiated_in_fp32_on_the_cpu(longest: int, load_tiny: Any) -> None:
+    """Hidden states stay bf16's; gradients come nearer to fp32's where the sequences are short."""
+    lengths = (5, longest)
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, heads, sum(lengths), 16).bfloat16().requires_grad_() for heads in (4, 2, 2))
+    module = load_tiny()[1].inner.model.layers[0].self_attn
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = attention.attend(module, q, k, v, None, lengths, scaling=0.25)[0]
+    assert out.dtype == torch.bfloat16
+    wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    want = attention.attend(module, *wide, None, lengths, scaling=0.25)[0]
+    grad = torch.randn_like(want)
+    out.backward(grad.bfloat16())
+    want.backward(grad.bfloat16().double())
+    for got, exact in zip((q, k, v), wide, strict=True):
+        error = ((got.grad.double() - exact.grad).norm() / exact.grad.norm()).item()
+        assert error < (0.004 if longest < attention.WIDEN_UP_TO else 0.02)

@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from sdft.config import RolloutConfig
+from sdft import rollout
+from sdft.config import LoraConfig, RolloutConfig
+from sdft.models import add_lora
 from sdft.rollout import Completion, generate
 
 PROMPTS = [[10, 20, 30], [40], [50, 60, 70, 80, 90, 100, 110], [7, 7], [120, 121, 122, 123]]
@@ -160,3 +162,96 @@ def test_the_given_weights_generate(load_tiny: Any) -> None:
     with other():
         assert within == [naive(model, p, 12) for p in PROMPTS] != before
     assert generate(model, PROMPTS, greedy()) == before
+
+
+# What the loop does besides.
+
+
+@pytest.mark.parametrize("every", [1, 3, 8])
+def test_finished_rows_are_dropped(load_tiny: Any, every: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_tiny()[1]
+    model.lm.eval()
+    free = [naive(model, p, 12).ids for p in PROMPTS]
+    model.stop_ids = (257, *(ids[n] for ids, n in zip(free[:4], (1, 4, 5, 8), strict=True)))
+    want = [naive(model, p, 12) for p in PROMPTS]
+    assert len({len(c.ids) for c in want}) >= 3
+    monkeypatch.setitem(rollout.CHECK_EVERY, "cpu", every)
+    rows = []
+    hook = model.lm.model.register_forward_pre_hook(
+        lambda module, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    assert generate(model, PROMPTS, greedy()) == want
+    hook.remove()
+    assert rows[0] == len(PROMPTS)
+    assert rows == sorted(rows, reverse=True)
+    assert sum(rows) < len(rows) * len(PROMPTS)
+    assert len(rows) <= -(-max(len(c.ids) for c in want) // every) * every
+
+
+def state(model: Any) -> list[Any]:
+    modules = [(m, "forward" in m.__dict__) for m in model.lm.modules()]
+    return [modules, [(p, p.data_ptr(), p.dtype) for p in model.lm.parameters()], model.lm.training]
+
+
+@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+@pytest.mark.parametrize("rank", [0, 2])
+def test_the_model_is_left_as_it_was(rank: int, compute: str, load_tiny: Any) -> None:
+    model = load_tiny("llama-tied", compute_dtype=compute)[1]
+    if rank:
+        add_lora(model, LoraConfig(rank=rank), 0)
+    before = state(model)
+    generate(model, PROMPTS, greedy())
+    assert state(model) == before
+    with pytest.raises(IndexError):
+        generate(model, [[9999]], greedy())
+    assert state(model) == before
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_weights_are_cast_once_and_not_for_every_token(rank: int, load_tiny: Any) -> None:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    model = load_tiny("llama-tied", compute_dtype="bfloat16")[1]
+    model.stop_ids = ()
+    if rank:
+        add_lora(model, LoraConfig(rank=rank), 0)
+    sizes = {tuple(p.shape) for p in model.lm.parameters() if p.ndim == 2 and min(p.shape) >= 16}
+
+    class Casts(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = function(*args, **(kwargs or {}))
+            if function is torch.ops.aten._to_copy.default and out.dtype == torch.bfloat16:
+                self.count += tuple(out.shape) in sizes
+            return out
+
+    counts = []
+    for new in (2, 9):
+        with Casts() as casts:
+            generate(model, PROMPTS, greedy(max_new_tokens=new))
+        counts.append(casts.count)
+    assert counts[0] == counts[1] == 15  # seven products in each of two layers, and the head
+
+
+@pytest.mark.parametrize("kind", ["llama", "phi", "gemma3"])
+def test_bf16_logits_are_those_of_the_scorer(kind: str, load_tiny: Any) -> None:
+    """The first token's probabilities, by frequency: what generates is the policy that is trained."""
+    model = load_tiny(kind, compute_dtype="bfloat16")[1]
+    model.lm.eval()
+    with torch.no_grad(), model.autocast():
+        hidden = model.hidden(torch.tensor([PROMPTS[2]]))[0, -1:]
+        p = model.head().logits(hidden).float().softmax(-1)[0]
+    assert chi_square_ok(sample_counts(model, PROMPTS[2], 8000), p)
+
+
+def test_tokens_without_probability_are_never_drawn() -> None:
+    pick = rollout.sampler(RolloutConfig())
+    logits = torch.full((20000, 7), float("-inf"))
+    logits[:, 2] = logits[:, 5] = 0.0
+    torch.manual_seed(0)
+    counts = pick(logits).flatten().bincount(minlength=7)
+    assert counts[2] + counts[5] == 20000
+    assert abs(counts[2] - 10000) < 5 * 5000**0.5
+    for only in (0, 6):
+        assert (pick(torch.full((500, 7), -1e4).index_fill_(1, torch.tensor([only]), 50.0)) == only).all()
