@@ -47,9 +47,9 @@ def test_phases_add_up_by_name() -> None:
         with phases("loss"):
             time.sleep(0.02)
     seconds = phases.seconds()
-    assert set(seconds) == {"rollout", "score", "loss", "update"}
+    assert set(seconds) == {"rollout", "score", "loss", "backward", "update"}
     assert 0.04 <= seconds["loss"] < 0.5
-    assert seconds["rollout"] == seconds["score"] == seconds["update"] == 0
+    assert seconds["rollout"] == seconds["score"] == seconds["backward"] == seconds["update"] == 0
 
 
 def test_peak_memory_is_the_process_peak() -> None:
@@ -108,7 +108,7 @@ def test_a_missing_tracker_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 LINE = {
     "loss": 0.12345, "tokens_per_second": 81.4, "peak_memory": 3 * 2**30,
-    "seconds": {"rollout": 1.5, "score": 0.25, "loss": 0.5, "update": 0.125},
+    "seconds": {"rollout": 1.5, "score": 0.25, "loss": 0.5, "backward": 0.75, "update": 0.125},
 }  # fmt: skip
 
 

@@ -26,8 +26,9 @@ def config(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return replace(
         c,
         data=replace(c.data, train=str(folder / "facts-train.jsonl")),
+        optim=replace(c.optim, warmup_steps=2),
         eval=replace(c.eval, every=0, sets={}),
-        train=replace(c.train, output=str(folder / "run"), steps=6, batch_size=6),
+        train=replace(c.train, output=str(folder / "run"), steps=8, batch_size=6),
     )
 
 

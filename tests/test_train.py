@@ -187,9 +187,9 @@ def test_steps_draw_anew(make_run: Any, tmp_path: Path) -> None:
 
 def test_sdft_lowers_the_divergence_on_held_out_prompts(make_run: Any, tmp_path: Path) -> None:
     for divergence in ("reverse_kl", "forward_kl"):
-        run = make_run(**{"loss.divergence": divergence, "teacher.kind": "base", "train.steps": 30, "optim.lr": 3e-3,
+        run = make_run(**{"loss.divergence": divergence, "teacher.kind": "base", "train.steps": 60, "optim.lr": 3e-3,
                           "train.batch_size": 8, "train.output": str(tmp_path / divergence)})  # fmt: skip
-        held, run.data = run.data.examples[9:], replace(run.data, examples=run.data.examples[:9])
+        held, run.data = run.data.examples[9:] * 8, replace(run.data, examples=run.data.examples[:9])
         torch.manual_seed(0)
         sampled = generate(run.model, [e.prompt for e in held], RolloutConfig(max_new_tokens=6))
 
@@ -199,9 +199,9 @@ def test_sdft_lowers_the_divergence_on_held_out_prompts(make_run: Any, tmp_path:
             return loss
 
         before = measure()
-        lines = [train_step(run, step, tmp_path) for step in range(30)]
-        assert measure() < 0.6 * before
-        assert lines[-1]["loss"] < 0.6 * lines[0]["loss"]
+        lines = [train_step(run, step, tmp_path) for step in range(60)]
+        assert measure() < 0.75 * before  # 0.50 to 0.58 with three seeds
+        assert sum(line["loss"] for line in lines[-10:]) < 0.75 * 10 * lines[0]["loss"]
 
 
 def test_sft_learns_the_skill(make_run: Any, tmp_path: Path) -> None:
