@@ -308,8 +308,10 @@ def load_unchecked(config: ModelConfig, tokenizer: Any, stop_ids: tuple[int, ...
         )
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_ids[0]
     disable_dropout(lm)
-    if config.quantize == "none":  # quantized weights were put there while loading
+    if config.quantize == "none":
         lm.to(device)
+    else:  # the weights were put there while loading
+        keep_unpacked(lm)
     if adapter is not None:
         lm = adapters.load(lm, adapter, device)
     return LanguageModel(lm, device, compute, pad, stop_ids)
@@ -319,7 +321,7 @@ def quantization(compute: torch.dtype, device: torch.device) -> dict[str, Any]:
     """from_pretrained's arguments for QLoRA (Dettmers et al. 2023): NF4 with double quantization, head left alone."""
     if importlib.util.find_spec("bitsandbytes") is None:
         raise SdftError(
-            "model.quantize = '4bit' needs bitsandbytes, which is not installed; run: pip install 'sdft[qlora]'"
+            "model.quantize = '4bit' needs bitsandbytes, which is not installed; run: pip install bitsandbytes"
         )
     from transformers import BitsAndBytesConfig
 
@@ -330,6 +332,17 @@ def quantization(compute: torch.dtype, device: torch.device) -> dict[str, Any]:
         bnb_4bit_compute_dtype=compute,
     )
     return {"quantization_config": settings, "device_map": {"": device}}
+
+
+def keep_unpacked(lm: nn.Module) -> None:
+    """Keeps bitsandbytes from repacking 4-bit weights for a CPU's bf16 units at the first forward without gradients.
+
+    Repacked they have scales rounded to bf16 and, from then on, a product that passes no gradient: after the first
+    rollout the adapters below the last layer would no longer learn.
+    """
+    for module in lm.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def disable_dropout(lm: nn.Module) -> None:
