@@ -154,7 +154,6 @@ def add(lm: Any, config: LoraConfig, seed: int) -> Any:
         targets = "all-linear"
     stacked = hasattr(lm, "peft_config")
     inner = lm.get_base_model() if stacked else lm
-    check_whole_modules(inner, config)
     peft_config = peft.LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,  # type: ignore[arg-type]  # peft divides; a float is as good
@@ -162,7 +161,7 @@ def add(lm: Any, config: LoraConfig, seed: int) -> Any:
         target_modules=targets,
         use_rslora=config.rslora,
         use_dora=config.dora,
-        modules_to_save=list(config.modules_to_save) or None,
+        modules_to_save=find_whole_modules(inner, config) or None,
         task_type="CAUSAL_LM",
     )
     torch.manual_seed(seed)
@@ -172,7 +171,7 @@ def add(lm: Any, config: LoraConfig, seed: int) -> Any:
             activate_stack(lm)
         else:
             lm = peft.get_peft_model(lm, peft_config)
-    except (ValueError, TypeError) as error:  # TypeError: a whole module with an adapter on it
+    except (ValueError, TypeError) as error:  # TypeError: lora.modules_to_save names a list of layers
         raise SdftError(
             f"lora.targets = {list(config.targets)}, lora.modules_to_save = {list(config.modules_to_save)}: "
             f"{next(iter(str(error).splitlines()), '')}"
@@ -182,12 +181,6 @@ def add(lm: Any, config: LoraConfig, seed: int) -> Any:
             f"lora.targets = {list(config.targets)}: the head cannot take an adapter; leave it out, or train it whole "
             "where it is not tied to the embedding: lora.modules_to_save"
         )
-    for module in whole_modules(lm):
-        if any(".lora_A." in name for name, _ in module.named_parameters()):
-            raise SdftError(
-                f"lora.modules_to_save = {list(config.modules_to_save)}: a module in it has adapters inside; "
-                "name the layers to train whole, and leave them out of lora.targets"
-            )
     for parameter in lm.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()  # adapters are small; bf16 would lose their updates
@@ -196,25 +189,28 @@ def add(lm: Any, config: LoraConfig, seed: int) -> Any:
     return lm
 
 
-def check_whole_modules(lm: Any, config: LoraConfig) -> None:
-    """Raises SdftError where lora.modules_to_save names no module, or a weight that head and embedding share."""
+def find_whole_modules(lm: Any, config: LoraConfig) -> list[str]:
+    """The full names of the modules that lora.modules_to_save names; they train whole and get no adapter.
+
+    Raises SdftError for a name without a module, a weight that head and embedding share, and 4-bit weights.
+    """
     head, embedding = lm.get_output_embeddings(), lm.get_input_embeddings()
-    names = [name for name, _ in lm.named_modules()]
+    asked, modules, found = f"lora.modules_to_save = {list(config.modules_to_save)}", dict(lm.named_modules()), []
     for wanted in config.modules_to_save:
-        found = [name for name in names if name == wanted or name.endswith(f".{wanted}")]
-        if not found:
-            leaves = {name.rpartition(".")[2] for name, module in lm.named_modules() if not list(module.children())}
+        # peft would take any name with this ending: input_layernorm for norm.
+        names = [name for name in modules if f".{name}".endswith(f".{wanted}")]
+        if not names:
+            leaves = {name.rpartition(".")[2] for name, module in modules.items() if not list(module.children())}
+            raise SdftError(f"{asked}: the model has no module {wanted!r}; it has {', '.join(sorted(leaves))}")
+        if head.weight is embedding.weight and any(modules[name] in (head, embedding) for name in names):
             raise SdftError(
-                f"lora.modules_to_save = {list(config.modules_to_save)}: the model has no module {wanted!r}; "
-                f"it has {', '.join(sorted(leaves))}"
+                f"{asked}: {wanted!r} is one weight for embedding and head in this model, and a copy of it would "
+                "untie them; leave it out, or train every weight: lora.rank = 0"
             )
-        tied = head.weight is embedding.weight
-        if tied and any(lm.get_submodule(name) in (head, embedding) for name in found):
-            raise SdftError(
-                f"lora.modules_to_save = {list(config.modules_to_save)}: {wanted!r} is one weight for embedding and "
-                "head in this model, and a copy of it would untie them; leave it out, or train every weight: "
-                "lora.rank = 0"
-            )
+        if not all(p.is_floating_point() for name in names for p in modules[name].parameters()):
+            raise SdftError(f"{asked}: {wanted!r} is quantized and cannot train; leave it out")
+        found += names
+    return found
 
 
 def whole_modules(lm: nn.Module) -> list[Any]:

@@ -340,6 +340,7 @@ def keep_unpacked(lm: nn.Module) -> None:
     Repacked they have scales rounded to bf16 and, from then on, a product that passes no gradient: after the first
     rollout the adapters below the last layer would no longer learn.
     """
+    module: Any
     for module in lm.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False

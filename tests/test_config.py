@@ -271,6 +271,14 @@ def test_the_best_of_a_set_or_of_all(changed: Any, best: str) -> None:
         ({"teacher.template": "{request} {demonstration}"}, "teacher.context is not 'template'"),
         ({"optim.offload": True, "optim.name": "adamw_8bit"}, "optim.offload = true goes with optim.name = 'adamw'"),
         ({"teacher.offload": True, "teacher.kind": "base"}, "teacher.kind = 'base' has none; drop it"),
+        ({"lora.dora": True}, "lora.dora = True has no effect without an adapter; set lora.rank above 0"),
+        ({"lora.rslora": True}, "lora.rslora = True has no effect without an adapter"),
+        ({"lora.modules_to_save": ("lm_head",)}, "lora.modules_to_save = ('lm_head',) has no effect without"),
+        ({"lora.earlier": "stack"}, "lora.earlier = 'stack' needs a new adapter; set lora.rank above 0"),
+        ({"lora.earlier": "stack", "lora.rank": 2, "lora.dora": True}, "lora.dora = True does not add to another"),
+        ({"lora.rank": 2, "model.name": "a.gguf"}, "cannot name a GGUF file as its base; run `sdft convert gguf"),
+        ({"model.quantize": "4bit"}, "model.quantize = '4bit' freezes the weights; set lora.rank above 0"),
+        ({"model.quantize": "4bit", "lora.rank": 2, "lora.earlier": "merge"}, "would round the adapter into 4-bit"),
     ],
 )
 def test_settings_that_do_not_go_together(changed: Any, settings: dict[str, Any], words: str) -> None:

@@ -103,6 +103,9 @@ def test_step_gradient_is_dense_autograd(family: str, divergence: str, make_run:
         {"loss.chunk_bytes": 2**16},
         {"lora.rank": 4},
         {"lora.rank": 4, "loss.divergence": "forward_kl", "train.micro_batch_tokens": 100},
+        {"lora.rank": 4, "lora.rslora": True, "lora.targets": ("q_proj", "down_proj")},
+        {"lora.rank": 4, "lora.dora": True},
+        {"lora.rank": 4, "lora.modules_to_save": ("norm",), "model.gradient_checkpointing": True},
         {"model.gradient_checkpointing": True},
         {"train.packing": "off"},
         {"train.packing": "on", "model.gradient_checkpointing": True, "lora.rank": 2},
@@ -113,6 +116,17 @@ def test_step_gradient_is_dense_autograd(family: str, divergence: str, make_run:
 def test_step_gradient_with_settings(settings: dict[str, Any], make_run: Any, nudge: Any) -> None:
     run, start = nudged_run(make_run, nudge, "llama-tied", **settings)
     check(gradients(run), dense(run, start))
+
+
+@pytest.mark.parametrize("kind", ["llama", "phi"])
+@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl"])
+def test_a_head_trained_beside_adapters(kind: str, divergence: str, make_run: Any, nudge: Any) -> None:
+    """The fused loss reads the trained copy on the student's side and the untouched head on the teacher's."""
+    settings = {"lora.rank": 4, "lora.modules_to_save": ("lm_head",), "loss.divergence": divergence}
+    run, start = nudged_run(make_run, nudge, kind, **settings)
+    got = gradients(run)
+    assert any("lm_head" in name for name in got[1])
+    check(got, dense(run, start))
 
 
 def test_a_student_at_its_teacher_has_no_gradient_but_for_the_context(make_run: Any) -> None:

@@ -270,6 +270,45 @@ def test_an_adapter_on_the_head_is_refused(kind: str, load_tiny: Any) -> None:
         models.add_lora(load_tiny(kind)[1], LoraConfig(rank=2, targets=("lm_head",)), 0)
 
 
+@pytest.mark.parametrize(
+    ("kind", "settings", "told"),
+    [
+        ("llama-tied", {"modules_to_save": ("lm_head",)}, "'lm_head' is one weight for embedding and head"),
+        ("llama-tied", {"modules_to_save": ("embed_tokens",)}, "'embed_tokens' is one weight for embedding and head"),
+        ("gpt2", {"modules_to_save": ("wte",)}, "'wte' is one weight for embedding and head"),
+        ("llama", {"modules_to_save": ("head",)}, "the model has no module 'head'; it has .*lm_head.*norm"),
+        ("llama", {"modules_to_save": ("layers",)}, r"lora\.modules_to_save = \['layers'\]"),
+        ("llama", {"targets": ("lm_head",), "dora": True}, "the head cannot take an adapter"),
+    ],
+)
+def test_whole_modules_that_cannot_be(kind: str, settings: dict[str, Any], told: str, load_tiny: Any) -> None:
+    with pytest.raises(SdftError, match=told):
+        models.add_lora(load_tiny(kind)[1], LoraConfig(rank=2, **settings), 0)
+
+
+def test_whole_modules_train_in_fp32_and_the_loss_sees_them(load_tiny: Any) -> None:
+    model = load_tiny(weights_dtype="bfloat16", compute_dtype="auto")[1]
+    models.add_lora(model, LoraConfig(rank=2, modules_to_save=("lm_head", "embed_tokens", "norm")), 0)
+    whole = {name: p for name, p in model.trainable().items() if "modules_to_save" in name}
+    assert {name.split(".modules_to_save")[0].rpartition(".")[2] for name in whole} == {
+        "lm_head", "embed_tokens", "norm"}  # fmt: skip
+    assert {p.dtype for p in whole.values()} == {torch.float32}
+    assert len(whole) == 3
+    assert model.head().weight is model.inner.lm_head.modules_to_save["default"].weight
+    models.check_head(model)
+
+
+@pytest.mark.parametrize(("rslora", "scale"), [(False, 32 / 16), (True, 32 / 4)])
+def test_the_scale_of_the_update(rslora: bool, scale: float, load_tiny: Any) -> None:
+    model = load_tiny()[1]
+    models.add_lora(model, LoraConfig(rank=16, rslora=rslora), 0)
+    layer = model.inner.model.layers[0].self_attn.q_proj
+    train_a_little(model)
+    want = layer.base_layer.weight + scale * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+    x = torch.randn(3, 32)
+    close(layer(x), x @ want.T)
+
+
 # Out.
 
 

@@ -78,6 +78,8 @@ def test_the_frozen_weights_are_4_bits(make_run: Any) -> None:
     with run.teacher.weights():  # the teacher is the quantized model, not the one it came from
         want = logits(run.model.inner)
     assert torch.equal(logits(run.model.inner), want)
+    with pytest.raises(SdftError, match="'up_proj' is quantized and cannot train"):
+        make_run(**SETTINGS | {"lora.modules_to_save": ("up_proj",)})
 
 
 @needs_bnb

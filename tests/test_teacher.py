@@ -439,3 +439,35 @@ def test_an_update_keeps_no_whole_copy_of_the_weights(weights_dtype: str, load_t
         teacher.update()
     assert max(p.numel() for p in model.trainable().values()) > 8000
     assert largest.made == (1000 if weights_dtype == "bfloat16" else 0)
+
+
+def test_the_lag_of_averaged_factors_is_their_covariance(load_tiny: Any) -> None:
+    """avg(B) avg(A) - avg(B A) = -sum_i w_i (B_i - avg B)(A_i - avg A): nothing while one of them stands still, and a
+    quarter where both move half as far."""
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.default.weight"
+
+    def lag(size_a: float, size_b: float) -> tuple[torch.Tensor, torch.Tensor]:
+        model = with_adapter(load_tiny, {})
+        a, b = (model.trainable()[name.format(f)] for f in "AB")
+        teacher = Teacher(model, TeacherConfig(ema_alpha=ALPHA))
+        history = [(a.double().clone(), b.double().clone())]
+        draw = torch.Generator().manual_seed(0)
+        for _ in range(30):
+            a.data += size_a * torch.randn(a.shape, generator=draw)
+            b.data += size_b * torch.randn(b.shape, generator=draw)
+            teacher.update()
+            history.append((a.detach().double().clone(), b.detach().double().clone()))
+        w = [(1 - ALPHA) ** 30, *(ALPHA * (1 - ALPHA) ** (30 - i) for i in range(1, 31))]
+        mean_a = sum(x * a for x, (a, _) in zip(w, history, strict=True))
+        mean_b = sum(x * b for x, (_, b) in zip(w, history, strict=True))
+        product = sum(x * b @ a for x, (a, b) in zip(w, history, strict=True))
+        covariance = sum(x * (b - mean_b) @ (a - mean_a) for x, (a, b) in zip(w, history, strict=True))
+        ours = teacher.masters[name.format("B")].double() @ teacher.masters[name.format("A")].double()
+        torch.testing.assert_close(ours - product, -covariance, rtol=1e-3, atol=1e-6)
+        return ours - product, product
+
+    assert lag(0.0, 0.1)[0].abs().max() < 1e-6
+    whole, half = (lag(size, size)[0].norm().item() for size in (0.1, 0.05))
+    assert half == pytest.approx(whole / 4, rel=1e-3)
+    difference, product = lag(0.1, 0.1)
+    assert difference.norm() > 0.1 * product.norm()  # on a random walk, where A goes as far as B, it is no small thing
