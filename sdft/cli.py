@@ -1,20 +1,22 @@
-"""The command `sdft`: train, check, eval, generate, merge, convert."""
+"""The command `sdft`: train, plan, check, eval, generate, merge, convert."""
 
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
 from sdft import SdftError, __version__
-from sdft.config import Config, ModelConfig, load_config, validate
+from sdft.config import Config, ModelConfig, load_config, override, validate
 
 OVERVIEW = """sdft: Self-Distillation Fine-Tuning (arXiv 2601.19897)
 
   sdft train CONFIG.toml [--optim.lr 2e-5 ...]   train; every setting of the file can be overridden
+  sdft plan CONFIG.toml [--memory 12GB]          what will it take, will it fit, what to change; loads no weights
   sdft check CONFIG.toml [--count 32]            can the teacher use the demonstrations? run this first
   sdft eval MODEL DATA.jsonl                     accuracy by greedy generation
   sdft generate MODEL PROMPT                     an answer
@@ -37,6 +39,25 @@ class CheckArgs:
     """Requests whose answers are printed side by side."""
     config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
     """The run's settings; model, data, teacher and eval.max_new_tokens matter here."""
+
+
+@dataclass(frozen=True)
+class PlanArgs:
+    """`sdft plan CONFIG.toml`: peak memory of each phase of a step, before any weight is loaded.
+
+    Exit status 0 where the config fits, 1 where it does not."""
+
+    memory: str = ""
+    """Size of the device, such as 12GB; that of the one here by default. For a GPU elsewhere also give
+    --model.device cuda."""
+    prompt_tokens: int = 0
+    """Tokens of every student prompt; 0 takes the prompts of data.train."""
+    teacher_prompt_tokens: int = 0
+    """With --prompt-tokens: tokens of every teacher prompt; 0 takes the student's and an answer's more."""
+    json: bool = False
+    """Print the numbers as JSON, in bytes, and nothing else."""
+    config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
+    """The run's settings."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +137,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = list(sys.argv[1:] if argv is None else argv)
     commands: dict[str, Callable[[list[str]], None]] = {
         "train": train_command,
+        "plan": plan_command,
         "check": check_command,
         "eval": eval_command,
         "generate": generate_command,
@@ -171,6 +193,48 @@ def check_preset(file: Config, parsed: Config) -> None:
     """Raises SdftError for a preset among the overrides: the file's settings would hide what it sets."""
     if parsed.preset != file.preset:
         raise SdftError(f"--preset {parsed.preset} has no effect here; write preset = '{parsed.preset}' into the file")
+
+
+def plan_command(args: list[str]) -> None:
+    config, rest = config_from(args)
+    a = tyro.cli(PlanArgs, default=PlanArgs(config=config), args=rest, prog="sdft plan CONFIG.toml")
+    check_preset(config, a.config)
+    if not show_plan(a):
+        raise SystemExit(1)
+
+
+def show_plan(a: PlanArgs) -> bool:
+    """Prints the plan of a config; returns whether it fits."""
+    from sdft import plan
+
+    config = a.config
+    unused = {"train.output": config.train.output or "unused"}
+    if a.prompt_tokens:
+        unused["data.train"] = config.data.train or "unused"
+    validate(override(config, unused))
+    memory = plan.parse_size(a.memory) if a.memory else 0
+    shape = plan.shape_of(config)
+    if a.prompt_tokens:
+        answer = config.rollout.max_new_tokens
+        work = plan.Work.uniform(config, a.prompt_tokens, a.teacher_prompt_tokens or a.prompt_tokens + answer, answer)
+    else:
+        work = plan.work_of(config)
+    machine = plan.this_machine(config, memory)
+    found = plan.predict(shape, config, work, machine)
+    if a.json:
+        print(json.dumps(asdict(found)))
+        return found.fits
+    from rich.console import Console
+
+    console = Console()
+    for part in plan.picture(found):
+        console.print(part)
+    for line in found.notes:
+        print(f"Assumed: {line}.")
+    print(plan.verdict(found, config))
+    for line in plan.advice(shape, config, work, machine):
+        print(f"- {line}")
+    return found.fits
 
 
 def check_command(args: list[str]) -> None:
@@ -235,8 +299,6 @@ def eval_command(args: list[str]) -> None:
     for answer in result.answers[: a.show]:
         print(f"[{'ok' if answer.correct else '--'}] {_clip(answer.prompt)}\n     {_clip(answer.given)}")
     if a.output:
-        from dataclasses import asdict
-
         write_jsonl(Path(a.output), [asdict(answer) for answer in result.answers])
     right = sum(answer.correct for answer in result.answers)
     print(f"accuracy {result.accuracy:.1%} ({right} of {len(result.answers)})")

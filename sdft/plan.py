@@ -1,394 +1,349 @@
-"""Peak memory of a run, phase by phase, before any weight is loaded: closed forms, checked against sdft/simulate.py.
+"""`sdft plan`: the peak memory of every phase of a step before any weight is loaded, and what to do about it."""
 
-Legend: T tokens of a forward pass, N completion tokens of it, B prompts that generate together, L layers, H hidden
-size, I size of the MLP, V vocabulary. Everything is in bytes.
-
-What the closed forms know is which tensors autograd keeps for the backward pass of one transformer block. They were
-read off the Llama, Mistral, Qwen2 and Qwen3 of transformers 5; other families are simulated. docs/memory.md explains
-every term.
-"""
-
+import json
 import math
 import os
+import re
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from sdft_kernels.chunks import CACHE_BYTES, DEFAULT_CHUNK_BYTES, power_of_two_below
-from sdft_kernels.torch_impl import TILE_BYTES
-
 from sdft import SdftError
-from sdft.batch import micro_batches
 from sdft.config import Config, override
-from sdft.loss import CE_ROWS
+from sdft.costs import BF16, FP32, Costs, Machine, ModelShape, Pass, SimulatedCosts, Work, costs_of, passes_of, share_of
 
 GIB, MIB = 2**30, 2**20
-PHASES = ("rollout", "score", "loss", "backward", "update")
-TERMS = (
-    "weights", "teacher", "moments", "gradients", "activations", "cast weights", "KV cache", "loss", "transient",
-    "runtime",
-)  # fmt: skip
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # whose blocks the closed forms describe
-
-FP32, BF16 = 4, 2
-# Of bitsandbytes: 4 bits a weight, and for every 64 weights a scale of 8 bits, itself scaled once for 256 scales.
-NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
-# Two moments of 8 bits, and for each an fp32 scale for every 256 entries.
-ADAM_8BIT = 2 * (1 + 4 / 256)
+COLOURS = {  # of the terms, in the order they are shown
+    "weights": "blue", "teacher": "cyan", "moments": "magenta", "gradients": "red", "activations": "yellow",
+    "cast weights": "green", "KV cache": "bright_blue", "loss": "bright_red", "transient": "white",
+    "runtime": "bright_black",
+}  # fmt: skip
+TERMS = tuple(COLOURS)
+MOST_STEPS = 10_000  # of a run, looked through for the one with most tokens
 CUDA_CONTEXT = 500 * MIB  # what a process holds on the GPU before its first tensor: 300 to 550 MiB on recent drivers
 CUBLAS_WORKSPACE = 32 * MIB  # PyTorch's default on Hopper; 8 MiB before it
-FRAGMENTATION = 0.04  # of the tensors on a GPU: what PyTorch's caching allocator rounds up and cannot reuse
+FRAGMENTATION = 0.05  # of the tensors on a GPU, for what PyTorch's caching allocator rounds up or cannot reuse: assumed
 
 
 @dataclass(frozen=True)
-class ModelShape:
-    """The sizes of a causal LM, as its config.json states them."""
+class Plan:
+    """Predicted peaks: for each phase, bytes by term."""
 
-    family: str  # model_type
-    layers: int
-    hidden: int
-    inner: int  # of the MLP
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocab: int
-    tied: bool  # head and embedding are one matrix
-    qkv_bias: bool = False
-    out_bias: bool = False  # of o_proj
-    mlp_bias: bool = False
-    qk_norm: bool = False
-    config: Any = field(default=None, compare=False, repr=False)  # the Hugging Face config, for the simulation
+    phases: dict[str, dict[str, int]]
+    memory: int  # of the device
+    budget: int | None  # the largest train.micro_batch_tokens that fits, 0: a whole step at once; None: nothing fits
+    step_tokens: int  # tokens of a whole step, the longer side of each sequence
+    notes: tuple[str, ...]  # what was assumed
 
-    @classmethod
-    def from_config(cls, config: Any) -> "ModelShape":
-        """The shape of a Hugging Face config; raises SdftError where it lacks a size."""
-        text = config.get_text_config()
-        family = text.model_type
-        try:
-            heads = text.num_attention_heads
-            attention_bias = bool(getattr(text, "attention_bias", False))
-            return cls(
-                family=family,
-                layers=text.num_hidden_layers,
-                hidden=text.hidden_size,
-                inner=getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * text.hidden_size,
-                heads=heads,
-                kv_heads=getattr(text, "num_key_value_heads", None) or heads,
-                head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
-                vocab=text.vocab_size,
-                tied=bool(config.tie_word_embeddings),
-                qkv_bias=attention_bias or family == "qwen2",
-                out_bias=attention_bias and family != "qwen2",
-                mlp_bias=bool(getattr(text, "mlp_bias", False)),
-                qk_norm=family == "qwen3",
-                config=config,
-            )
-        except AttributeError as error:
-            raise SdftError(f"model.name: a config of type {family!r} lacks a size that the plan needs ({error})") from None
+    def total(self, phase: str) -> int:
+        return sum(self.phases[phase].values())
 
     @property
-    def queries(self) -> int:
-        """Channels of all query heads."""
-        return self.heads * self.head_dim
+    def peak(self) -> int:
+        return max(map(self.total, self.phases))
 
     @property
-    def keys(self) -> int:
-        """Channels of all key heads, and of all value heads."""
-        return self.kv_heads * self.head_dim
-
-    @property
-    def linears(self) -> dict[str, tuple[int, int]]:
-        """(out, in) of the linear layers of one block."""
-        h, i, q, k = self.hidden, self.inner, self.queries, self.keys
-        return {
-            "q_proj": (q, h), "k_proj": (k, h), "v_proj": (k, h), "o_proj": (h, q),
-            "gate_proj": (i, h), "up_proj": (i, h), "down_proj": (h, i),
-        }  # fmt: skip
-
-    @property
-    def block(self) -> int:
-        """Entries of the linear layers' matrices in one block."""
-        return sum(o * i for o, i in self.linears.values())
-
-    @property
-    def head(self) -> int:
-        """Entries of the head, or of the embedding."""
-        return self.vocab * self.hidden
-
-    @property
-    def parameters(self) -> int:
-        """Entries of all weights; a tied head once."""
-        small = 2 * self.hidden + 2 * self.head_dim * self.qk_norm
-        small += self.qkv_bias * (self.queries + 2 * self.keys) + self.out_bias * self.hidden
-        small += self.mlp_bias * (2 * self.inner + self.hidden)
-        return self.layers * (self.block + small) + self.hidden + self.head * (1 if self.tied else 2)
+    def fits(self) -> bool:
+        return self.peak <= self.memory
 
 
-@dataclass(frozen=True)
-class Work:
-    """Tokens of the sequences of one optimizer step."""
-
-    prompts: tuple[int, ...]  # student's side
-    shown: tuple[int, ...]  # teacher's side; empty where there is no teacher (SFT)
-    answers: tuple[int, ...]
-
-    @classmethod
-    def uniform(cls, config: Config, prompt: int, shown: int, answer: int) -> "Work":
-        """Every sequence of the step alike."""
-        count = config.train.batch_size * config.rollout.per_prompt if config.loss.method == "sdft" else (
-            config.train.batch_size
-        )
-        return cls((prompt,) * count, (shown,) * count if config.loss.method == "sdft" else (), (answer,) * count)
-
-    @property
-    def sizes(self) -> list[int]:
-        """Tokens of each sequence, those of the longer side: what micro-batches are cut by."""
-        shown = self.shown or self.prompts
-        return [max(p, s) + a for p, s, a in zip(self.prompts, shown, self.answers, strict=True)]
+def predict(shape: ModelShape, config: Config, work: Work, machine: Machine) -> Plan:
+    """The plan of a config whose step holds the sequences of `work`. Raises SdftError where nothing can be known."""
+    costs = costs_of(shape, config, work, machine)
+    passes = passes_of(config, work, costs.packed)
+    phases = _phases(costs, work, passes, len(passes) > 1)
+    return Plan(phases, machine.memory, largest_budget(costs, work), sum(work.sizes), tuple(_assumptions(costs, work)))
 
 
-@dataclass(frozen=True)
-class Pass:
-    """Tokens of one micro-batch."""
+def largest_budget(costs: Costs, work: Work) -> int | None:
+    """The largest train.micro_batch_tokens whose peak is within the machine's memory; see Plan.budget."""
+    longest, whole = max(work.sizes), sum(work.sizes)
 
-    student: int  # T of the student's forward, padding included
-    teacher: int  # T of the teacher's; 0 without one
-    rows: int  # N
+    def fits(budget: int) -> bool:
+        phases = _phases(costs, work, [share_of(work, budget)], budget < whole)
+        return max(sum(terms.values()) for terms in phases.values()) <= costs.machine.memory
 
-
-@dataclass(frozen=True)
-class Machine:
-    """Where a run takes place."""
-
-    kind: str  # cuda, cpu, ...
-    memory: int  # bytes it has
-    runtime: int  # of them, what is gone before the first tensor
-    slack: float = 0.0  # of the tensors, what the allocator adds
-    threads: int = 1
-    bf16: bool = True  # whether it multiplies bf16 fast
+    if fits(whole):
+        return 0
+    if not fits(longest):
+        return None
+    low, high = longest, whole
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
 
 
-class Costs:
-    """The closed forms: bytes of one model under one config.
+def _phases(costs: Costs, work: Work, passes: Sequence[Pass], again: bool) -> dict[str, dict[str, int]]:
+    """Bytes by phase and term; of each phase, those of the moment and the micro-batch that take most.
 
-    w, c: bytes of a weight and of an operand of the matrix products; where c is less, autocast casts the weights.
+    again: gradients of an earlier micro-batch are there already.
     """
+    held = {
+        "weights": costs.weights,
+        "teacher": costs.teacher,
+        "moments": costs.moments,
+        "runtime": costs.machine.runtime,
+    }
+    config = costs.config
+    phases: dict[str, dict[str, int]] = {}
 
-    def __init__(self, shape: ModelShape, config: Config, machine: Machine, packed: bool) -> None:
-        self.shape, self.config, self.machine, self.packed = shape, config, machine, packed
-        self.w = BF16 if config.model.weights_dtype == "bfloat16" else FP32
-        wanted = config.model.compute_dtype
-        bf16 = wanted == "bfloat16" or self.w == BF16 or (wanted == "auto" and machine.bf16)
-        self.c = BF16 if bf16 else FP32
-        self.autocast = self.c < self.w
-        self.rank = config.lora.rank
-        self.checkpointing = config.model.gradient_checkpointing
-        names = shape.linears
-        asked = names if config.lora.targets == ("all-linear",) else config.lora.targets
-        self.adapted = [n for n in names if n in asked] if self.rank else []
+    def add(phase: str, *parts: dict[str, int]) -> None:
+        terms = dict.fromkeys(TERMS, 0)
+        for part in (held, *parts):
+            for term, size in part.items():
+                terms[term] += size
+        terms["transient"] += math.ceil(costs.machine.slack * (sum(terms.values()) - terms["runtime"]))
+        if phase not in phases or sum(terms.values()) > sum(phases[phase].values()):
+            phases[phase] = terms
 
-    # Held through the whole run.
+    if work.shown:
+        sampled = work.prompts if config.rollout.source == "student" else (*work.prompts, *work.shown)
+        by_teacher = {"cast weights": costs.swapped * (config.rollout.source != "student")}
+        together = min(config.rollout.batch_size, len(work.prompts))
+        add("rollout", by_teacher, costs.rollout(together, max(sampled), config.rollout.max_new_tokens))
+    before = {"gradients": costs.gradients} if again else {}
+    for one in passes:
+        for part in costs.scoring(one):
+            add("score", before, part)
+        add("loss", before, costs.losing(one))
+        for part in costs.descending(one, again):
+            add("backward", part)
+    add("update", {"gradients": costs.gradients})
+    return phases
 
-    @property
-    def adapters(self) -> int:
-        """Entries of the LoRA factors, and of DoRA's norms."""
-        one = sum(self.rank * sum(self.shape.linears[n]) for n in self.adapted)
-        one += sum(self.shape.linears[n][0] for n in self.adapted) * self.config.lora.dora
-        return self.shape.layers * one + self.whole
 
-    @property
-    def whole(self) -> int:
-        """Entries of the modules that train whole beside the adapters."""
-        saved = self.config.lora.modules_to_save if self.rank else ()
-        return self.shape.head * sum(name in ("lm_head", "embed_tokens") for name in saved)
+# What to do about it.
 
-    @property
-    def trained(self) -> int:
-        """Entries that train."""
-        return self.adapters if self.rank else self.shape.parameters
+# Settings that make a run smaller, the cheapest in time and quality first, and what each costs.
+REMEDIES: tuple[tuple[dict[str, Any], str], ...] = (
+    ({"model.gradient_checkpointing": True}, "recomputes the blocks: about a third more time in the gradient"),
+    ({"optim.name": "adamw_8bit"}, "moments in 8 bits, by bitsandbytes"),
+    ({"teacher.offload": True}, "EMA masters in CPU memory; with bfloat16 weights it halves the teacher"),
+    ({"optim.offload": True}, "moments in CPU memory: a slower update"),
+    ({"lora.rank": 16}, "trains adapters instead of all weights"),
+    ({"lora.rank": 16, "model.quantize": "4bit"}, "adapters beside weights in 4 bits, by bitsandbytes (QLoRA)"),
+)
 
-    @property
-    def head_trains(self) -> bool:
-        return not self.rank or "lm_head" in self.config.lora.modules_to_save
 
-    @property
-    def weights(self) -> int:
-        matrices = self.shape.layers * self.shape.block
-        rest = self.shape.parameters - matrices
-        quantized = self.config.model.quantize == "4bit"
-        base = matrices * (NF4 if quantized else self.w) + rest * self.w
-        return math.ceil(base + FP32 * (self.adapters if self.rank else 0))
+def advice(shape: ModelShape, config: Config, work: Work, machine: Machine) -> list[str]:
+    """What to change, in sentences, with the memory each change saves; empty where the config fits as it is.
 
-    @property
-    def item(self) -> int:
-        """Bytes of a trained entry: adapters are fp32 whatever the weights."""
-        return FP32 if self.rank else self.w
+    First the token budget, if that alone is enough; then every remedy that applies, and the first of them, in their
+    order, that together are enough.
+    """
+    plan = predict(shape, config, work, machine)
+    if plan.fits:
+        return []
+    said = []
+    if plan.budget:
+        said.append(f"{setting('train.micro_batch_tokens', plan.budget)} fits: the gradients of a step then add up")
+    together, fitting = config, plan.budget is not None
+    for changes, price in REMEDIES:
+        if not _applies(changes, config, machine):
+            continue
+        named = ", ".join(setting(*change) for change in changes.items())
+        alone = predict(shape, override(config, changes), work, machine)
+        if alone.peak >= plan.peak:
+            continue
+        enough = ", enough" if alone.fits else ""
+        said.append(f"{named}: {size(plan.peak - alone.peak)} less{enough} ({price})")
+        if not fitting and _applies(changes, together, machine):
+            together = override(together, changes)
+            budget = predict(shape, together, work, machine).budget
+            if budget is not None:
+                fitting = True
+                tokens = f" with {setting('train.micro_batch_tokens', budget)}" if budget else ""
+                said.append(f"together, down to {named}, that fits{tokens}")
+    if not fitting:
+        said.append("even together that does not fit: shorter prompts or answers, or a smaller model")
+    return said
 
-    @property
-    def teacher(self) -> int:
-        """EMA masters, or the copy of the start; a `base` teacher beside an adapter is the adapter switched off."""
-        kind = self.config.teacher.kind
-        if self.config.loss.method == "sft" or kind == "live" or (kind == "base" and self.rank):
-            return 0
-        if kind == "base" or self.config.teacher.offload:
-            return self.item * self.trained
-        return FP32 * self.trained
 
-    @property
-    def moments(self) -> int:
-        """AdamW's two; 8-bit ones by bitsandbytes."""
-        if self.config.optim.offload:
-            return 0
-        return math.ceil(self.trained * (2 * self.item if self.config.optim.name == "adamw" else ADAM_8BIT))
+def _applies(changes: dict[str, Any], config: Config, machine: Machine) -> bool:
+    """Whether a remedy changes anything that can be changed here."""
+    for key, value in changes.items():
+        now: Any = config
+        for name in key.split("."):
+            now = getattr(now, name)
+        if len(changes) == 1 and (now == value or (key == "lora.rank" and now)):
+            return False
+        if machine.kind != "cuda" and (key.endswith("offload") or key == "model.quantize"):
+            return False
+    if "teacher.offload" in changes:
+        averaged = config.teacher.kind == "ema" and config.loss.method == "sdft"
+        return averaged and not config.lora.rank and config.model.weights_dtype == "bfloat16"
+    if "optim.offload" in changes:
+        return config.optim.name == "adamw"
+    if changes.get("optim.name") == "adamw_8bit":
+        return config.optim.name == "adamw" and not config.optim.offload
+    return "model.quantize" not in changes or config.model.quantize == "none"
 
-    @property
-    def gradients(self) -> int:
-        return self.item * self.trained
 
-    # One forward and its backward.
+def setting(key: str, value: Any) -> str:
+    """`key = value` as TOML writes it."""
+    return f"{key} = {json.dumps(value)}"
 
-    @property
-    def factor(self) -> int:
-        """Bytes of an entry of what LoRA factors multiply: they are fp32, and only autocast narrows them."""
-        return self.c if self.autocast else FP32
 
-    def _inputs(self, width: int, names: Sequence[str], item: int) -> tuple[int, bool]:
-        """(bytes a token of copies that linear layers keep of an input, whether they keep the input itself).
+def size(count: float) -> str:
+    """Bytes in words."""
+    return f"{count / GIB:.2f} GiB" if count >= GIB else f"{count / MIB:.0f} MiB"
 
-        width, item: channels and bytes of an entry of the input, which the layers `names` share.
-        """
-        copies, itself = 0, False
-        for name in names:
-            if name in self.adapted:
-                copies += self.rank * self.factor  # what B reads
-                # peft casts to the fp32 of the factors, autocast to its own dtype, and each layer makes its own copy.
-                if self.autocast:
-                    copies += width * self.c
-                elif item < FP32:
-                    copies += width * FP32
-                else:
-                    itself = True
-            elif not self.rank:
-                if item > self.c:
-                    copies += width * self.c
-                else:
-                    itself = True
-        return copies, itself
 
-    def _norm(self, width: int, rows: int, item: int) -> int:
-        """A norm keeps its input in fp32 and, to train its weight, the normalised values; rows: of statistics."""
-        return FP32 * (width + rows) + (0 if self.rank else item * width)
+def picture(plan: Plan, width: int = 60) -> list[Any]:
+    """For rich to print: a bar for each phase, cut by terms, `|` at the device's memory; and the table of numbers."""
+    from rich.table import Table
+    from rich.text import Text
 
-    @property
-    def block_tokens(self) -> int:
-        """Bytes a token that one block keeps for the backward pass."""
-        s, w, c = self.shape, self.w, self.c
-        kept = 2 * self._norm(s.hidden, 1, w)
-        for names in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
-            copies, itself = self._inputs(s.hidden, names, w)
-            kept += copies + itself * s.hidden * w
-        if s.qk_norm:
-            kept += self._norm(s.queries, s.heads, c) + self._norm(s.keys, s.kv_heads, c)
-        # Attention keeps q, k, v, its output and the log-sum-exps; packed, it runs a sequence at a time and the
-        # outputs are then laid end to end, once more.
-        kept += c * (2 * s.queries + 2 * s.keys) + FP32 * s.heads
-        copies, itself = self._inputs(s.queries, ("o_proj",), c)
-        kept += copies + (itself and self.packed) * s.queries * c
-        # The MLP keeps both factors and the gate before its activation.
-        copies, itself = self._inputs(s.inner, ("down_proj",), c)
-        return kept + 3 * s.inner * c + copies + itself * s.inner * c
+    # A device far larger than the run would leave nothing of the bars.
+    full = max(plan.peak, min(plan.memory, 2 * plan.peak))
+    bars = Table.grid(padding=(0, 1))
+    for phase, terms in plan.phases.items():
+        bar, drawn, at = Text(), 0, 0
+        for term in TERMS:
+            at += terms[term]
+            cells = round(at / full * width) - drawn
+            bar.append("█" * cells, COLOURS[term])
+            drawn += cells
+        mark = round(plan.memory / full * width)
+        if drawn <= mark <= width:
+            bar.append(" " * (mark - drawn) + "|")
+        over = plan.total(phase) > plan.memory
+        bars.add_row(phase, bar, Text(size(plan.total(phase)), "bold red" if over else ""))
+    numbers = Table("MiB", *plan.phases, title="who takes what")
+    for term in TERMS:
+        row = [terms[term] for terms in plan.phases.values()]
+        if any(row):
+            numbers.add_row(Text(f"█ {term}", COLOURS[term]), *(f"{n / MIB:,.0f}" if n else "" for n in row))
+    numbers.add_row("total", *(f"{plan.total(phase) / MIB:,.0f}" for phase in plan.phases))
+    for column in numbers.columns[1:]:
+        column.justify = "right"
+    return [bars, numbers]
 
-    @property
-    def block_casts(self) -> int:
-        """Cast copies of one block's matrices."""
-        if not self.autocast or self.config.model.quantize == "4bit":
-            return 0
-        return self.c * (self.shape.block + sum(self.rank * sum(self.shape.linears[n]) for n in self.adapted))
 
-    @property
-    def cached_casts(self) -> int:
-        """Of all blocks, the copies that autocast keeps to its end: those of weights that train."""
-        if not self.autocast:
-            return 0
-        if self.rank:
-            return self.c * (self.adapters - self.whole)
-        return self.shape.layers * self.block_casts
+def verdict(plan: Plan, config: Config) -> str:
+    """Whether it fits, and the largest token budget that does."""
+    fits = f"The peak is {size(plan.peak)} of {size(plan.memory)}: it {'fits' if plan.fits else 'does not fit'}."
+    if plan.budget is None:
+        return f"{fits} Not even the longest sequence alone fits."
+    if plan.budget == 0:
+        return f"{fits} A whole step fits at once (train.micro_batch_tokens = 0, {plan.step_tokens} tokens)."
+    return f"{fits} The largest train.micro_batch_tokens that fits is {plan.budget}, of {plan.step_tokens} in a step."
 
-    @property
-    def one_cast(self) -> int:
-        """The largest copy of a frozen matrix, made for one product and dropped."""
-        frozen = self.rank and (self.autocast or self.config.model.quantize == "4bit")
-        return self.c * max(o * i for o, i in self.shape.linears.values()) if frozen else 0
 
-    @property
-    def stem_tokens(self) -> int:
-        """Bytes a token outside the blocks: cosines and sines, ids and positions, the final norm."""
-        return 2 * self.shape.head_dim * self.w + 16 + self._norm(self.shape.hidden, 1, self.w)
+def _assumptions(costs: Costs, work: Work) -> list[str]:
+    """What the prediction rests on, in words."""
+    machine = costs.machine
+    how = "by simulation on fake tensors" if isinstance(costs, SimulatedCosts) else "in closed form"
+    layout = "end to end" if costs.packed else "padded"
+    words = {BF16: "bfloat16", FP32: "float32"}
+    said = [
+        f"{costs.shape.family}: {costs.trained / 1e6:.1f}M weights train; weights are held in {words[costs.w]}, "
+        f"multiplied in {words[costs.c]}; activations {how}",
+        f"a step of {len(work.prompts)} sequences laid {layout}, the longest {max(work.sizes)} tokens, "
+        f"answers of {max(work.answers)}",
+    ]
+    if machine.kind == "cuda":
+        said.append(
+            f"on the GPU {machine.runtime / MIB:.0f} MiB before the first tensor, and {machine.slack:.0%} of all "
+            "tensors for what the allocator cannot reuse: not measured"
+        )
+    elif machine.kind == "cpu":
+        said.append(f"this process as it is now, before any weight: {machine.runtime / MIB:.0f} MiB, measured")
+    return said
 
-    def saved(self, tokens: int) -> tuple[int, int]:
-        """(activations, cast copies) that a student's forward leaves for the backward pass."""
-        s = self.shape
-        if self.checkpointing:
-            return tokens * (self.stem_tokens + s.layers * s.hidden * self.w), 0
-        unused = 0
-        if self.rank:  # nothing before the first adapters trains
-            unused = tokens * FP32 * (s.hidden + 1)
-        casts = s.layers * self.block_casts
-        if self.rank and self.autocast and casts:
-            casts -= self.c * (s.queries + 2 * s.keys) * s.hidden
-        return tokens * (self.stem_tokens + s.layers * self.block_tokens) - unused, casts
 
-    def infer(self, tokens: int) -> int:
-        """Most that a forward without gradients holds at once, cast copies apart."""
-        s, w, c = self.shape, self.w, self.c
-        # The embedding, the block's input, the sum after attention and its normalised values; then the gate, or both
-        # factors and their product. An adapter's product stands beside its layer's, before and after scaling.
-        if self.adapted:
-            mlp = 4 * s.hidden * w + s.inner * 2 * (c + self.factor) + s.hidden * self.factor
-        else:
-            mlp = 4 * s.hidden * w + 3 * s.inner * c + self.autocast * s.hidden * c
-        # Queries while they are turned by their positions: times the cosine, turned, times the sine.
-        attention = 3 * s.hidden * w + (s.queries + 2 * s.keys) * c + 3 * s.queries * max(w, c)
-        return tokens * (max(mlp, attention) + 2 * s.head_dim * w + 16) + self.one_cast
+# Where a run takes place.
 
-    def forward(self, tokens: int) -> int:
-        """Most that the student's forward holds beyond what it leaves."""
-        s = self.shape
-        if self.checkpointing:  # its blocks leave nothing but their input
-            return self.infer(tokens) - 2 * tokens * s.hidden * self.w + self.cached_casts
-        return tokens * (2 * s.inner * self.factor if self.adapted else s.hidden * self.w)
 
-    def backward(self, tokens: int) -> int:
-        """Most that the backward pass holds beyond what the forward left, gradients of weights apart."""
-        s = self.shape
-        # Gradients of the MLP's product and of one factor (an adapter's: in fp32 on their way to its factors), of the
-        # block's output and of its sum.
-        inner = self.c + FP32 if self.adapted else 2 * self.c
-        extra = tokens * (inner * s.inner + 2 * s.hidden * self.w)
-        if self.checkpointing:
-            return extra + tokens * self.block_tokens + self.block_casts
-        return extra - tokens * self._norm(s.hidden, 1, self.w)  # the final norm's is gone by then
+def this_machine(config: Config, memory: int = 0) -> Machine:
+    """The machine that a config would run on; memory: bytes of its device, 0 for those of the one that is here.
 
-    # The loss.
+    Raises SdftError for a GPU whose size is neither given nor to be seen.
+    """
+    import torch
 
-    def loss(self, rows: int) -> int:
-        """Work space of the fused loss, or of the cross-entropy, at N rows."""
-        s, config = self.shape, self.config
-        if config.loss.method == "sft":
-            rows = min(rows, CE_ROWS)  # logits in the compute dtype and in fp32, log-probabilities, two gradients
-            return rows * s.vocab * (2 * self.c + 3 * FP32) + self.head_trains * self.autocast * s.head * self.c
-        if self.machine.kind == "cuda" and config.loss.impl != "torch":
-            budget = config.loss.chunk_bytes or min(DEFAULT_CHUNK_BYTES, self.machine.memory // 64)
-            casts = budget // 8 if self.autocast else 0
-            row = 8 * s.vocab + 16 * s.hidden
-            return casts + min(rows, max(1, (budget - casts) // row)) * row
-        budget = config.loss.chunk_bytes or DEFAULT_CHUNK_BYTES
-        tiles = min(TILE_BYTES, budget // 8) * (self.c < FP32)
-        planes, row = 2, s.vocab * FP32  # two planes of scratch: the per-token values ask for them
-        block = min(power_of_two_below(budget // (4 * planes * row)), rows)
-        if self.machine.kind == "cpu":
-            block = min(block, self.machine.threads * max(1, CACHE_BYTES // ((2 + planes) * row)))
-        chunk_row = (2 * s.vocab + 3 * s.hidden) * FP32
-        chunk = min(rows, power_of_two_below((budget - tiles - planes * block * row) // chunk_row))
-        return chunk * chunk_row + planes * block * row + tiles
+    kind = config.model.device.split(":")[0]
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    if kind == "cuda":
+        bf16 = True
+        if torch.cuda.is_available():
+            bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+            index = torch.device(config.model.device if config.model.device != "auto" else "cuda").index
+            memory = memory or torch.cuda.get_device_properties(index or 0).total_memory
+        if not memory:
+            raise SdftError("model.device = 'cuda', and there is none here; give its size: --memory 24GB")
+        return Machine(kind, memory, CUDA_CONTEXT + CUBLAS_WORKSPACE, FRAGMENTATION, 1, bf16)
+    memory = memory or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    bf16 = kind == "cpu" and bool(torch.cpu._is_amx_tile_supported())
+    return Machine(kind, memory, resident(), 0.0, torch.get_num_threads(), bf16)
+
+
+def resident() -> int:
+    """Bytes of this process that are in memory."""
+    if sys.platform == "linux":
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def parse_size(text: str) -> int:
+    """ "12GB", "12 GiB", "900MB" -> bytes; GB is taken as GiB, as the makers of GPUs mean it."""
+    found = re.fullmatch(r"\s*([0-9.]+)\s*([kmgt]?)i?b?\s*", text.lower())
+    try:
+        size = float(found[1]) if found else 0.0
+    except ValueError:
+        size = 0.0
+    if not found or size <= 0:
+        raise SdftError(f"--memory {text!r} is not a size; write it like 12GB or 900MB")
+    return int(size * 1024 ** (" kmgt".index(found[2] or " ")))
+
+
+# From a config alone.
+
+
+def shape_of(config: Config) -> ModelShape:
+    """The shape of model.name, from its config.json; no weight is read."""
+    from transformers import AutoConfig
+
+    from sdft.models import resolve
+
+    folder = Path(config.model.name).expanduser()
+    adapter = folder / "adapter_config.json"
+    source = json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.is_file() else config.model.name
+    name, extra = resolve(source)
+    try:
+        found = AutoConfig.from_pretrained(name, trust_remote_code=config.model.trust_remote_code, **extra)
+    except Exception as error:  # transformers raises many kinds here
+        raise SdftError(f"model.name = {config.model.name!r}: no config loads ({str(error).splitlines()[0]})") from None
+    return ModelShape.from_config(found)
+
+
+def work_of(config: Config) -> Work:
+    """The step of the run that has most tokens, its answers as long as they may get; reads the data and tokenizer."""
+    from sdft.data import batch_indices, load_records, tokenize
+    from sdft.models import load_tokenizer
+
+    tokenizer, stop_ids = load_tokenizer(config.model)
+    records = load_records(config.data.train, config.data.split)
+    examples = tokenize(records, tokenizer, stop_ids, config.data, config.teacher).examples
+    sft = config.loss.method == "sft"
+    repeats = 1 if sft else config.rollout.per_prompt
+
+    def work(step: int) -> Work:
+        chosen = [examples[i] for i in batch_indices(len(examples), config.train.batch_size, step, config.train.seed)]
+        chosen = [e for e in chosen for _ in range(repeats)]
+        return Work(
+            tuple(len(e.prompt) for e in chosen),
+            () if sft else tuple(len(e.teacher_prompt) for e in chosen),
+            tuple(len(e.target) if sft else config.rollout.max_new_tokens for e in chosen),
+        )
+
+    steps = config.train.steps or math.ceil(config.train.epochs * len(examples) / config.train.batch_size)
+    return max((work(step) for step in range(min(steps, MOST_STEPS))), key=lambda w: sum(w.sizes))

@@ -5,7 +5,7 @@ back on. Legend: T tokens of a forward pass, N completion tokens, H hidden size,
 """
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,17 +71,19 @@ class _FusedLoss(torch.autograd.Function):
     """The lifetimes of the fused loss: both gradients made in the forward, none of its work space."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, tied: bool) -> tuple[Tensor, Tensor]:
         ctx.dx = torch.empty_like(hidden)  # (N, H)
-        ctx.dw = torch.empty(weight.shape, dtype=torch.float32) if weight.requires_grad else None  # (V, H)
-        ctx.dtype = weight.dtype
-        return hidden.new_zeros((), dtype=torch.float32)
+        dw = torch.empty(weight.shape if weight.requires_grad else 0, dtype=torch.float32)  # (V, H)
+        ctx.dw, ctx.dtype = None if tied or not weight.requires_grad else dw, weight.dtype
+        ctx.mark_non_differentiable(dw)
+        ctx.set_materialize_grads(False)
+        return hidden.new_zeros((), dtype=torch.float32), dw
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None]:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:
         dx, dw = ctx.dx, ctx.dw
         del ctx.dx, ctx.dw
-        return dx, None if dw is None else dw.to(ctx.dtype)
+        return dx, None if dw is None else dw.to(ctx.dtype), None
 
 
 def simulate(
@@ -94,14 +96,20 @@ def simulate(
     may be empty). rows: completion tokens N. packed: end to end, or padded to the longest.
     """
     model = _model(lm_config, config, compute)
-    existing = [*model.lm.parameters(), *model.lm.buffers()]
     with FakeTensorMode(allow_non_fake_inputs=False):
         _fill(model.lm)
         existing = [*model.lm.parameters(), *model.lm.buffers()]
+        _accumulate_in_place(model.trainable().values())
         with LiveBytes(existing) as live:
             for _ in range(micro_batches):
                 peaks = _micro_batch(model, live, student, teacher, rows, packed)
     return peaks
+
+
+def count(lm_config: Any, config: Config) -> tuple[int, int]:
+    """Entries of all weights, adapters included, and of those that train."""
+    parameters = list(_model(lm_config, config, torch.float32).lm.parameters())
+    return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
 
 
 def _micro_batch(
@@ -112,7 +120,11 @@ def _micro_batch(
         ids = torch.zeros(shape, dtype=torch.int64)
         where = torch.zeros(rows, dtype=torch.int64)
         with model.autocast():
-            out = model.inner.base_model if model.lm is model.inner else getattr(model.inner, model.inner.base_model_prefix)
+            out = (
+                model.inner.base_model
+                if model.lm is model.inner
+                else getattr(model.inner, model.inner.base_model_prefix)
+            )
             extra = {"lengths": tuple(lengths)} if packed else {}
             full = out(input_ids=ids, use_cache=False, **extra).last_hidden_state
         return full.flatten(0, 1).index_select(0, where)
@@ -128,12 +140,37 @@ def _micro_batch(
     before = live.now
     x = hidden(student)
     saved, most = live.now - before, live.take_peak()
-    loss = _FusedLoss.apply(x, model.inner.get_output_embeddings().weight)
+    head = model.inner.get_output_embeddings().weight
+    # Autograd keeps a tied head's gradient until the embedding's comes, and adds it in place. Under a dispatch mode it
+    # would add out of place: the gradient is kept here instead.
+    tied = head is model.inner.get_input_embeddings().weight
+    loss, dw = _FusedLoss.apply(x, head, tied)
     in_loss = live.take_peak()
+    if tied:
+        dw = dw.to(head.dtype)
+    else:
+        del dw
     del x
     loss.backward()
-    del teacher_hidden, loss
+    del loss, teacher_hidden
+    dw = None
     return Peaks(infer, saved, most, in_loss, live.take_peak(), live.now)
+
+
+def _accumulate_in_place(parameters: Iterable[nn.Parameter]) -> None:
+    """Gradients of a later micro-batch are dropped when they come, as if added to the earlier ones in place.
+
+    That is what autograd does with plain tensors; fake ones it would add out of place.
+    """
+    sums: dict[nn.Parameter, Tensor] = {}
+
+    def keep(parameter: nn.Parameter) -> None:
+        assert parameter.grad is not None
+        sums.setdefault(parameter, parameter.grad)
+        parameter.grad = None
+
+    for parameter in parameters:
+        parameter.register_post_accumulate_grad_hook(keep)
 
 
 def _model(lm_config: Any, config: Config, compute: torch.dtype) -> LanguageModel:
@@ -167,7 +204,7 @@ def _fill(lm: nn.Module) -> None:
                 if old not in made:
                     new = torch.empty(old.shape, dtype=old.dtype)
                     made[old] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
-                table[name] = made[old]
+                table[name] = made[old]  # type: ignore[assignment]
 
 
 def _attend(
@@ -183,4 +220,4 @@ def _attend(
     if lengths is None:
         return sdpa_attention_forward(module, query, key, value, None, **options)
     parts = zip(*(x.split(list(lengths), dim=2) for x in (query, key, value)), strict=True)
-    return torch.cat([sdpa_attention_forward(module, *part, None, **options)[0] for part in parts], dim=1), None
+    return torch.cat([sdpa_attention_forward(module, q, k, v, None, **options)[0] for q, k, v in parts], dim=1), None
