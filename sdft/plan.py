@@ -7,7 +7,6 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from sdft import SdftError
@@ -140,25 +139,34 @@ def advice(shape: ModelShape, config: Config, work: Work, machine: Machine) -> l
     said = []
     if plan.budget:
         said.append(f"{setting('train.micro_batch_tokens', plan.budget)} fits: the gradients of a step then add up")
-    together, fitting = config, plan.budget is not None
-    for changes, price in REMEDIES:
+    alone = {"train.micro_batch_tokens": 1}  # every sequence by itself: the least that other settings can need
+
+    def least(tried: Config) -> int:
+        return predict(shape, override(tried, alone), work, machine).peak
+
+    together = config
+    used: list[str] = []
+    fewer = max(1, min(config.rollout.batch_size, len(work.prompts)) // 4)
+    sampling = ({"rollout.batch_size": fewer}, "fewer prompts generate together: a slower rollout")
+    for changes, price in (sampling, *REMEDIES):
         if not _applies(changes, config, machine):
             continue
         named = ", ".join(setting(*change) for change in changes.items())
-        alone = predict(shape, override(config, changes), work, machine)
-        if alone.peak >= plan.peak:
-            continue
-        enough = ", enough" if alone.fits else ""
-        said.append(f"{named}: {size(plan.peak - alone.peak)} less{enough} ({price})")
-        if not fitting and _applies(changes, together, machine):
-            together = override(together, changes)
-            budget = predict(shape, together, work, machine).budget
-            if budget is not None:
-                fitting = True
-                tokens = f" with {setting('train.micro_batch_tokens', budget)}" if budget else ""
-                said.append(f"together, down to {named}, that fits{tokens}")
-    if not fitting:
-        said.append("even together that does not fit: shorter prompts or answers, or a smaller model")
+        changed = predict(shape, override(config, changes), work, machine)
+        if changed.peak < plan.peak:
+            enough = ", enough" if changed.fits else ""
+            said.append(f"{named}: {size(plan.peak - changed.peak)} less{enough} ({price})")
+        if least(together) > machine.memory and _applies(changes, together, machine):
+            with_it = override(together, changes)
+            if least(with_it) < least(together):
+                together, used = with_it, [*used, named]
+    if plan.budget is None:
+        budget = predict(shape, together, work, machine).budget
+        if budget is None:
+            said.append("even together that does not fit: shorter prompts or answers, or a smaller model")
+        elif used:
+            tokens = [setting("train.micro_batch_tokens", budget)] if budget else []
+            said.append(f"together these fit: {', '.join(used + tokens)}")
     return said
 
 
@@ -312,12 +320,11 @@ def shape_of(config: Config) -> ModelShape:
     """The shape of model.name, from its config.json; no weight is read."""
     from transformers import AutoConfig
 
+    from sdft import adapters
     from sdft.models import resolve
 
-    folder = Path(config.model.name).expanduser()
-    adapter = folder / "adapter_config.json"
-    source = json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.is_file() else config.model.name
-    name, extra = resolve(source)
+    adapter = adapters.read_config(config.model.name) if config.model.name else None
+    name, extra = resolve(adapters.base_of(config.model.name, adapter) if adapter else config.model.name)
     try:
         found = AutoConfig.from_pretrained(name, trust_remote_code=config.model.trust_remote_code, **extra)
     except Exception as error:  # transformers raises many kinds here

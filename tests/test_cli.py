@@ -248,7 +248,9 @@ def test_one_line_and_status_2(
 ) -> None:
     monkeypatch.setattr("sdft_kernels.checks.INTERPRETED", False)
     lm = str(model_folder("llama"))
-    assert refused("trian") == "sdft: unknown command 'trian'; valid: train, check, eval, generate, merge, convert"
+    assert (
+        refused("trian") == "sdft: unknown command 'trian'; valid: train, plan, check, eval, generate, merge, convert"
+    )
     assert "the config file is missing; it comes first" in refused("train")
     assert "the config file is missing; it comes first" in refused("check", "--optim.lr", "1")
     assert "none.toml: cannot be read (No such file or directory)" in refused("train", str(tmp_path / "none.toml"))

@@ -334,8 +334,13 @@ def test_advice_leads_to_a_run_that_fits() -> None:
     budget = int(said[0].split()[2])
     assert plan.predict(shape, override(c, {"train.micro_batch_tokens": budget}), w, half).fits
     assert any(line.startswith("model.gradient_checkpointing = true: ") for line in said)
-    short = plan.advice(shape, c, w, Machine("cuda", plain.phases["update"]["weights"] * 3, 0))
-    assert any(line.startswith("together") for line in short)
+    # No token budget makes room for weights, gradients, moments and teacher: five times the weights.
+    short = plan.advice(shape, c, w, Machine("cuda", plain.phases["update"]["weights"] * 4, 0))
+    assert not short[0].startswith("train.micro_batch_tokens")
+    assert short[-1].startswith("together these fit: rollout.batch_size = 7, model.gradient_checkpointing = true, ")
+    settings = dict(part.split(" = ") for part in short[-1].removeprefix("together these fit: ").split(", "))
+    changed = override(c, {key: json.loads(value) for key, value in settings.items()})
+    assert plan.predict(shape, changed, w, Machine("cuda", plain.phases["update"]["weights"] * 4, 0)).fits
     none = plan.advice(shape, c, w, Machine("cuda", 1000, 0))
     assert "even together" in none[-1]
 
