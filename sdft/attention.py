@@ -57,12 +57,12 @@ def attend(
 
     if lengths is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
     # PyTorch's bf16 backward on the CPU takes 2 to 5 times as long as its fp32 one for sequences as short as this.
-    widen = query.is_cpu and query.dtype == torch.bfloat16 and torch.is_grad_enabled() and max(lengths) <= WIDEN_UP_TO
-    if widen:
+    if query.is_cpu and dtype == torch.bfloat16 and torch.is_grad_enabled() and max(lengths) <= WIDEN_UP_TO:
         with torch.autocast("cpu", enabled=False):
             wide = attend(module, query.float(), key.float(), value.float(), None, lengths, sliding_window, **options)
-        return wide[0].to(query.dtype), None
+        return wide[0].to(dtype), None
     parts = []
     for q, k, v in zip(*(x.split(list(lengths), dim=2) for x in (query, key, value)), strict=True):  # (1, heads, t, D)
         mask = None

@@ -139,7 +139,7 @@ def test_short_bf16_sequences_are_differentiated_in_fp32_on_the_cpu(longest: int
     """Hidden states stay bf16's; gradients come nearer to fp32's where the sequences are short."""
     lengths = (5, longest)
     torch.manual_seed(0)
-    q, k, v = (torch.randn(1, heads, sum(lengths), 16).bfloat16().requires_grad_() for heads in (4, 2, 2))
+    q, k, v = (torch.randn(1, heads, sum(lengths), 16).requires_grad_() for heads in (4, 2, 2))
     module = load_tiny()[1].inner.model.layers[0].self_attn
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = attention.attend(module, q, k, v, None, lengths, scaling=0.25)[0]
