@@ -82,7 +82,7 @@ def train(config: Config) -> Path:
     """
     validate(config)
     print(describe(config))
-    memory.return_freed()
+    memory.settle()
     output = Path(config.train.output)
     prepare_output(config, output)
     with files.locked(output):
@@ -152,6 +152,8 @@ def train_step(run: Run, step: int, output: Path) -> dict[str, Any]:
         examples, completions = memory.within(
             run.model.device, f"step {step + 1}, rollout", lambda: answers(run, batch, step), lambda: halve_rollout(run)
         )
+        if run.model.device.type == "cpu":
+            memory.return_freed()
     scored = memory.within(
         run.model.device,
         f"step {step + 1}, gradients",

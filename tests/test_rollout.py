@@ -1,5 +1,6 @@
 """Completions: greedy against a naive loop, sampling against the model's own softmax."""
 
+import contextlib
 from collections import Counter
 from typing import Any
 
@@ -146,8 +147,6 @@ def test_a_generation_config_as_models_bring_it_leaves_frequencies_alone(tiny: A
 
 
 def test_the_given_weights_generate(load_tiny: Any) -> None:
-    import contextlib
-
     model = load_tiny()[1]
     model.lm.eval()
     before = generate(model, PROMPTS, greedy())
@@ -255,3 +254,19 @@ def test_tokens_without_probability_are_never_drawn() -> None:
     assert abs(counts[2] - 10000) < 5 * 5000**0.5
     for only in (0, 6):
         assert (pick(torch.full((500, 7), -1e4).index_fill_(1, torch.tensor([only]), 50.0)) == only).all()
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"dora": True}, {"rslora": True}, {"targets": ("q_proj", "down_proj")}], ids=str
+)
+@pytest.mark.parametrize("off", [False, True])
+def test_adapters_generate_as_they_score(settings: dict[str, Any], off: bool, load_tiny: Any, nudge: Any) -> None:
+    model = load_tiny()[1]
+    add_lora(model, LoraConfig(rank=2, **settings), 0)
+    plain = generate(model, PROMPTS, greedy())
+    nudge(model, size=0.3)
+    model.lm.eval()
+    with model.lm.disable_adapter() if off else contextlib.nullcontext():
+        got = generate(model, PROMPTS, greedy())
+        assert got == [naive(model, p, 12) for p in PROMPTS]
+    assert (got == plain) == off
