@@ -27,7 +27,7 @@ from sdft.batch import lay_out
 from sdft.config import Config, override
 from sdft.train import Run, set_up, train_step
 
-CAPITALS = {"Zorvia": "Lumar", "Bekland": "Tano", "Quilia": "Rando", "Morna": "Ashel", "Teshk": "Orvel", "Halvy": "Pim"}
+CAPITALS = {"Zorvia": "Lumar", "Bekland": "Tano", "Quilia": "Rando", "Morna": "Ashel"}
 
 
 def main() -> None:
@@ -57,7 +57,7 @@ def measure(args: argparse.Namespace, rate: float, folder: Path) -> None:
         "data.train": str(folder / "data.jsonl"),
         "teacher.context": "as_turns",
         "teacher.ema_alpha": args.alpha,
-        "rollout.max_new_tokens": 16,
+        "rollout.max_new_tokens": 12,
         "optim.lr": rate,
         "optim.schedule": "constant",
         "train.output": str(folder),
@@ -80,7 +80,10 @@ def measure(args: argparse.Namespace, rate: float, folder: Path) -> None:
             moved = [layer.lora_A[adapters.EARLIER].weight.detach() - a for layer, a in zip(layers, first, strict=True)]
             kls = divergences(run, layers, exact)
             told = " | ".join(f"{kl:.1e}" for kl in kls)
-            print(f"| {rate:g} | {step} | {line['loss']:.3f} | {lag:.2%} | {norm(moved) / norm(first):.2%} | {told} |")
+            print(
+                f"| {rate:g} | {step} | {line['loss']:.3f} | {lag:.2%} | {norm(moved) / norm(first):.2%} | {told} |",
+                flush=True,
+            )
 
 
 def lora_layers(run: Run) -> list[Any]:

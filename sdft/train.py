@@ -461,7 +461,8 @@ def check_space(config: Config, model: LanguageModel, output: Path) -> None:
     one = checkpoint.checkpoint_bytes(model, ema)
     kept = config.train.keep_checkpoints + bool(config.train.keep_best)
     more = max(0, kept - len(checkpoint.checkpoints(output))) + 1  # those of a resumed run are there already
-    need = one * more + sum(p.numel() * p.element_size() for p in model.trainable().values())
+    saved = model.lm.parameters() if model.own_base else model.trainable().values()
+    need = one * more + sum(p.numel() * p.element_size() for p in saved)
     free = shutil.disk_usage(output).free
     if free < need:
         raise SdftError(

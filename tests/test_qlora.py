@@ -1,6 +1,8 @@
 """QLoRA: the frozen weights in 4 bits. bitsandbytes runs it on the CPU too; without it these tests are skipped."""
 
+import importlib
 import importlib.util
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,6 @@ import torch
 from sdft import SdftError, train
 from sdft.cli import main
 
-BNB = importlib.util.find_spec("bitsandbytes") is not None
-needs_bnb = pytest.mark.skipif(not BNB, reason="bitsandbytes is not installed: pip install bitsandbytes")
 SETTINGS = {"model.quantize": "4bit", "lora.rank": 3, "teacher.kind": "base"}
 QUANTIZED: list[dict[str, Any]] = [
     {},
@@ -23,6 +23,14 @@ QUANTIZED: list[dict[str, Any]] = [
     {"model.weights_dtype": "bfloat16", "model.compute_dtype": "auto"},
 ]
 IDS = torch.arange(3, 43).reshape(2, 20) * 5 % 256
+
+
+@pytest.fixture
+def bitsandbytes() -> Any:
+    """CI must have it; elsewhere its tests are skipped, and say so."""
+    if os.environ.get("CI"):
+        return importlib.import_module("bitsandbytes")
+    return pytest.importorskip("bitsandbytes", reason="pip install bitsandbytes")
 
 
 @torch.no_grad()
@@ -40,7 +48,7 @@ def test_without_bitsandbytes(make_config: Any, monkeypatch: pytest.MonkeyPatch)
         train.train(make_config(**SETTINGS))
 
 
-@needs_bnb
+@pytest.mark.usefixtures("bitsandbytes")
 @pytest.mark.parametrize("settings", QUANTIZED, ids=str)
 def test_a_quantized_run(settings: dict[str, Any], make_config: Any, load_tiny: Any, tmp_path: Path) -> None:
     """It trains, resumes exactly, and its adapter loads on the plain base."""
@@ -61,10 +69,7 @@ def test_a_quantized_run(settings: dict[str, Any], make_config: Any, load_tiny: 
     )
 
 
-@needs_bnb
-def test_the_frozen_weights_are_4_bits(make_run: Any) -> None:
-    import bitsandbytes
-
+def test_the_frozen_weights_are_4_bits(bitsandbytes: Any, make_run: Any) -> None:
     run = make_run(**SETTINGS)
     layers = [m for m in run.model.inner.modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
     assert len(layers) == 2 * 7
@@ -82,7 +87,7 @@ def test_the_frozen_weights_are_4_bits(make_run: Any) -> None:
         make_run(**SETTINGS | {"lora.modules_to_save": ("up_proj",)})
 
 
-@needs_bnb
+@pytest.mark.usefixtures("bitsandbytes")
 @pytest.mark.parametrize("earlier", ["stack", "continue"])
 def test_stages_of_a_quantized_model(earlier: str, make_run: Any, nudge: Any, tmp_path: Path) -> None:
     first = make_run(**SETTINGS | {"train.output": str(tmp_path / "first")})
@@ -96,11 +101,8 @@ def test_stages_of_a_quantized_model(earlier: str, make_run: Any, nudge: Any, tm
         assert torch.equal(logits(second.model.lm), logits(first.model.lm))
 
 
-@needs_bnb
-def test_the_gradient_is_that_of_the_dequantized_model(make_run: Any, nudge: Any) -> None:
+def test_the_gradient_is_that_of_the_dequantized_model(bitsandbytes: Any, make_run: Any, nudge: Any) -> None:
     """Through 4-bit layers, the factors get the gradient they get on plain layers of the same values."""
-    import bitsandbytes
-
     runs = [make_run(**{"lora.rank": 3, "teacher.kind": "base", "model.quantize": q}) for q in ("4bit", "none")]
     layers = dict(runs[0].model.inner.named_modules())
     with torch.no_grad():

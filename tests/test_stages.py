@@ -203,6 +203,18 @@ def test_a_stage_resumes_exactly(kind: str, stage: Any, make_config: Any, tmp_pa
     assert all(torch.equal(got[k], t) for k, t in want.items())
 
 
+def test_the_merged_base_counts_where_disk_is_short(
+    stage: Any, make_run: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = stage("first", **{"lora.rank": 3})[1]
+    settings = {"lora.rank": 2, "model.name": str(folder)}
+    base = sum(p.numel() for p in make_run().model.lm.parameters()) * 4
+    monkeypatch.setattr(train.shutil, "disk_usage", lambda path: type("Usage", (), {"free": base}))
+    make_run(**settings | {"lora.earlier": "stack"})
+    with pytest.raises(SdftError, match="may be needed for checkpoints and model"):
+        make_run(**settings | {"lora.earlier": "merge"})
+
+
 # What is refused.
 
 
