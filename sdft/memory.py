@@ -36,31 +36,34 @@ def ran_out(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # PyTorch's CPU allocator
 
 
-def within(device: torch.device, what: str, work: Callable[[], T], shrink: Callable[[], str]) -> T:
+def within(
+    device: torch.device, what: str, work: Callable[[], T], shrink: Callable[[], str], advise: Callable[[], str]
+) -> T:
     """work(); where memory runs out, shrink() and work() once more, with the same random numbers.
 
     what: names the work in messages. shrink: makes the work smaller, drops what the failed attempt left behind, and
-    says what it did. Raises SdftError where memory runs out again.
+    says what it did. Raises SdftError where memory runs out again, with what advise() says.
     """
     cuda = device.type == "cuda"
     draws = torch.get_rng_state()
     cuda_draws = torch.cuda.get_rng_state(device) if cuda else draws
-    for last in (False, True):
+    told = ""
+    for _ in range(2):
         try:
             return work()
         except (RuntimeError, MemoryError) as error:
             if not ran_out(error):
                 raise
+            if told:
+                break
             told = next(iter(str(error).splitlines()), "") or type(error).__name__
-            if last:
-                raise SdftError(
-                    f"{what}: out of memory also in halves ({told}); `sdft plan CONFIG.toml` shows what takes it and "
-                    "what would fit. The newest checkpoint is whole: --resume goes on from it"
-                ) from None
         # Out of the handler: the error's traceback holds on to what the failed attempt had allocated.
         print(f"{what}: out of memory ({told}); once more with {shrink()}.", flush=True)
         torch.set_rng_state(draws)
         if cuda:
             torch.cuda.empty_cache()
             torch.cuda.set_rng_state(cuda_draws, device)
-    raise AssertionError
+    raise SdftError(
+        f"{what}: out of memory also in halves ({told}). {advise()} The newest checkpoint is whole: --resume goes on "
+        "from it"
+    )

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from sdft import SdftError, card, checkpoint, evaluate, files, memory, models, optim
+from sdft import SdftError, card, checkpoint, evaluate, files, memory, models, optim, plan
 from sdft.batch import lay_out, micro_batches, sequence_weights
 from sdft.config import Config, describe, load_config, to_toml, validate
 from sdft.data import Dataset, Example, TokenizedExample, batch_indices, load_records, tokenize
@@ -150,7 +150,11 @@ def train_step(run: Run, step: int, output: Path) -> dict[str, Any]:
     run.phases.spans.clear()
     with run.phases("rollout"):
         examples, completions = memory.within(
-            run.model.device, f"step {step + 1}, rollout", lambda: answers(run, batch, step), lambda: halve_rollout(run)
+            run.model.device,
+            f"step {step + 1}, rollout",
+            lambda: answers(run, batch, step),
+            lambda: halve_rollout(run),
+            lambda: memory_advice(config),
         )
         if run.model.device.type == "cpu":
             memory.return_freed()
@@ -159,6 +163,7 @@ def train_step(run: Run, step: int, output: Path) -> dict[str, Any]:
         f"step {step + 1}, gradients",
         lambda: accumulate_gradients(run, examples, completions),
         lambda: halve_tokens(run, sum(sequence_sizes(run, examples, completions))),
+        lambda: memory_advice(config),
     )
     loss = scored.loss
     with run.phases("update"):
@@ -289,6 +294,15 @@ def halve_tokens(run: Run, whole: int) -> str:
     run.optimizer.zero_grad(set_to_none=True)
     run.micro_batch_tokens = max(1, min(run.micro_batch_tokens or whole, whole) // 2)
     return f"train.micro_batch_tokens = {run.micro_batch_tokens}"
+
+
+def memory_advice(config: Config) -> str:
+    """What to change in a config that ran out of memory, by what `sdft plan` predicts of it."""
+    shape, work, machine = plan.shape_of(config), plan.work_of(config), plan.this_machine(config)
+    # It did run out, whatever was predicted: so ask for what makes the prediction smaller.
+    less = int(0.9 * plan.predict(shape, config, work, machine).peak)
+    said = plan.advice(shape, config, work, replace(machine, memory=min(less, machine.memory)))
+    return "By `sdft plan`: " + "; ".join(said) + "."
 
 
 def on_nonfinite(
