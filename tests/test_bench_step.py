@@ -2,6 +2,10 @@
 
 import importlib.util
 import json
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -180,3 +184,26 @@ def test_one_command(
 def test_a_process_that_dies_or_hangs_is_a_note(job: Job) -> None:
     assert step.in_subprocess(replace(job, model="no/such/model"), 60.0)["note"].startswith("died with exit status 1")
     assert step.in_subprocess(job, 0.01)["note"] == "over 0 s"
+
+
+def arguments_of(process: str) -> list[str]:
+    try:
+        return Path("/proc", process, "cmdline").read_text().split("\0")
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+
+
+def test_whoever_ends_the_bench_ends_its_contender(job: Job, tmp_path: Path) -> None:
+    """A time limit set from outside must not leave a training run behind."""
+    long = ["--model", job.model, "--steps", "100000", "--seconds", "100", "--contenders", "^ours$"]
+    command = [sys.executable, "-m", "bench.step", *long, "--shapes", "8x24", "--results", str(tmp_path)]
+    bench = subprocess.Popen(command, cwd=step.ROOT)
+    children = Path(f"/proc/{bench.pid}/task/{bench.pid}/children")
+    contender = None
+    while contender is None:
+        assert bench.poll() is None
+        time.sleep(0.05)
+        contender = next((n for n in children.read_text().split() if "--one" in arguments_of(n)), None)
+    bench.terminate()
+    assert bench.wait(30) == 128 + signal.SIGTERM
+    assert "--one" not in arguments_of(contender)
