@@ -7,8 +7,10 @@ Every configuration is predicted in one fresh process and run in another. The pe
 what is resident at the beginning of each phase.
 """
 
+import argparse
 import contextlib
 import json
+import platform
 import subprocess
 import sys
 import tempfile
@@ -107,19 +109,196 @@ def apart(what: str, settings: dict[str, Any]) -> Any:
         return json.loads(done.stdout.splitlines()[-1])
 
 
+# Predictions for GPUs.
+
+GPUS = (8, 12, 16, 24, 80)  # GiB
+LEAN = {
+    "model.weights_dtype": "bfloat16", "model.gradient_checkpointing": True, "optim.name": "adamw_8bit",
+    "teacher.offload": True,
+}  # fmt: skip
+LORA = {"model.weights_dtype": "bfloat16", "model.gradient_checkpointing": True, "lora.rank": 16}
+METHODS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "full, bf16 weights, 8-bit Adam, offloaded EMA, checkpointing": LEAN,
+    "LoRA 16, bf16 weights, checkpointing": LORA,
+    "QLoRA 16, checkpointing": LORA | {"model.quantize": "4bit"},
+}
+# Sizes from the models' public config.json.
+SHAPES = {
+    "Qwen2.5-0.5B": ("qwen2", 24, 896, 4864, 14, 2, 64, 151936, True),
+    "Qwen2.5-1.5B": ("qwen2", 28, 1536, 8960, 12, 2, 128, 151936, True),
+    "Qwen2.5-7B": ("qwen2", 28, 3584, 18944, 28, 4, 128, 152064, False),
+    "Llama-3.1-8B": ("llama", 32, 4096, 14336, 32, 8, 128, 128256, False),
+}
+STEP = {"prompt": 512, "shown": 1024, "answer": 256}  # tokens of each of a step's 32 sequences
+
+
+def full_logits() -> tuple[float, float]:
+    """Bytes that TRL's full-vocabulary loss holds for each of N V logits: after its forward, most in its backward.
+
+    Counted on TRL's own functions, with fake tensors: both models' logits in bf16, made fp32 by accelerate, divided
+    by the temperature, their log-softmaxes, the elementwise divergence.
+    """
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from trl.experimental.sdft.loss_utils import compute_full_logit_self_distillation_loss
+
+    from sdft.simulate import LiveBytes
+
+    rows, vocab = 64, 4096
+    with FakeTensorMode():
+        source = torch.empty(rows, vocab, dtype=torch.bfloat16, requires_grad=True)
+        with LiveBytes([source]) as live:
+
+            def logits(of: torch.Tensor) -> torch.Tensor:  # (N, V): the head's output, in trl's _forward_logits
+                return (of * 1).float() / 1.0
+
+            with torch.no_grad():
+                teacher = logits(source)
+            student = logits(source)
+            loss = compute_full_logit_self_distillation_loss(student, teacher, distillation_alpha=0.0)  # (N,)
+            held = live.now
+            live.take_peak()
+            loss.sum().backward()
+            return held / (rows * vocab), live.peak / (rows * vocab)
+
+
+def table() -> str:
+    """The largest token budget of every method on every GPU: Markdown."""
+    from sdft.config import Config, override
+    from sdft.costs import Costs, Machine, ModelShape, Pass, Work
+    from sdft.plan import CUBLAS_WORKSPACE, CUDA_CONTEXT, FRAGMENTATION
+
+    forward, backward = full_logits()
+
+    class FullLogits(Costs):
+        """The same plan, but the loss keeps every logit of both sides, and makes gradients in the backward pass."""
+
+        def losing(self, one: Pass) -> dict[str, int]:
+            logits = {"gradients": 0, "loss": round(forward * one.rows * self.shape.vocab)}
+            return super().losing(one) | logits
+
+        def descending(self, one: Pass, again: bool) -> list[dict[str, int]]:
+            first, *rest = super().descending(one, again)
+            logits = {"gradients": self.gradients * again, "loss": round(backward * one.rows * self.shape.vocab)}
+            return [first | logits, *rest]
+
+    lines = [
+        f"| model | what trains | {' | '.join(f'{gpu} GB' for gpu in GPUS)} |",
+        f"|---|---|{'---|' * len(GPUS)}",
+    ]
+    for (model, sizes), (method, settings) in product(SHAPES.items(), METHODS.items()):
+        shape = ModelShape(*sizes, qkv_bias=sizes[0] == "qwen2")
+        new = {"rollout.max_new_tokens": STEP["answer"], "model.device": "cuda", "teacher.kind": "ema"}
+        config = override(Config(), new | settings)
+        work = Work.uniform(config, **STEP)
+        cells = []
+        for gpu in GPUS:
+            machine = Machine("cuda", gpu * GIB, CUDA_CONTEXT + CUBLAS_WORKSPACE, FRAGMENTATION)
+            found = [largest(kind, shape, config, machine, work) for kind in (Costs, FullLogits)]
+            cells.append(" / ".join(found) if found != ["–", "–"] else "–")
+        lines.append(f"| {model} | {method} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def largest(kind: Any, shape: Any, config: Any, machine: Any, work: Any) -> str:
+    """The largest token budget that fits, with as many prompts generating together as there is room for."""
+    from sdft.config import override
+    from sdft.plan import largest_budget
+
+    for prompts in (32, 8, 1):
+        costs = kind(shape, override(config, {"rollout.batch_size": prompts}), machine, True)
+        budget = largest_budget(costs, work)
+        if budget is not None:
+            few = f" ({prompts})" if prompts < 32 else ""
+            return f"{'a whole step' if budget == 0 else f'{budget:,}'}{few}"
+    return "–"
+
+
+# What is written down.
+
+
+def compare(names: list[str]) -> list[dict[str, Any]]:
+    """Predicted and measured bytes of each configuration, by phase; the phases that have a prediction."""
+    rows = []
+    for name, settings in cases().items():
+        if names and name not in names:
+            continue
+        plan, run = apart("predicted", settings), apart("measured", settings)
+        phases = {phase: {"predicted": sum(plan[phase].values()), "measured": run[phase]} for phase in plan}
+        peak = {kind: max(one[kind] for one in phases.values()) for kind in ("predicted", "measured")}
+        rows.append({"configuration": name, "peak": peak, "phases": phases, "terms": plan})
+        print(markdown(rows[-1:]).splitlines()[-1], flush=True)
+    return rows
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """A table: for each configuration and phase predicted / measured MiB, and how far the peak is off."""
+    phases = list(rows[0]["phases"])
+    lines = [
+        f"| configuration | peak, predicted | measured | off by | {' | '.join(phases)} |",
+        f"|---|---:|---:|---:|{'---:|' * len(phases)}",
+    ]
+    for row in rows:
+        peak = row["peak"]
+        cells = [f"{both['predicted'] / MIB:.0f} / {both['measured'] / MIB:.0f}" for both in row["phases"].values()]
+        off = f"{peak['predicted'] / peak['measured'] - 1:+.1%}"
+        peaks = f"{peak['predicted'] / MIB:.0f} | {peak['measured'] / MIB:.0f} | {off}"
+        lines.append(f"| {row['configuration']} | {peaks} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def describe() -> str:
+    """Where and with what this was measured."""
+    import torch
+    import transformers
+
+    from .report import device_name, output_of
+
+    commit = output_of("git", "rev-parse", "--short", "HEAD")
+    threads = torch.get_num_threads()
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}"
+    return f"{device_name()}, {threads} threads, {versions}, commit {commit}"
+
+
+def put_into_docs(name: str, text: str) -> None:
+    """Replaces what docs/memory.md holds between the two comments of that name."""
+    path = ROOT / "docs/memory.md"
+    before, _, rest = path.read_text().partition(f"<!-- {name} -->\n")
+    _, _, after = rest.partition(f"<!-- end of {name} -->")
+    path.write_text(f"{before}<!-- {name} -->\n{text}\n<!-- end of {name} -->{after}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--table", action="store_true", help="predictions for GPUs, into docs/memory.md")
+    parser.add_argument("--only", nargs="*", default=[], choices=list(cases()), help="these configurations, not kept")
+    parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
+    a = parser.parse_args()
+    if a.worker:
+        what, settings, folder = a.worker
+        print(json.dumps({"predicted": predicted, "measured": measured}[what](json.loads(settings), Path(folder))))
+        return
+    if a.table:
+        text = table()
+        put_into_docs("table", text)
+        print(text)
+        return
+    rows = compare(a.only)
+    if a.only:
+        return
+    about = describe()
+    (RESULTS / "memory-cpu.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+    text = f"MiB, predicted / measured; {about}.\n\n{markdown(rows)}"
+    (RESULTS / "memory-cpu.md").write_text(
+        f"# Peak memory, predicted and measured\n\n`python -m bench.memory`\n\n{text}\n"
+    )
+    put_into_docs("measured", text)
+    worst = max(abs(row["peak"]["predicted"] / row["peak"]["measured"] - 1) for row in rows)
+    print(f"The worst peak is off by {worst:.1%}; the bar is {BAR:.0%}.")
+    if worst > BAR:
+        raise SystemExit(1)
+
+
 if __name__ == "__main__":
-    if sys.argv[1] == "--worker":
-        print(
-            json.dumps(
-                {"predicted": predicted, "measured": measured}[sys.argv[2]](json.loads(sys.argv[3]), Path(sys.argv[4]))
-            )
-        )
-    else:
-        for n, s in cases().items():
-            if len(sys.argv) > 2 and sys.argv[2] not in n:
-                continue
-            p, m = apart("predicted", s), apart("measured", s)
-            print(n)
-            for ph in m:
-                t = sum(p[ph].values())
-                print(f"   {ph:9} predicted {t / MIB:7.0f} measured {m[ph] / MIB:7.0f} {t / m[ph] - 1:+.1%}")
+    main()

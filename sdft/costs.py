@@ -369,6 +369,8 @@ class Costs:
         inner = self.c + FP32 if self.adapted else 2 * self.c
         # The final norm's tensors are gone by then.
         extra = tokens * (inner * s.inner + 2 * s.hidden * self.w - self._norm(s.hidden, 1, self.w))
+        if self.config.model.quantize == "4bit":  # matrices in full, one at a time, as in the forward
+            extra += self.one_cast
         if self.checkpointing or self.config.model.activation_offload:
             return extra + tokens * self.block_tokens + self.block_casts
         return extra
@@ -407,9 +409,11 @@ class Costs:
         """B prompts of at most `prompt` tokens generating together, with weights cast once for all tokens."""
         s, c = self.shape, self.c
         cache = prompts * (prompt + new) * s.layers * 2 * s.keys * c
-        casts = c * (s.layers * s.block * (self.config.model.quantize == "none") + s.head) if self.autocast else 0
-        if self.rank and not self.autocast:
-            casts = self.cached_casts
+        # On the CPU the copy is made in any case: oneDNN lays the weights out anew for products with few rows.
+        copied = self.autocast or self.machine.kind == "cpu"
+        casts = c * (s.layers * s.block * (self.config.model.quantize == "none") + s.head) if copied else 0
+        if self.rank and (copied or c < FP32):
+            casts += c * (self.adapters - self.whole)
         # Prompts of different lengths are padded, and padding is masked: keys and values are then repeated for every
         # query head, and the mask is made a float one.
         masked = prompts * prompt * (2 * s.queries * c + prompt * (1 + c)) if prompts > 1 else 0
