@@ -440,3 +440,33 @@ def test_a_gpu_that_is_not_here_needs_its_size() -> None:
     with pytest.raises(SdftError, match="--memory"):
         plan.this_machine(config(**{"model.device": "cuda"}))
     assert plan.this_machine(config(**{"model.device": "cuda"}), GIB).memory == GIB
+
+
+# The benchmark's table.
+
+
+def test_the_table_has_every_model_and_method(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bench import memory
+
+    monkeypatch.setattr(memory, "full_logits", lambda: (16.0, 20.0))  # counted on trl, which the tests do without
+    lines = memory.table().splitlines()
+    assert len(lines) == 2 + len(memory.SHAPES) * len(memory.METHODS)
+    assert all(line.count("|") == 3 + len(memory.GPUS) for line in lines)
+
+    def tokens(cell: str) -> int:
+        return 10**9 if "whole" in cell else int(cell.split("(")[0].replace(",", "") or 0) if cell != "–" else 0
+
+    for line in lines[2:]:
+        cells = [[tokens(part.strip()) for part in cell.split("/")] for cell in line.split("|")[3:-1]]
+        assert [cell[0] for cell in cells] == sorted(cell[0] for cell in cells)  # more memory, no fewer tokens
+        assert all(cell[0] >= cell[-1] for cell in cells)  # full logits never hold more
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"), [("Qwen2.5-0.5B", 0.494), ("Qwen2.5-7B", 7.616), ("Llama-3.1-8B", 8.030)]
+)
+def test_the_tables_models_have_their_weights(name: str, billions: float) -> None:
+    from bench.memory import SHAPES
+
+    sizes = SHAPES[name]
+    assert ModelShape(*sizes, qkv_bias=sizes[0] == "qwen2").parameters / 1e9 == pytest.approx(billions, abs=0.001)
