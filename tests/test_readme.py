@@ -28,6 +28,7 @@ ELSEWHERE = {
     "make demo": "test_make_demo_runs_the_demo and test_demo_from_end_to_end",
     "make test": "CI, which runs nothing else: test_ci_runs_the_readmes_test_command",
     "make bench": "by hand; its cases check their values before they report a time",
+    "make bench-step": "test_bench_step.py, on tiny models",
     "make bench-gpu": "test_bench.py, on tiny shapes and the CPU",
     "make wheels": "by hand: it downloads",
     "pip install '.[train]'": "the Makefile, with dev beside train",
