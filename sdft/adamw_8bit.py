@@ -36,7 +36,8 @@ class AdamW8bit(bitsandbytes.optim.AdamW8bit):
                 flat[part],
                 state1[part],
                 state2[part],
-                *group["betas"],
+                group["betas"][0],
+                group["betas"][1],
                 0.0,  # beta3 and alpha are not Adam's
                 0.0,
                 group["eps"],
