@@ -11,6 +11,7 @@ import torch
 from sdft import SdftError
 
 T = TypeVar("T")
+KERNELS = 64  # that oneDNN keeps; a step's distinct products at one time are fewer
 
 
 def settle() -> None:
@@ -19,7 +20,7 @@ def settle() -> None:
     oneDNN keeps the code it makes for each shape of a product, 1024 of them by default. Steps rarely repeat a shape:
     0.4 GB after 15 steps of SmolLM2.
     """
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KERNELS))
 
 
 def return_freed() -> None:

@@ -11,13 +11,26 @@ from typing import Any
 
 from sdft import SdftError
 from sdft.config import Config, override
-from sdft.costs import BF16, FP32, Costs, Machine, ModelShape, Pass, SimulatedCosts, Work, costs_of, passes_of, share_of
+from sdft.costs import (
+    BF16,
+    FP32,
+    MAPPED,
+    Costs,
+    Machine,
+    ModelShape,
+    Pass,
+    SimulatedCosts,
+    Work,
+    costs_of,
+    passes_of,
+    share_of,
+)
 
 GIB, MIB = 2**30, 2**20
 COLOURS = {  # of the terms, in the order they are shown
     "weights": "blue", "teacher": "cyan", "moments": "magenta", "gradients": "red", "activations": "yellow",
     "cast weights": "green", "KV cache": "bright_blue", "loss": "bright_red", "transient": "white",
-    "runtime": "bright_black",
+    "runtime": "bright_black", "kept": "bright_yellow",
 }  # fmt: skip
 TERMS = tuple(COLOURS)
 MOST_STEPS = 10_000  # of a run, looked through for the one with most tokens
@@ -111,7 +124,24 @@ def _phases(costs: Costs, work: Work, passes: Sequence[Pass], again: bool) -> di
         for part in costs.descending(one, again):
             add("backward", part)
     add("update", {"gradients": costs.gradients})
+    if costs.machine.kind == "cpu":
+        _keep_freed(phases, costs)
     return phases
+
+
+def _keep_freed(phases: dict[str, dict[str, int]], costs: Costs) -> None:
+    """Adds what glibc's heap still holds, in the update and the next rollout, of what the gradient had allocated."""
+    head = costs.shape.head * costs.item
+    mapped = head if head >= MAPPED and not costs.rank else 0  # the embedding's gradient
+
+    def small(phase: str) -> int:  # in blocks that come from the heap
+        terms = phases[phase]
+        kept = sum(terms[term] for term in ("activations", "cast weights", "KV cache", "transient"))
+        return kept + (costs.gradients - mapped if phase == "update" else 0)
+
+    most = max(small(phase) for phase in ("score", "loss", "backward", "update"))
+    for phase in {"rollout", "update"} & set(phases):
+        phases[phase]["kept"] = max(0, most - small(phase))
 
 
 # What to do about it.
