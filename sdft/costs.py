@@ -17,6 +17,7 @@ from sdft_kernels.chunks import CACHE_BYTES, DEFAULT_CHUNK_BYTES, power_of_two_b
 from sdft_kernels.torch_impl import TILE_BYTES
 
 from sdft import SdftError
+from sdft.attention import WIDEN_UP_TO
 from sdft.batch import micro_batches
 from sdft.config import Config
 from sdft.loss import CE_ROWS
@@ -174,16 +175,21 @@ class Machine:
 class Costs:
     """The closed forms: bytes of one model under one config.
 
-    w, c: bytes of a weight and of an operand of the matrix products; where c is less, autocast casts the weights.
+    longest: tokens of the longest sequence. w, c: bytes of a weight and of an operand of the matrix products; where c is
+    less, autocast casts the weights.
     """
 
-    def __init__(self, shape: ModelShape, config: Config, machine: Machine, packed: bool) -> None:
+    def __init__(
+        self, shape: ModelShape, config: Config, machine: Machine, packed: bool, longest: int = WIDEN_UP_TO + 1
+    ) -> None:
         self.shape, self.config, self.machine, self.packed = shape, config, machine, packed
         self.w = BF16 if config.model.weights_dtype == "bfloat16" else FP32
         wanted = config.model.compute_dtype
         bf16 = wanted == "bfloat16" or self.w == BF16 or (wanted == "auto" and machine.bf16)
         self.c = BF16 if bf16 else FP32
         self.autocast = self.c < self.w  # of the weights; fp32 factors beside bf16 weights are cast as well
+        widened = packed and machine.kind == "cpu" and longest <= WIDEN_UP_TO  # attention.attend
+        self.attended = FP32 if widened else self.c  # bytes of an entry of what attention keeps
         self.rank = config.lora.rank
         self.checkpointing = config.model.gradient_checkpointing
         names = shape.linears
@@ -300,9 +306,9 @@ class Costs:
             kept += self._norm(s.queries, s.heads, c) + self._norm(s.keys, s.kv_heads, c)
         # Attention keeps q, k, v, its output and the log-sum-exps; packed, it runs a sequence at a time and the
         # outputs are then laid end to end, once more.
-        kept += c * (2 * s.queries + 2 * s.keys) + FP32 * s.heads
+        kept += self.attended * (2 * s.queries + 2 * s.keys) + FP32 * s.heads
         copies, itself = self._inputs(s.queries, ("o_proj",), c)
-        kept += copies + (itself and self.packed) * s.queries * c
+        kept += copies + (itself and self.packed) * s.queries * c  # widened, it is narrowed again: a copy as well
         # The MLP keeps both factors and the gate before its activation.
         copies, itself = self._inputs(s.inner, ("down_proj",), c)
         return kept + 3 * s.inner * c + copies + itself * s.inner * c
@@ -421,11 +427,12 @@ class Costs:
         """B prompts of at most `prompt` tokens generating together, with weights cast once for all tokens."""
         s, c = self.shape, self.c
         cache = prompts * (prompt + new) * s.layers * 2 * s.keys * c
-        # On the CPU the copy is made in any case: oneDNN lays the weights out anew for products with few rows.
-        copied = self.autocast or self.machine.kind == "cpu"
-        casts = c * (s.layers * s.block * (self.config.model.quantize == "none") + s.head) if copied else 0
-        if self.rank and (copied or c < FP32):
-            casts += c * (self.adapters - self.whole)
+        # Adapters are added to the copy. On the CPU it is made in any case: oneDNN lays weights out anew for few rows.
+        copied = self.w != c or self.machine.kind == "cpu"
+        quantized = self.config.model.quantize == "4bit"
+        casts = c * (s.layers * s.block * (not quantized) + s.head) if copied else 0
+        if self.rank and c < FP32 and (quantized or not copied):
+            casts += self.cached_casts
         # Prompts of different lengths are padded, and padding is masked: keys and values are then repeated for every
         # query head, and the mask is made a float one.
         masked = prompts * prompt * (2 * s.queries * c + prompt * (1 + c)) if prompts > 1 else 0
@@ -520,7 +527,7 @@ class SimulatedCosts(Costs):
         for budget in (max(work.sizes), max(sum(work.sizes), max(work.sizes) + 1)):
             one = share_of(work, budget)
             teacher = (one.teacher,) if one.teacher else ()
-            args = (shape.config, config, compute, (one.student,), teacher, one.rows, packed)
+            args = (shape.config, config, compute, (one.student,), teacher, one.rows, packed, machine.kind)
             self.ends.append((one.student, [simulate(*args, micro_batches=n) for n in (1, 2)]))
 
     @property
@@ -570,7 +577,8 @@ def costs_of(shape: ModelShape, config: Config, work: Work, machine: Machine) ->
         and {*config.lora.targets, *config.lora.modules_to_save} <= {*names}
     )
     if known and plain:
-        return Costs(shape, config, machine, packed)
+        longest = max(p + a - 1 for p, a in zip(work.prompts, work.answers, strict=True))
+        return Costs(shape, config, machine, packed, longest)
     return SimulatedCosts(shape, config, machine, packed, work)
 
 

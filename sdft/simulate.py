@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from sdft.attention import attend
 from sdft.config import Config
 from sdft.models import DTYPES, LanguageModel, add_lora, disable_dropout, enable_gradient_checkpointing
 
@@ -88,14 +89,15 @@ class _FusedLoss(torch.autograd.Function):
 
 def simulate(
     lm_config: Any, config: Config, compute: torch.dtype, student: Sequence[int], teacher: Sequence[int], rows: int,
-    packed: bool, micro_batches: int = 1,
+    packed: bool, kind: str = "cuda", micro_batches: int = 1,
 ) -> Peaks:  # fmt: skip
     """Peaks of the last of `micro_batches` equal ones.
 
     lm_config: a Hugging Face config. student, teacher: tokens of each sequence's forward pass on that side (teacher
-    may be empty). rows: completion tokens N. packed: end to end, or padded to the longest.
+    may be empty). rows: completion tokens N. packed: end to end, or padded to the longest. kind: of device,
+    whose attention is used.
     """
-    model = _model(lm_config, config, compute)
+    model = _model(lm_config, config, compute, kind)
     with FakeTensorMode(allow_non_fake_inputs=False):
         _fill(model.lm)
         existing = [*model.lm.parameters(), *model.lm.buffers()]
@@ -173,11 +175,11 @@ def _accumulate_in_place(parameters: Iterable[nn.Parameter]) -> None:
         parameter.register_post_accumulate_grad_hook(keep)
 
 
-def _model(lm_config: Any, config: Config, compute: torch.dtype) -> LanguageModel:
+def _model(lm_config: Any, config: Config, compute: torch.dtype, kind: str = "cuda") -> LanguageModel:
     """The model as train.py sets it up, on the meta device."""
     from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
 
-    AttentionInterface.register(ATTENTION, _attend)
+    AttentionInterface.register(ATTENTION, _attend_on_cpu if kind == "cpu" else _attend)
     AttentionMaskInterface.register(ATTENTION, lambda *args, **kwargs: None)
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(
@@ -221,3 +223,10 @@ def _attend(
         return sdpa_attention_forward(module, query, key, value, None, **options)
     parts = zip(*(x.split(list(lengths), dim=2) for x in (query, key, value)), strict=True)
     return torch.cat([sdpa_attention_forward(module, q, k, v, None, **options)[0] for q, k, v in parts], dim=1), None
+
+
+def _attend_on_cpu(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    """The trainer's own, which has a rule of its own for the CPU."""
+    return attend(module, query, key, value, None, **options)
