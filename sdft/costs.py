@@ -175,8 +175,8 @@ class Machine:
 class Costs:
     """The closed forms: bytes of one model under one config.
 
-    longest: tokens of the longest sequence. w, c: bytes of a weight and of an operand of the matrix products; where c is
-    less, autocast casts the weights.
+    longest: tokens of the longest sequence. w, c: bytes of a weight and of an operand of the matrix products; where c
+    is less, autocast casts the weights.
     """
 
     def __init__(
