@@ -31,6 +31,8 @@ def read_config(name: str) -> Any:
     from transformers.utils.peft_utils import find_adapter_config_file
 
     found = None
+    if not Path(name).expanduser().is_dir() and name.count("/") != 1:
+        return None  # adapters on the hub have an owner: nothing is asked there about a file, or a name of our own
     with contextlib.suppress(OSError, ValueError):  # such a hub name is unheard of: loading it says so
         found = find_adapter_config_file(name)
     if found is None:

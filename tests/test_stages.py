@@ -385,3 +385,14 @@ def test_a_teacher_made_late_holds_what_is_in_memory(stage: Any, make_run: Any, 
     nudge(run.model, 1)
     with teacher.weights():
         assert torch.equal(logits(run.model.lm), want)
+
+
+@pytest.mark.parametrize("name", ["smollm2-135m", "gpt2", "folder/model.gguf.gguf/x"])
+def test_the_hub_is_not_asked_about_names_that_are_not_its_adapters(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.utils import peft_utils
+
+    def asked(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("asked")
+
+    monkeypatch.setattr(peft_utils, "find_adapter_config_file", asked)
+    assert adapters.read_config(name) is None
