@@ -11,3 +11,9 @@ class SdftError(Exception):
 
     The commands print it as one line, without a traceback, and exit with status 2.
     """
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says, as far as it fits into one line of ours; its kind where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

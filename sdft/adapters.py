@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sdft import SdftError
+from sdft import SdftError, first_line
 from sdft.config import LoraConfig
 
 EARLIER, NEW = "default", "new"  # peft's names of the adapters; NEW is there in a stack only
@@ -176,7 +176,7 @@ def add(lm: Any, config: LoraConfig, seed: int) -> Any:
     except (ValueError, TypeError) as error:  # TypeError: lora.modules_to_save names a list of layers
         raise SdftError(
             f"lora.targets = {list(config.targets)}, lora.modules_to_save = {list(config.modules_to_save)}: "
-            f"{next(iter(str(error).splitlines()), '')}"
+            f"{first_line(error)}"
         ) from None
     if hasattr(inner.get_output_embeddings(), "base_layer"):
         raise SdftError(

@@ -366,7 +366,7 @@ def validate(config: Config) -> None:
     ]
     for ok, key, problem in checks:
         if not ok:
-            raise SdftError(f"{key} = {_get(config, key)!r} {problem}")
+            raise SdftError(f"{key} = {get(config, key)!r} {problem}")
     _check_lora(c)
     if c.model.weights_dtype == "bfloat16" and c.model.compute_dtype == "float32":
         raise SdftError(
@@ -391,15 +391,15 @@ def validate(config: Config) -> None:
 def _check_lora(c: Config) -> None:
     adapter = c.lora.rank > 0 or c.lora.earlier == "continue"
     for key in ("lora.rslora", "lora.dora", "lora.modules_to_save"):
-        if _get(c, key) and not adapter:
-            raise SdftError(f"{key} = {_get(c, key)!r} has no effect without an adapter; set lora.rank above 0")
+        if get(c, key) and not adapter:
+            raise SdftError(f"{key} = {get(c, key)!r} has no effect without an adapter; set lora.rank above 0")
     if c.lora.earlier == "stack":
         if not c.lora.rank:
             raise SdftError("lora.earlier = 'stack' needs a new adapter; set lora.rank above 0")
         for key in ("lora.dora", "lora.modules_to_save"):
-            if _get(c, key):
+            if get(c, key):
                 raise SdftError(
-                    f"{key} = {_get(c, key)!r} does not add to another adapter; leave it out, or "
+                    f"{key} = {get(c, key)!r} does not add to another adapter; leave it out, or "
                     "set lora.earlier = 'merge'"
                 )
     if adapter and c.model.name.endswith(".gguf"):
@@ -417,7 +417,8 @@ def _check_lora(c: Config) -> None:
             )
 
 
-def _get(config: Any, key: str) -> Any:
+def get(config: Any, key: str) -> Any:
+    """A setting by its dotted name, such as optim.lr."""
     for name in key.split("."):
         config = getattr(config, name)
     return config

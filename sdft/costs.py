@@ -137,12 +137,9 @@ class Work:
     @classmethod
     def uniform(cls, config: Config, prompt: int, shown: int, answer: int) -> "Work":
         """Every sequence of the step alike."""
-        count = (
-            config.train.batch_size * config.rollout.per_prompt
-            if config.loss.method == "sdft"
-            else (config.train.batch_size)
-        )
-        return cls((prompt,) * count, (shown,) * count if config.loss.method == "sdft" else (), (answer,) * count)
+        sdft = config.loss.method == "sdft"
+        count = config.train.batch_size * (config.rollout.per_prompt if sdft else 1)
+        return cls((prompt,) * count, (shown,) * count if sdft else (), (answer,) * count)
 
     @property
     def sizes(self) -> list[int]:

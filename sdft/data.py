@@ -11,6 +11,7 @@ A record is one JSON object:
 - `check` (optional): how it is compared, one of evaluate.CHECKS.
 """
 
+import functools
 import hashlib
 import json
 import random
@@ -307,13 +308,12 @@ def batch_indices(size: int, batch_size: int, step: int, seed: int) -> list[int]
 
     A pure function of its arguments, so the position in the data needs no state beyond the step.
     """
-    first = step * batch_size
-    order: dict[int, list[int]] = {}
-    picked = []
-    for position in range(first, first + batch_size):
-        epoch, index = divmod(position, size)
-        if epoch not in order:
-            order[epoch] = list(range(size))
-            random.Random(f"{seed}/{epoch}").shuffle(order[epoch])
-        picked.append(order[epoch][index])
-    return picked
+    places = (divmod(position, size) for position in range(step * batch_size, (step + 1) * batch_size))
+    return [_epoch_order(size, seed, epoch)[index] for epoch, index in places]
+
+
+@functools.lru_cache(maxsize=2)  # a batch may lie in two epochs; steps follow each other
+def _epoch_order(size: int, seed: int, epoch: int) -> list[int]:
+    order = list(range(size))
+    random.Random(f"{seed}/{epoch}").shuffle(order)
+    return order

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import torch
 
-from sdft import SdftError
+from sdft import SdftError, first_line
 
 T = TypeVar("T")
 KERNELS = 64  # that oneDNN keeps; a step's distinct products at one time are fewer
@@ -57,7 +57,7 @@ def within(
                 raise
             if told:
                 break
-            told = next(iter(str(error).splitlines()), "") or type(error).__name__
+            told = first_line(error)
         # Out of the handler: the error's traceback holds on to what the failed attempt had allocated.
         print(f"{what}: out of memory ({told}); once more with {shrink()}.", flush=True)
         torch.set_rng_state(draws)

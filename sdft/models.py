@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sdft import SdftError, adapters, attention, card
+from sdft import SdftError, adapters, attention, card, files, first_line
 from sdft.config import LoraConfig, ModelConfig
 
 SMOLLM2 = "smollm2-135m"
@@ -86,12 +86,11 @@ class LanguageModel:
         """Matrix products in the compute dtype. One context per forward: its cache of cast weights must not
         outlive an update or the teacher's turn in the same module."""
         # Adapters are fp32 also where the weights they belong to are bf16.
-        other = any(p.is_floating_point() and p.dtype != self.compute_dtype for p in self.lm.parameters())
-        if self.compute_dtype == torch.float32 or not other:
+        needed = self.compute_dtype != torch.float32 and any(
+            p.is_floating_point() and p.dtype != self.compute_dtype for p in self.lm.parameters()
+        )
+        with torch.autocast(self.device.type, dtype=self.compute_dtype) if needed else contextlib.nullcontext():
             yield
-        else:
-            with torch.autocast(self.device.type, dtype=self.compute_dtype):
-                yield
 
     @property
     def weights_dtype(self) -> torch.dtype:
@@ -229,7 +228,7 @@ def convert_gguf(source: Path, folder: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(**where)
         lm = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
     except Exception as error:  # transformers raises many kinds here
-        raise SdftError(f"{source}: no model loads from it ({_first_line(error)})") from error
+        raise SdftError(f"{source}: no model loads from it ({first_line(error)})") from error
     _drop_quantization(lm)
     partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
@@ -258,7 +257,7 @@ def load_tokenizer(config: ModelConfig) -> tuple[Any, tuple[int, ...]]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=config.trust_remote_code, **extra)
     except Exception as error:  # transformers raises many kinds here
-        raise SdftError(f"model.name = {config.name!r}: no tokenizer loads ({_first_line(error)})") from error
+        raise SdftError(f"model.name = {config.name!r}: no tokenizer loads ({first_line(error)})") from error
     stops = [tokenizer.eos_token_id]
     with contextlib.suppress(OSError, ValueError):  # a model without a generation config is normal
         if not extra:
@@ -297,7 +296,7 @@ def load_unchecked(config: ModelConfig, tokenizer: Any, stop_ids: tuple[int, ...
             **(quantization(compute, device) if config.quantize == "4bit" else {}),
         )
     except Exception as error:  # transformers raises many kinds here
-        raise SdftError(f"model.name = {config.name!r}: no weights load ({_first_line(error)})") from error
+        raise SdftError(f"model.name = {config.name!r}: no weights load ({first_line(error)})") from error
     if extra:
         _drop_quantization(lm)
     rows = lm.get_input_embeddings().weight.shape[0]
@@ -371,11 +370,6 @@ def check_context(model: "LanguageModel", prompt: int, new: int) -> None:
         )
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
-
-
 def pick_device(name: str) -> torch.device:
     """`auto` is CUDA where there is one, the CPU otherwise."""
     if name == "auto":
@@ -384,7 +378,7 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise SdftError(f"model.device = {name!r} cannot be used: {_first_line(error)}") from None
+        raise SdftError(f"model.device = {name!r} cannot be used: {first_line(error)}") from None
     return device
 
 
@@ -450,12 +444,11 @@ def _probe_packing(model: LanguageModel) -> str:
     training = model.lm.training
     model.lm.eval()
     try:
-        packed = model.hidden(torch.tensor([[i for x in ids for i in x]], device=model.device), lengths)[
-            0
-        ].float()  # (T, H)
+        row = torch.tensor([[i for x in ids for i in x]], device=model.device)  # (1, T)
+        packed = model.hidden(row, lengths)[0].float()  # (T, H)
         alone = torch.cat([model.hidden(torch.tensor([x], device=model.device))[0] for x in ids]).float()  # (T, H)
     except Exception as error:  # a model that does not know these arguments raises what its authors chose
-        return _first_line(error)
+        return first_line(error)
     finally:
         model.lm.train(training)
     # bf16 alone is good for about 1%; a sequence that sees its neighbour, or counts on from it, is off by tens.
@@ -558,6 +551,6 @@ def merge_folder(name: str, folder: Path, dtype: str) -> None:
         model.lm.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         (partial / "README.md").write_text(card.merged_card(name, base, dtype))
-        os.replace(partial, folder)
+        files.publish(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sdft import SdftError
-from sdft.config import Config, override
+from sdft import SdftError, first_line
+from sdft.config import Config, get, override
 from sdft.costs import (
     BF16,
     FP32,
@@ -203,9 +203,7 @@ def advice(shape: ModelShape, config: Config, work: Work, machine: Machine) -> l
 def _applies(changes: dict[str, Any], config: Config, machine: Machine) -> bool:
     """Whether a remedy changes anything that can be changed here."""
     for key, value in changes.items():
-        now: Any = config
-        for name in key.split("."):
-            now = getattr(now, name)
+        now = get(config, key)
         if len(changes) == 1 and (now == value or (key == "lora.rank" and now)):
             return False
         if machine.kind != "cuda" and (key.endswith("offload") or key == "model.quantize"):
@@ -325,10 +323,11 @@ def resident() -> int:
     if sys.platform == "linux":
         with open("/proc/self/statm") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    import resource
+    import torch
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    from sdft.metrics import peak_memory
+
+    return peak_memory(torch.device("cpu"))  # of a process that has not yet freed anything large
 
 
 def parse_size(text: str) -> int:
@@ -358,7 +357,7 @@ def shape_of(config: Config) -> ModelShape:
     try:
         found = AutoConfig.from_pretrained(name, trust_remote_code=config.model.trust_remote_code, **extra)
     except Exception as error:  # transformers raises many kinds here
-        raise SdftError(f"model.name = {config.model.name!r}: no config loads ({str(error).splitlines()[0]})") from None
+        raise SdftError(f"model.name = {config.model.name!r}: no config loads ({first_line(error)})") from None
     return ModelShape.from_config(found)
 
 

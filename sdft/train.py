@@ -20,7 +20,7 @@ import torch
 
 from sdft import SdftError, card, checkpoint, evaluate, files, memory, models, optim, plan
 from sdft.batch import lay_out, micro_batches, sequence_weights
-from sdft.config import Config, describe, load_config, to_toml, validate
+from sdft.config import Config, describe, get, load_config, to_toml, validate
 from sdft.data import Dataset, Example, TokenizedExample, batch_indices, load_records, tokenize
 from sdft.loss import TokenLoss, check_impl, cross_entropy_loss, divergence_loss
 from sdft.metrics import MetricsLog, Phases, ProgressBar, check_trackers, peak_memory, read_metrics, token_metrics
@@ -454,8 +454,7 @@ def set_up(config: Config, output: Path) -> Run:
 def check_offload(config: Config, device: torch.device) -> None:
     """Raises SdftError where there is no GPU to take memory from."""
     for key in ("teacher.offload", "optim.offload", "model.activation_offload"):
-        section, name = key.split(".")
-        if getattr(getattr(config, section), name) and device.type != "cuda":
+        if get(config, key) and device.type != "cuda":
             raise SdftError(
                 f"{key} = true moves memory from a CUDA device to the CPU, and the model runs on {device}; drop it"
             )
