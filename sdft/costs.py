@@ -31,9 +31,6 @@ NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
 # Of the code that oneDNN makes for one shape of a bf16 product on a CPU with AMX: measured 0.57 to 0.96 MiB by shape.
 # In fp32 it is a twentieth.
 KERNEL = 7 * 2**20 // 10
-# Of glibc's malloc: blocks of this size and more are mapped by themselves and given back when freed. Smaller ones, once
-# one of them was freed, come from the heap, and stay there until memory.return_freed, after the next rollout.
-MAPPED = 32 * 2**20
 # Two moments of 8 bits, and for each an fp32 scale for every 256 entries.
 ADAM_8BIT = 2 * (1 + 4 / 256)
 

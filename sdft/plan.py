@@ -9,12 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sdft import SdftError, first_line
+from sdft import SdftError, first_line, memory
 from sdft.config import Config, get, override
 from sdft.costs import (
     BF16,
     FP32,
-    MAPPED,
     Costs,
     Machine,
     ModelShape,
@@ -25,12 +24,13 @@ from sdft.costs import (
     passes_of,
     share_of,
 )
+from sdft.metrics import peak_memory
 
 GIB, MIB = 2**30, 2**20
 COLOURS = {  # of the terms, in the order they are shown
     "weights": "blue", "teacher": "cyan", "moments": "magenta", "gradients": "red", "activations": "yellow",
     "cast weights": "green", "KV cache": "bright_blue", "loss": "bright_red", "transient": "white",
-    "runtime": "bright_black", "kept": "bright_yellow",
+    "runtime": "bright_black",
 }  # fmt: skip
 TERMS = tuple(COLOURS)
 MOST_STEPS = 10_000  # of a run, looked through for the one with most tokens
@@ -97,7 +97,7 @@ def _phases(costs: Costs, work: Work, passes: Sequence[Pass], again: bool) -> di
         "weights": costs.weights,
         "teacher": costs.teacher,
         "moments": costs.moments,
-        "runtime": costs.machine.runtime,
+        "runtime": costs.machine.runtime + costs.kernels,
     }
     config = costs.config
     phases: dict[str, dict[str, int]] = {}
@@ -124,24 +124,7 @@ def _phases(costs: Costs, work: Work, passes: Sequence[Pass], again: bool) -> di
         for part in costs.descending(one, again):
             add("backward", part)
     add("update", {"gradients": costs.gradients})
-    if costs.machine.kind == "cpu":
-        _keep_freed(phases, costs)
     return phases
-
-
-def _keep_freed(phases: dict[str, dict[str, int]], costs: Costs) -> None:
-    """Adds what glibc's heap still holds, in the update and the next rollout, of what the gradient had allocated."""
-    head = costs.shape.head * costs.item
-    mapped = head if head >= MAPPED and not costs.rank else 0  # the embedding's gradient
-
-    def small(phase: str) -> int:  # in blocks that come from the heap
-        terms = phases[phase]
-        kept = sum(terms[term] for term in ("activations", "cast weights", "KV cache", "transient"))
-        return kept + (costs.gradients - mapped if phase == "update" else 0)
-
-    most = max(small(phase) for phase in ("score", "loss", "backward", "update"))
-    for phase in {"rollout", "update"} & set(phases):
-        phases[phase]["kept"] = max(0, most - small(phase))
 
 
 # What to do about it.
@@ -315,19 +298,26 @@ def this_machine(config: Config, memory: int = 0) -> Machine:
         return Machine(kind, memory, CUDA_CONTEXT + CUBLAS_WORKSPACE, FRAGMENTATION, 1, bf16)
     memory = memory or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     bf16 = kind == "cpu" and bool(torch.cpu._is_amx_tile_supported())
-    return Machine(kind, memory, resident(), 0.0, torch.get_num_threads(), bf16)
+    return Machine(kind, memory, resident(config), 0.0, torch.get_num_threads(), bf16)
 
 
-def resident() -> int:
-    """Bytes of this process that are in memory."""
+def resident(config: Config) -> int:
+    """Bytes of this process that are in memory once it holds what a run does before any weight."""
+    import torch
+    import transformers.modeling_utils  # noqa: F401
+
+    import sdft.train  # noqa: F401
+
+    if config.lora.rank:
+        import peft  # noqa: F401
+    dtype = torch.float32 if config.model.compute_dtype == "float32" else torch.bfloat16
+    x = torch.ones(64, 64, dtype=dtype, requires_grad=True)
+    (x @ x).float().sum().backward()  # loads the libraries that multiply
+    memory.return_freed(x.device)
     if sys.platform == "linux":
         with open("/proc/self/statm") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    import torch
-
-    from sdft.metrics import peak_memory
-
-    return peak_memory(torch.device("cpu"))  # of a process that has not yet freed anything large
+    return peak_memory(x.device)  # of a process that has not yet freed anything large
 
 
 def parse_size(text: str) -> int:

@@ -156,8 +156,7 @@ def train_step(run: Run, step: int, output: Path) -> dict[str, Any]:
             lambda: halve_rollout(run),
             lambda: memory_advice(config),
         )
-        if run.model.device.type == "cpu":
-            memory.return_freed()
+        memory.return_freed(run.model.device)
     scored = memory.within(
         run.model.device,
         f"step {step + 1}, gradients",
@@ -181,6 +180,7 @@ def train_step(run: Run, step: int, output: Path) -> dict[str, Any]:
         run.optimizer.zero_grad(set_to_none=True)
         if finite and run.teacher is not None:
             run.teacher.update()
+        memory.return_freed(run.model.device)
     if not finite:
         on_nonfinite(run, step, examples, completions, loss.item(), norm.item(), output)
 
@@ -267,6 +267,7 @@ def accumulate_gradients(run: Run, examples: Sequence[TokenizedExample], complet
                 teacher_side = run.teacher.hidden(batches[1])  # (N, H), head
             with models.saved_activations() if config.model.activation_offload else contextlib.nullcontext():
                 hidden = batches[0].select(model.hidden(batches[0].input_ids, batches[0].lengths))  # (N, H)
+            memory.return_freed(model.device)
         labels = batches[0].labels  # (N,)
         with run.phases("loss"), model.autocast():
             if teacher_side is None:
@@ -275,6 +276,7 @@ def accumulate_gradients(run: Run, examples: Sequence[TokenizedExample], complet
                 loss, part = divergence_loss(hidden, model.head(), *teacher_side, labels, row_weights, config.loss)
         with run.phases("backward"):
             loss.backward()
+            memory.return_freed(model.device)
         scored.loss += loss.detach()
         scored.parts.append(part)
         scored.positions.append(where)
@@ -423,6 +425,7 @@ def set_up(config: Config, output: Path) -> Run:
     models.set_up_lora(model, config.lora, config.train.seed)
     if config.model.gradient_checkpointing:
         models.enable_gradient_checkpointing(model)
+    memory.return_freed_within(model.lm, model.device)
     model.lm.train()
     teacher = Teacher(model, config.teacher) if config.loss.method == "sdft" else None
     parameters = model.trainable()
