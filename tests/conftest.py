@@ -60,6 +60,10 @@ def tiny_config(kind: str) -> Any:
         return t.LlamaConfig(**common, tie_word_embeddings=False)
     if kind == "llama-tied":
         return t.LlamaConfig(**common, tie_word_embeddings=True)
+    if kind == "mistral":
+        return t.MistralConfig(**common, sliding_window=None)
+    if kind == "qwen2":  # q, k and v have biases
+        return t.Qwen2Config(**common)
     if kind == "qwen3":
         return t.Qwen3Config(**common, head_dim=8)
     if kind == "gemma3":

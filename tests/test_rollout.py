@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from sdft import rollout
+from sdft import decode, rollout
 from sdft.config import LoraConfig, RolloutConfig
 from sdft.models import add_lora
 from sdft.rollout import Completion, generate
@@ -167,7 +167,11 @@ def test_the_given_weights_generate(load_tiny: Any) -> None:
 
 
 @pytest.mark.parametrize("every", [1, 3, 8])
-def test_finished_rows_are_dropped(load_tiny: Any, every: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("fused", [decode.FUSED, ()], ids=["fused", "own"])
+def test_finished_rows_are_dropped(
+    fused: tuple[str, ...], load_tiny: Any, every: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decode, "FUSED", fused)
     model = load_tiny()[1]
     model.lm.eval()
     free = [naive(model, p, 12).ids for p in PROMPTS]
@@ -176,9 +180,7 @@ def test_finished_rows_are_dropped(load_tiny: Any, every: int, monkeypatch: pyte
     assert len({len(c.ids) for c in want}) >= 3
     monkeypatch.setitem(rollout.CHECK_EVERY, "cpu", every)
     rows = []
-    hook = model.lm.model.register_forward_pre_hook(
-        lambda module, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
-    )
+    hook = model.lm.get_input_embeddings().register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
     assert generate(model, PROMPTS, greedy()) == want
     hook.remove()
     assert rows[0] == len(PROMPTS)
