@@ -21,7 +21,7 @@ from sdft.attention import WIDEN_UP_TO
 from sdft.batch import micro_batches
 from sdft.config import Config
 from sdft.loss import CE_ROWS
-from sdft.memory import KERNELS
+from sdft.memory import KERNELS, RETURNS
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # whose blocks the closed forms describe
 
@@ -415,6 +415,12 @@ class Costs:
         rounded = held // (2 * heads) if self.autocast else 0  # one tile in bf16, on its way
         return chunk * chunk_row + planes * block * row + held + rounded
 
+    def unreturned(self, one: Pass) -> dict[str, int]:
+        """What glibc's heap holds, in the update, of what the backward pass has freed since memory.return_freed."""
+        if self.machine.kind != "cpu":
+            return {}
+        return {"transient": sum(self.saved(one.student)) // RETURNS}
+
     # Sampling.
 
     def rollout(self, prompts: int, prompt: int, new: int) -> dict[str, int]:
@@ -552,6 +558,9 @@ class SimulatedCosts(Costs):
     def descending(self, one: Pass, again: bool) -> list[dict[str, int]]:
         most = self.peak("backward", one.student, again)
         return [{"gradients": self.gradients, "activations": max(0, most - self.gradients)}]
+
+    def unreturned(self, one: Pass) -> dict[str, int]:
+        return {"transient": self.peak("student", one.student) // RETURNS} if self.machine.kind == "cpu" else {}
 
     def rollout(self, prompts: int, prompt: int, new: int) -> dict[str, int]:
         parts = super().rollout(prompts, prompt, new)

@@ -123,7 +123,7 @@ def _phases(costs: Costs, work: Work, passes: Sequence[Pass], again: bool) -> di
         add("loss", before, costs.losing(one))
         for part in costs.descending(one, again):
             add("backward", part)
-    add("update", {"gradients": costs.gradients})
+    add("update", {"gradients": costs.gradients}, *(costs.unreturned(one) for one in passes[-1:]))
     return phases
 
 

@@ -267,7 +267,6 @@ def accumulate_gradients(run: Run, examples: Sequence[TokenizedExample], complet
                 teacher_side = run.teacher.hidden(batches[1])  # (N, H), head
             with models.saved_activations() if config.model.activation_offload else contextlib.nullcontext():
                 hidden = batches[0].select(model.hidden(batches[0].input_ids, batches[0].lengths))  # (N, H)
-            memory.return_freed(model.device)
         labels = batches[0].labels  # (N,)
         with run.phases("loss"), model.autocast():
             if teacher_side is None:
@@ -276,7 +275,6 @@ def accumulate_gradients(run: Run, examples: Sequence[TokenizedExample], complet
                 loss, part = divergence_loss(hidden, model.head(), *teacher_side, labels, row_weights, config.loss)
         with run.phases("backward"):
             loss.backward()
-            memory.return_freed(model.device)
         scored.loss += loss.detach()
         scored.parts.append(part)
         scored.positions.append(where)

@@ -92,7 +92,7 @@ def test_what_is_not_known_runs_as_transformers_has_it(load_tiny: Any, monkeypat
 
 
 def test_operators_of_one_token(load_tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fewer than transformers' blocks take, and four products a block instead of seven: what the fused blocks are for."""
+    """Fewer than transformers' blocks take, with four products a block instead of seven."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Count(TorchDispatchMode):
