@@ -1,4 +1,4 @@
-"""The command `sdft`: train, plan, check, eval, generate, merge, convert."""
+"""The command `sdft`: train, plan, check, study, eval, generate, merge, convert."""
 
 import json
 import os
@@ -18,6 +18,7 @@ OVERVIEW = """sdft: Self-Distillation Fine-Tuning (arXiv 2601.19897)
   sdft train CONFIG.toml [--optim.lr 2e-5 ...]   train; every setting of the file can be overridden
   sdft plan CONFIG.toml [--memory 12GB]          what will it take, will it fit, what to change; loads no weights
   sdft check CONFIG.toml [--count 32]            can the teacher use the demonstrations? run this first
+  sdft study STUDY.toml [--list]                 tasks in sequence x methods x learning rates x seeds
   sdft eval MODEL DATA.jsonl                     accuracy by greedy generation
   sdft generate MODEL PROMPT                     an answer
   sdft merge ADAPTER FOLDER                      a LoRA adapter and its base to one plain model
@@ -58,6 +59,20 @@ class PlanArgs:
     """Print the numbers as JSON, in bytes, and nothing else."""
     config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
     """The run's settings."""
+
+
+@dataclass(frozen=True)
+class StudyArgs:
+    """`sdft study STUDY.toml`: methods compared on tasks learned one after the other (docs/study.md).
+
+    Finished stages are never run again; an interrupted study goes on with the same command."""
+
+    study: tyro.conf.Positional[str]
+    """The study's TOML file."""
+    only: tuple[str, ...] = ()
+    """Run only these methods."""
+    list: bool = False
+    """Name the cells and what is finished, run nothing."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +154,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "train": train_command,
         "plan": plan_command,
         "check": check_command,
+        "study": study_command,
         "eval": eval_command,
         "generate": generate_command,
         "merge": merge_command,
@@ -283,6 +299,22 @@ def check(config: Config, count: int = 32, show: int = 3) -> bool:
 def _clip(text: str, width: int = 300) -> str:
     text = " ".join(text.split())
     return text if len(text) <= width else text[: width - 3] + "..."
+
+
+def study_command(args: list[str]) -> None:
+    a = tyro.cli(StudyArgs, args=args, prog="sdft study")
+    from sdft import study
+
+    found = study.load_study(a.study)
+    if a.list:
+        for cell in study.cells(found):
+            done = sum(study.finished(found, cell, number) for number in range(len(found.tasks)))
+            print(f"{cell.name}: {done} of {len(found.tasks)} stages")
+        return
+    study.run_study(found, a.only)
+    text = study.table(found)
+    (found.output / "table.md").write_text(text)
+    print(f"\n{text}\nResults: {found.output}")
 
 
 def eval_command(args: list[str]) -> None:

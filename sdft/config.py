@@ -256,6 +256,12 @@ def load_config(path: str | Path) -> Config:
     return _merge(config, table, f"config {path}")
 
 
+def from_table(table: dict[str, Any], where: str, base: Config | None = None) -> Config:
+    """A config from nested tables over `base`; raises SdftError as `load_config`. where: named in the error."""
+    merged: Config = _merge(base or Config(), table, where)
+    return merged
+
+
 def _merge(base: Any, table: dict[str, Any], where: str, prefix: str = "") -> Any:
     hints = get_type_hints(type(base))
     changes = {}

@@ -249,7 +249,7 @@ def test_one_line_and_status_2(
     monkeypatch.setattr("sdft_kernels.checks.INTERPRETED", False)
     lm = str(model_folder("llama"))
     assert (
-        refused("trian") == "sdft: unknown command 'trian'; valid: train, plan, check, eval, generate, merge, convert"
+        refused("trian") == "sdft: unknown command 'trian'; valid: train, plan, check, study, eval, generate, merge, convert"
     )
     assert "the config file is missing; it comes first" in refused("train")
     assert "the config file is missing; it comes first" in refused("check", "--optim.lr", "1")

@@ -1,0 +1,428 @@
+"""`sdft study STUDY.toml`: tasks in sequence x methods x learning rates x seeds, every stage evaluated on everything.
+
+A cell is one method at one learning rate with one seed. It learns the tasks one after the other, each stage from the
+weights that the stage before left, and after every stage answers every evaluation set of every task and of the prior
+skills. What a cell leaves behind:
+
+    OUTPUT/METHOD/lr-1e-05/seed-0/1-facts/result.json       accuracies, settings, tokens, seconds
+                                          answers/SET.jsonl  every greedy answer
+                                          run/               as `sdft train` writes it; run-2/ of a second phase
+    OUTPUT/base/result.json                                 the same of the model before any training
+
+A stage with a result.json is never run again; an interrupted one goes on from its newest checkpoint.
+"""
+
+import gc
+import json
+import math
+import time
+import tomllib
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from sdft import SdftError, files
+from sdft.config import Config, config_keys, from_table, override, validate
+
+BASE = "{base}"  # in a method's settings: the model that the study starts from
+
+
+@dataclass(frozen=True)
+class Task:
+    """A skill to learn in one stage."""
+
+    name: str
+    train: str  # records
+    eval: dict[str, str]  # evaluation files by name; the first is the task's accuracy
+    config: dict[str, Any]  # settings of its stage, by dotted name
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to learn a task: one run, or several, each from the weights of the one before."""
+
+    name: str
+    phases: tuple[dict[str, Any], ...]  # settings of each run, by dotted name
+    learning_rates: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Study:
+    """What STUDY.toml says."""
+
+    output: Path
+    seeds: tuple[int, ...]
+    config: Config  # what all runs share
+    tasks: tuple[Task, ...]
+    prior: dict[str, str]  # evaluation files of skills that the model has already
+    methods: tuple[Method, ...]
+    keep_weights: bool = False
+
+    @property
+    def sets(self) -> dict[str, str]:
+        """All evaluation files: TASK-NAME of the tasks, and the prior skills by their own names."""
+        return {f"{t.name}-{name}": path for t in self.tasks for name, path in t.eval.items()} | self.prior
+
+    def measure(self, task: Task) -> str:
+        """The evaluation set that is the task's accuracy."""
+        return f"{task.name}-{next(iter(task.eval))}"
+
+
+@dataclass(frozen=True)
+class Cell:
+    method: Method
+    learning_rate: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.method.name}/lr-{self.learning_rate:g}/seed-{self.seed}"
+
+
+# What the file says.
+
+
+def load_study(path: str | Path) -> Study:
+    """Reads a study, and checks all that can be before the first run: settings, files, records.
+
+    Raises SdftError naming the file, the key and the fix.
+    """
+    try:
+        table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SdftError(f"study {path}: cannot be read ({error.strerror}); give the path of a .toml file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SdftError(f"study {path}: not valid TOML: {error}") from None
+    where = f"study {path}"
+    known = {"output", "seeds", "learning_rates", "keep_weights", "config", "tasks", "prior", "methods"}
+    _only(table, known, where)
+    for key in ("output", "tasks", "methods", "config"):
+        if not table.get(key):
+            raise SdftError(f"{where}: {key} is missing")
+    rates = table.get("learning_rates", [])
+    study = Study(
+        Path(table["output"]),
+        tuple(_numbers(table.get("seeds", [0]), int, f"{where}: seeds")),
+        from_table(table["config"], f"{where}: config"),
+        tuple(_task(row, f"{where}: tasks[{i}]") for i, row in enumerate(table["tasks"])),
+        {str(k): str(v) for k, v in table.get("prior", {}).items()},
+        tuple(_method(name, row, rates, f"{where}: methods.{name}") for name, row in table["methods"].items()),
+        bool(table.get("keep_weights", False)),
+    )
+    _check(study, where)
+    return study
+
+
+def _task(row: dict[str, Any], where: str) -> Task:
+    _only(row, {"name", "train", "eval", "config"}, where)
+    for key in ("name", "train", "eval"):
+        if not row.get(key):
+            raise SdftError(f"{where}: {key} is missing")
+    if not isinstance(row["eval"], dict):
+        raise SdftError(f"{where}: eval = {row['eval']!r} must name its files: eval = {{ test = {row['eval']!r} }}")
+    return Task(row["name"], row["train"], dict(row["eval"]), _settings(row.get("config", {}), f"{where}.config"))
+
+
+def _method(name: str, row: dict[str, Any], rates: Any, where: str) -> Method:
+    row = dict(row)
+    own = row.pop("learning_rates", rates)
+    phases = row.pop("phases", None)
+    if phases is not None and row:
+        raise SdftError(f"{where}: give either phases or settings, not both ({', '.join(row)})")
+    if not own:
+        raise SdftError(f"{where}: learning_rates is missing; give it here or at the top, such as [1e-5, 2e-5]")
+    settings = tuple(_settings(phase, where) for phase in (phases or [row]))
+    return Method(name, settings, tuple(_numbers(own, float, f"{where}: learning_rates")))
+
+
+def _settings(table: dict[str, Any], where: str) -> dict[str, Any]:
+    """Settings by dotted name, each converted and checked by itself."""
+    from_table(table, where)  # unknown keys and wrong types
+    return _dotted(table)
+
+
+def _dotted(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables as dotted names; a setting that is itself a table stays one."""
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        inner = isinstance(value, dict) and prefix + key not in config_keys()
+        flat |= _dotted(value, f"{prefix}{key}.") if inner else {prefix + key: value}
+    return flat
+
+
+def _only(table: dict[str, Any], known: set[str], where: str) -> None:
+    unknown = sorted(set(table) - known)
+    if unknown:
+        raise SdftError(f"{where}: unknown key {unknown[0]!r}; valid: {', '.join(sorted(known))}")
+
+
+def _numbers(values: Any, kind: type, where: str) -> list[Any]:
+    fits = isinstance(values, list) and values and all(type(v) in (int, kind) for v in values)
+    if not fits or len(set(values)) < len(values):
+        raise SdftError(f"{where} = {values!r} must be a list of different {'whole ' * (kind is int)}numbers")
+    return [kind(v) for v in values]
+
+
+def _check(study: Study, where: str) -> None:
+    from sdft.data import load_records
+    from sdft.evaluate import check_evaluable
+
+    names = [task.name for task in study.tasks]
+    if len(set(names)) < len(names):
+        raise SdftError(f"{where}: two tasks have one name; names: {', '.join(names)}")
+    if any(math.isnan(c.learning_rate) or c.learning_rate <= 0 for c in cells(study)):
+        raise SdftError(f"{where}: learning_rates must be above 0")
+    for cell in cells(study):
+        for number, task in enumerate(study.tasks):
+            for config in stage_configs(study, cell, number, study.config.model.name):
+                try:
+                    validate(config)
+                except SdftError as error:
+                    raise SdftError(f"{where}: {cell.name}, task {task.name}: {error}") from None
+    for path in {task.train for task in study.tasks}:
+        load_records(path)
+    for path in study.sets.values():
+        check_evaluable(load_records(path), path)
+
+
+# What is run.
+
+
+def cells(study: Study) -> list[Cell]:
+    """Every cell, seed by seed, so that all methods can be compared as soon as the first seed is through."""
+    return [
+        Cell(method, rate, seed) for seed in study.seeds for method in study.methods for rate in method.learning_rates
+    ]
+
+
+def stage_folder(study: Study, cell: Cell, number: int) -> Path:
+    return study.output / cell.name / f"{number + 1}-{study.tasks[number].name}"
+
+
+def stage_configs(study: Study, cell: Cell, number: int, start: str) -> list[Config]:
+    """The runs of a stage; the first starts from the model `start`.
+
+    Settings, lowest first: the study's, the task's, the method's phase; then what the study itself decides.
+    """
+    task, folder = study.tasks[number], stage_folder(study, cell, number)
+    own = {f"{task.name}-{name}": path for name, path in task.eval.items()}
+    configs = []
+    for i, phase in enumerate(cell.method.phases):
+        settings = {"data.train": task.train} | task.config | phase
+        settings = {k: study.config.model.name if v == BASE else v for k, v in settings.items()}
+        output = folder / ("run" if i == 0 else f"run-{i + 1}")
+        fixed = {
+            "model.name": start,
+            "optim.lr": cell.learning_rate,
+            "train.seed": cell.seed,
+            "train.output": str(output),
+            "eval.sets": own | study.prior,
+        }
+        if number == 0 and i == 0:
+            fixed["lora.earlier"] = ""  # there is no earlier adapter
+        configs.append(from_table(_nested(settings), f"methods.{cell.method.name}", study.config))
+        configs[-1] = override(configs[-1], fixed)
+        start = str(output / "model")
+    return configs
+
+
+def _nested(settings: dict[str, Any]) -> dict[str, Any]:
+    """Dotted names as nested tables."""
+    table: dict[str, Any] = {}
+    for key, value in settings.items():
+        section, _, name = key.rpartition(".")
+        (table.setdefault(section, {}) if section else table)[name] = value
+    return table
+
+
+def run_study(study: Study, only: Sequence[str] = ()) -> list[Cell]:
+    """Runs what is not finished; returns the finished cells. only: of these methods (all by default)."""
+    unknown = set(only) - {m.name for m in study.methods}
+    if unknown:
+        names = ", ".join(m.name for m in study.methods)
+        raise SdftError(f"--only {sorted(unknown)[0]}: the study has no such method; methods: {names}")
+    wanted = [cell for cell in cells(study) if not only or cell.method.name in only]
+    study.output.mkdir(parents=True, exist_ok=True)
+    with files.locked(study.output):
+        if not (study.output / "base/result.json").exists():
+            print("== the model before any training", flush=True)
+            began = time.perf_counter()
+            accuracy = evaluate_on_all(study, study.config, study.config.model.name, study.output / "base/answers")
+            result = {"model": study.config.model.name, "sets": study.sets, "accuracy": accuracy}
+            _write(study.output / "base", result | {"seconds": {"evaluate": time.perf_counter() - began}})
+        _same(
+            _read(study.output / "base"), {"model": study.config.model.name, "sets": study.sets}, study.output / "base"
+        )
+        waiting = [(c, n) for c in wanted for n in range(len(study.tasks)) if not finished(study, c, n)]
+        spent: dict[str, list[float]] = {}
+        for at, (cell, number) in enumerate(waiting):
+            left = remaining(spent, [c.method.name for c, _ in waiting[at:]])
+            print(
+                f"== {cell.name}, task {study.tasks[number].name}: stage {at + 1} of {len(waiting)}{left}", flush=True
+            )
+            began = time.perf_counter()
+            run_stage(study, cell, number)
+            spent.setdefault(cell.method.name, []).append(time.perf_counter() - began)
+    return [cell for cell in cells(study) if finished(study, cell, len(study.tasks) - 1)]
+
+
+def remaining(spent: dict[str, list[float]], waiting: Sequence[str]) -> str:
+    """An estimate of the time left in words: a stage takes what stages of its method took, else what all did."""
+    everything = [s for seconds in spent.values() for s in seconds]
+    if not everything:
+        return ""
+    left = sum(mean(spent.get(method, everything)) for method in waiting)
+    return f", about {left / 3600:.1f} h left" if left >= 5400 else f", about {left / 60:.0f} min left"
+
+
+def run_stage(study: Study, cell: Cell, number: int) -> None:
+    """Trains and evaluates one stage; then drops weights that nothing needs any more."""
+    from sdft.train import train
+
+    folder = stage_folder(study, cell, number)
+    began, start = time.perf_counter(), study.config.model.name
+    if number:
+        start = str(_model_of(study, cell, number - 1))
+        if not Path(start).exists():
+            raise SdftError(f"{start} is missing; delete {Path(start).parents[1] / 'result.json'} to train it again")
+    configs = stage_configs(study, cell, number, start)
+    tokens = 0
+    for config in configs:
+        output = Path(config.train.output)
+        if not (output / "model").exists():
+            begun = any((output / "checkpoints").glob("step-*"))
+            if output.exists() and not begun:
+                files.remove(output, folder)  # nothing of it can be gone on from
+            train(override(config, {"train.resume": begun}))
+            gc.collect()
+        tokens += sum(line.get("tokens", 0) for line in _lines(output / "metrics.jsonl"))
+    trained = time.perf_counter()
+    accuracy = evaluate_on_all(study, configs[-1], str(_model_of(study, cell, number)), folder / "answers")
+    _write(
+        folder,
+        {
+            "method": cell.method.name,
+            "learning_rate": cell.learning_rate,
+            "seed": cell.seed,
+            "task": study.tasks[number].name,
+            "settings": settings_of(study, cell, number),
+            "accuracy": accuracy,
+            "tokens": tokens,
+            "seconds": {"train": trained - began, "evaluate": time.perf_counter() - trained},
+        },
+    )
+    if study.keep_weights:
+        return
+    last = number == len(study.tasks) - 1
+    for done in range(number + last):  # the next stage starts from this one's
+        for output in _outputs(study, cell, done):
+            for part in ("model", "checkpoints"):
+                if (output / part).exists():
+                    files.remove(output / part, output)
+
+
+def settings_of(study: Study, cell: Cell, number: int) -> list[dict[str, Any]]:
+    """What decides a stage's result: the settings of every run up to it, files by name and not by place."""
+    out = []
+    for n in range(number + 1):
+        for config in stage_configs(study, cell, n, BASE):
+            out.append(json.loads(json.dumps(asdict(override(config, {"train.output": "", "train.resume": False})))))
+    for settings in out:
+        if settings["model"]["name"] != BASE:
+            settings["model"]["name"] = "the run before"
+    return [{"base": study.config.model.name}, *out]
+
+
+def finished(study: Study, cell: Cell, number: int) -> bool:
+    """Whether a stage's result is there. Raises SdftError where it is that of other settings."""
+    folder = stage_folder(study, cell, number)
+    if not (folder / "result.json").exists():
+        return False
+    _same(_read(folder), {"settings": settings_of(study, cell, number)}, folder)
+    return True
+
+
+def evaluate_on_all(study: Study, config: Config, model_name: str, answers: Path) -> dict[str, float]:
+    """Accuracy of a model on every evaluation set by greedy generation; its answers in answers/SET.jsonl."""
+    from sdft import evaluate, models
+    from sdft.data import load_records, set_chat_template
+
+    model_config = override(config, {"model.name": model_name}).model
+    tokenizer, stop_ids = models.load_tokenizer(model_config)
+    set_chat_template(tokenizer, config.data.chat_template)
+    model = models.load(model_config, tokenizer, stop_ids)
+    answers.mkdir(parents=True, exist_ok=True)
+    accuracy = {}
+    for name, path in study.sets.items():
+        records = load_records(path)
+        prompts = evaluate.student_prompts(tokenizer, records, config.data.system)
+        c = config.eval
+        result = evaluate.evaluate(model, tokenizer, records, prompts, c.max_new_tokens, c.batch_size)
+        files.write_text(answers / f"{name}.jsonl", "".join(json.dumps(asdict(a)) + "\n" for a in result.answers))
+        accuracy[name] = result.accuracy
+    print("  ".join(f"{name} {value:.1%}" for name, value in accuracy.items()), flush=True)
+    del model
+    gc.collect()
+    return accuracy
+
+
+def results(study: Study) -> list[tuple[Cell, list[dict[str, Any]]]]:
+    """The cells that have finished stages, and these in order."""
+    out = []
+    for cell in cells(study):
+        stages = []
+        for number in range(len(study.tasks)):
+            if not finished(study, cell, number):
+                break
+            stages.append(_read(stage_folder(study, cell, number)))
+        if stages:
+            out.append((cell, stages))
+    return out
+
+
+def table(study: Study) -> str:
+    """Markdown: for each method and learning rate, accuracies after the last stage, means over the finished seeds."""
+    columns = [study.measure(t) for t in study.tasks] + list(study.prior)
+    base = _read(study.output / "base")["accuracy"]
+    lines = [f"| method | lr | seeds | {' | '.join(columns)} |", f"|---|---|---{'|---:' * len(columns)}|"]
+    lines.append(f"| before | | | {' | '.join(f'{base[c]:.0%}' for c in columns)} |")
+    done = [(c, stages[-1]["accuracy"]) for c, stages in results(study) if len(stages) == len(study.tasks)]
+    for method in study.methods:
+        for rate in method.learning_rates:
+            found = [a for cell, a in done if (cell.method.name, cell.learning_rate) == (method.name, rate)]
+            if found:
+                means = " | ".join(f"{mean(a[c] for a in found):.0%}" for c in columns)
+                lines.append(f"| {method.name} | {rate:g} | {len(found)} | {means} |")
+    return "\n".join(lines) + "\n"
+
+
+def _outputs(study: Study, cell: Cell, number: int) -> list[Path]:
+    return [Path(c.train.output) for c in stage_configs(study, cell, number, BASE)]
+
+
+def _model_of(study: Study, cell: Cell, number: int) -> Path:
+    return _outputs(study, cell, number)[-1] / "model"
+
+
+def _same(found: dict[str, Any], wanted: dict[str, Any], folder: Path) -> None:
+    for key, value in wanted.items():
+        if found.get(key) != value:
+            raise SdftError(f"{folder}/result.json is of another {key}; give another output, or delete {folder}")
+
+
+def _write(folder: Path, result: dict[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    files.write_text(folder / "result.json", json.dumps(result, indent=1) + "\n")
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "result.json").read_text())
+    return found
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    from sdft.metrics import read_metrics
+
+    yield from read_metrics(path.parent)

@@ -1,0 +1,225 @@
+"""`sdft study` on a tiny model: what runs, in which order, from which weights, and what is never run twice."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+from safetensors.torch import load_file
+
+from sdft import SdftError, study, train
+from sdft.cli import main
+
+
+@pytest.fixture
+def make_study(model_folder: Callable[[str], Path], tmp_path: Path) -> Callable[..., Path]:
+    """make_study(**changes) is the path of a study of two tasks, two methods, two learning rates and two seeds."""
+
+    def make(**changes: Any) -> Path:
+        for name, answer in (("colours", "red"), ("sizes", "big"), ("known", "yes")):
+            rows = [{"prompt": f"{name} {i}?", "demonstration": answer} for i in range(6)]
+            (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+        table = {
+            "output": str(tmp_path / "study"),
+            "seeds": [0, 1],
+            "learning_rates": [1e-3, 2e-3],
+            "config": {
+                "model": {"name": str(model_folder("llama")), "compute_dtype": "float32"},
+                "rollout": {"max_new_tokens": 4},
+                "eval": {"max_new_tokens": 4},
+                "train": {"steps": 2, "batch_size": 2},
+            },
+            "tasks": [
+                {"name": n, "train": str(tmp_path / f"{n}.jsonl"), "eval": {"test": str(tmp_path / f"{n}.jsonl")}}
+                for n in ("colours", "sizes")
+            ],
+            "prior": {"known": str(tmp_path / "known.jsonl")},
+            "methods": {"sdft": {"loss": {"method": "sdft"}}, "sft": {"loss": {"method": "sft"}}},
+        } | changes
+        path = tmp_path / "study.toml"
+        path.write_text(tomli_w.dumps(table))
+        return path
+
+    return make
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The configs that were trained, in order."""
+    own, configs = train.train, []
+
+    def watched(config: Any) -> Path:
+        configs.append(config)
+        return own(config)
+
+    monkeypatch.setattr(train, "train", watched)
+    return configs
+
+
+def test_every_stage_is_evaluated_on_everything(
+    make_study: Any, trained: list[Any], capsys: Any, tmp_path: Path
+) -> None:
+    path = str(make_study(seeds=[0], learning_rates=[1e-3]))
+    main(["study", path])
+    out = capsys.readouterr().out
+    found = study.load_study(path)
+    got = study.results(found)
+    assert [cell.name for cell, _ in got] == ["sdft/lr-0.001/seed-0", "sft/lr-0.001/seed-0"]
+    for _, stages in got:
+        assert [s["task"] for s in stages] == ["colours", "sizes"]
+        assert all(set(s["accuracy"]) == {"colours-test", "sizes-test", "known"} for s in stages)
+        assert all(s["tokens"] > 0 and s["seconds"]["train"] > 0 for s in stages)
+    assert [c.loss.method for c in trained] == ["sdft", "sdft", "sft", "sft"]
+    assert "stage 4 of 4, about 0 min left" in out
+    assert "| before | | |" in out
+    assert (tmp_path / "study/table.md").read_text() in out
+    answers = (tmp_path / "study/sdft/lr-0.001/seed-0/2-sizes/answers/known.jsonl").read_text().splitlines()
+    assert len(answers) == 6
+    assert set(json.loads(answers[0])) >= {"prompt", "expected", "given", "correct"}
+
+
+def test_a_stage_starts_from_the_weights_of_the_one_before(make_study: Any, trained: list[Any], tmp_path: Path) -> None:
+    found = study.load_study(make_study(seeds=[0], learning_rates=[1e-3], keep_weights=True))
+    study.run_study(found)
+    assert [Path(c.model.name).parts[-3:] for c in trained[1::2]] == [("1-colours", "run", "model")] * 2
+    for config in trained[1::2]:
+        before = load_file(Path(config.model.name) / "model.safetensors")
+        after = load_file(Path(config.train.output) / "model/model.safetensors")
+        start = load_file(Path(found.config.model.name) / "model.safetensors")
+        assert any((before[k] != start[k]).any() for k in before)
+        moved = sum((after[k] - before[k]).norm() ** 2 for k in before)
+        assert 0 < moved < sum((after[k] - start[k]).norm() ** 2 for k in before)
+
+
+def test_phases_follow_each_other(make_study: Any, trained: list[Any], model_folder: Any) -> None:
+    phases = [{"loss": {"method": "sft"}}, {"loss": {"method": "sdft"}, "teacher": {"kind": "base"}}]
+    found = study.load_study(
+        make_study(seeds=[3], learning_rates=[1e-3], methods={"two": {"phases": phases, "learning_rates": [5e-4]}})
+    )
+    study.run_study(found)
+    assert [c.loss.method for c in trained] == ["sft", "sdft"] * 2
+    assert {c.optim.lr for c in trained} == {5e-4}
+    assert {c.train.seed for c in trained} == {3}
+    starts = [c.model.name for c in trained]
+    assert starts[0] == str(model_folder("llama"))
+    assert starts[1:] == [str(Path(c.train.output) / "model") for c in trained[:-1]]
+
+
+def test_settings_stack(make_study: Any, tmp_path: Path) -> None:
+    """The study's, then the task's, then the method's."""
+    files = {"train": str(tmp_path / "colours.jsonl"), "eval": {"test": str(tmp_path / "colours.jsonl")}}
+    task = {"rollout": {"max_new_tokens": 7}, "teacher": {"turns": 3}, "optim": {"betas": [0.8, 0.9]}}
+    found = study.load_study(
+        make_study(
+            tasks=[{"name": "colours", **files, "config": task}],
+            methods={"m": {"rollout": {"max_new_tokens": 9}, "model": {"attention": "sdpa"}}},
+        )
+    )
+    config = study.stage_configs(found, study.cells(found)[0], 0, "start")[0]
+    assert (config.rollout.max_new_tokens, config.teacher.turns, config.train.batch_size) == (9, 3, 2)
+    assert config.optim.betas == (0.8, 0.9)
+    assert (config.model.name, config.model.attention) == ("start", "sdpa")
+    assert config.eval.sets == {"colours-test": files["train"], "known": str(tmp_path / "known.jsonl")}
+
+
+def test_finished_stages_are_never_run_again(make_study: Any, trained: list[Any], monkeypatch: Any) -> None:
+    found = study.load_study(make_study(seeds=[0], learning_rates=[1e-3]))
+    own, calls = study.evaluate_on_all, []
+
+    def broken(*args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 3:  # the base, the first stage, and now the second
+            raise KeyboardInterrupt
+        return own(*args)
+
+    monkeypatch.setattr(study, "evaluate_on_all", broken)
+    with pytest.raises(KeyboardInterrupt):
+        study.run_study(found)
+    assert len(trained) == 2
+    study.run_study(found)
+    assert len(trained) == 4  # the second stage's run was finished, its evaluation was not
+    study.run_study(found)
+    assert len(trained) == 4
+    assert len(study.run_study(found, ["sft"])) == 2
+
+
+def test_an_interrupted_run_goes_on(make_study: Any, monkeypatch: Any, tmp_path: Path) -> None:
+    config = {"train": {"steps": 4, "batch_size": 2, "save_every": 1}}
+    base = make_study()
+    table = {"config": study.tomllib.loads(base.read_text())["config"] | config}
+    found = study.load_study(make_study(seeds=[0], learning_rates=[1e-3], **table))
+    own, steps = train.train_step, []
+
+    def step(run: Any, number: int, output: Path) -> Any:
+        steps.append(number)
+        if len(steps) == 3:
+            raise KeyboardInterrupt
+        return own(run, number, output)
+
+    monkeypatch.setattr(train, "train_step", step)
+    with pytest.raises(KeyboardInterrupt):
+        study.run_study(found)
+    study.run_study(found, ["sdft"])
+    assert steps == [0, 1, 2, 2, 3, 0, 1, 2, 3]
+
+
+def test_weights_are_dropped_when_nothing_needs_them(make_study: Any, tmp_path: Path) -> None:
+    found = study.load_study(make_study(seeds=[0], learning_rates=[1e-3]))
+    study.run_study(found)
+    assert not list((tmp_path / "study").rglob("*.safetensors"))
+    assert len(list((tmp_path / "study").rglob("metrics.jsonl"))) == 4
+
+
+def test_results_of_other_settings_are_refused(make_study: Any) -> None:
+    study.run_study(study.load_study(make_study(seeds=[0], learning_rates=[1e-3])))
+    methods = {"sdft": {"loss": {"method": "sdft", "divergence": "jsd"}}}
+    with pytest.raises(SdftError, match=r"1-colours/result.json is of another settings; give another output"):
+        study.run_study(study.load_study(make_study(seeds=[0], learning_rates=[1e-3], methods=methods)))
+    other = make_study(seeds=[0], learning_rates=[1e-3], prior={})
+    with pytest.raises(SdftError, match=r"base/result.json is of another sets"):
+        study.run_study(study.load_study(other))
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"seed": [0]}, r"unknown key 'seed'; valid: .*seeds"),
+        ({"seeds": [0, 0]}, r"seeds = \[0, 0\] must be a list of different whole numbers"),
+        ({"seeds": [0.5]}, "must be a list of different whole numbers"),
+        ({"learning_rates": []}, r"methods.sdft: learning_rates is missing"),
+        ({"learning_rates": [-1e-5]}, "learning_rates must be above 0"),
+        ({"tasks": []}, "tasks is missing"),
+        ({"tasks": [{"name": "x", "train": "nowhere.jsonl", "eval": {"test": "nowhere.jsonl"}}]}, "nowhere.jsonl"),
+        ({"tasks": [{"name": "x", "train": "y"}]}, r"tasks\[0\]: eval is missing"),
+        ({"tasks": [{"name": "x", "train": "y", "eval": "z"}]}, r"eval = 'z' must name its files"),
+        ({"methods": {"m": {"loss": {"metod": "sft"}}}}, r"methods.m: unknown key 'loss.metod'; did you mean"),
+        ({"methods": {"m": {"phases": [{}], "loss": {}}}}, "either phases or settings, not both"),
+        ({"methods": {"m": {"rollout": {"temperature": -1.0}}}}, r"m/lr-0.001/seed-0, task colours: rollout.temp"),
+    ],
+    ids=lambda v: str(v)[:40] if isinstance(v, dict) else "",
+)
+def test_mistakes_are_told_before_anything_runs(
+    changes: Any, told: str, make_study: Any, tmp_path: Path, trained: list[Any]
+) -> None:
+    with pytest.raises(SdftError, match=told):
+        study.load_study(make_study(**changes))
+    assert not (tmp_path / "study").exists()
+
+
+def test_unknown_methods_and_the_list(make_study: Any, capsys: Any) -> None:
+    path = str(make_study())
+    with pytest.raises(SystemExit):
+        main(["study", path, "--only", "grpo"])
+    assert "has no such method; methods: sdft, sft" in capsys.readouterr().err
+    main(["study", path, "--list"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "sdft/lr-0.001/seed-0: 0 of 2 stages"
+    assert len(lines) == 2 * 2 * 2
+
+
+def test_the_estimate_is_by_method() -> None:
+    assert study.remaining({}, ["a"]) == ""
+    assert study.remaining({"a": [60.0, 120.0], "b": [600.0]}, ["a", "b", "b"]) == ", about 22 min left"
+    assert study.remaining({"a": [3600.0]}, ["a", "c"]) == ", about 2.0 h left"
