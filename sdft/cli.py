@@ -273,7 +273,9 @@ def check(config: Config, count: int = 32, show: int = 3) -> bool:
     uplift = evaluate.Uplift(*results)
     table = Table("request", "expected", "student", "teacher", title=f"Greedy answers ({config.teacher.context})")
     for student, teacher in list(zip(uplift.student.answers, uplift.teacher.answers, strict=True))[:show]:
-        table.add_row(*(_clip(t) for t in (student.prompt, student.expected[0], student.given, teacher.given)))
+        table.add_row(
+            *(_clip(t) for t in (student.prompt, "".join(student.expected[:1]), student.given, teacher.given))
+        )
     Console().print(table, markup=False)
     works, words = uplift.verdict()
     print(f"Can SDFT work here? {words}")
