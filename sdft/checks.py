@@ -144,8 +144,9 @@ STATED = (
     r"^[^\w(\[\n]*",
     r"(?=\(\w\)|\[\w\])|\b(?:option|choice)[ \t]+",
 )
-# A word after the letter makes it part of a sentence, "A dog", unless it speaks of the letter: "A because", "B is".
-PART_OF_A_SENTENCE = re.compile(r"[ \t]+(?!(?:is|because|since|as|for)\b)\w")
+# A word after the letter makes it part of a sentence ("A dog", "B is wrong"), unless it speaks for the letter.
+SPEAKS_FOR_IT = r"because\b|since\b|as\b|for\b|is (?:my|the)?\s*(?:correct|right|best|true|answer)\b"
+PART_OF_A_SENTENCE = re.compile(rf"[ \t]+(?!{SPEAKS_FOR_IT})\w", re.IGNORECASE)
 NEGATION = re.compile(r"\b(?:not?|nor|never|neither|except|cannot)\b|n['’]t\b", re.IGNORECASE)
 
 
@@ -157,8 +158,8 @@ def check_choice(given: str, expected: str, choices: Mapping[str, str] | None = 
 def read_choice(given: str, choices: Mapping[str, str]) -> str | None:
     """The letter that an answer gives, or None where it gives none or several.
 
-    Looked for in this order: `<answer>B</answer>` and `\\boxed{B}`; "the answer is B"; lines that begin with "B",
-    "(B)", "B." or "B is"; "(B)" and "option B" anywhere; the text of exactly one option, where nothing is denied.
+    Looked for in this order: `<answer>B</answer>` and `\\boxed{B}`; "the answer is B"; lines that begin with "B", "(B)",
+    "B." or "B is right"; "(B)" and "option B" anywhere; the text of exactly one option, where nothing is denied.
     "A good one" and "B cells" give no letter, "B or C" gives two, and so does "B. text" with the text of another.
     """
     for form in STATED:

@@ -128,13 +128,17 @@ def read_toolalpaca(source: Path) -> Converted:
     for number, api in enumerate(apis):
         where = f"{source}[{number}]"
         try:
-            requests = list(_instances(api, where) if "Instances" in api else _golden_answers(api, where))
+            training = "Instances" in api and "Golden_Answers" not in api
+            requests = list((_instances if training else _golden_answers)(api, where))
         except SdftError as error:
             found.left_out.append(str(error))
             continue
         for place, request, calls in requests:
             if not _are_calls(calls):
                 found.left_out.append(f"{place} must be a list of {{'Action', 'Action_Input'}} objects")
+                continue
+            if not isinstance(request, str) or not request.strip():
+                found.left_out.append(f"{place}: its request is not a text but {request!r}")
                 continue
             record = {
                 "prompt": TOOL_PROMPT.format(name=api["Name"], documentation=api["NLDocumentation"], request=request),
@@ -176,7 +180,7 @@ def _instances(api: Record, where: str) -> Iterator[Request]:
 
 
 def _need(api: Record, keys: tuple[str, ...], where: str) -> None:
-    missing = [key for key in keys if not api.get(key) and not isinstance(api.get(key), list)]
+    missing = [key for key in keys if api.get(key) in (None, "")]
     if missing:
         raise SdftError(f"{where}: {missing[0]!r} is missing; is this a ToolAlpaca file?")
 
@@ -188,7 +192,7 @@ def _are_calls(calls: Any) -> bool:
 
 
 def has_placeholder(record: Record) -> bool:
-    """Whether a call holds what an earlier call would have told, as in {"id": ${id from search}}."""
+    """Whether a call is no JSON, or holds what an earlier call would have told, as in {"id": ${id from search}}."""
     # Braces around bare words; those of a JSON object have a quote or nothing after them.
     return any(
         isinstance(arguments, str) or re.search(r"\{\s*[A-Za-z][^\"{}]*\}", json.dumps(arguments))

@@ -30,7 +30,7 @@ def toolalpaca(source: Path, held_out: float = 0.3, seed: int = 0) -> Task:
 
     new: every request of `held_out` of the APIs, none of which is trained. seen: a fifth of the requests of each other
     API (none where `held_out` is 0). train: the rest. placeholders: requests whose calls hold what an earlier call
-    would have told, such as {"id": ${id from search}}: nobody can know what stands there, so they are kept apart.
+    would have told, such as {"id": ${id from search}}, or are no JSON: nobody can know what to say, so they are apart.
     """
     found = convert.read_toolalpaca(source)
     files: dict[str, list[Record]] = {"train": [], "seen": [], "new": [], "placeholders": []}

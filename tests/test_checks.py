@@ -180,6 +180,7 @@ def test_choices_taken(said: str) -> None:
     [
         "", "E", "BC", "B or C", "A, B", "A/B", "(A)(B)", "(A) and (B)", "A or B is the answer", "Both A and B",
         "The answer is B or C", "The answer is A. No, the answer is B", "<answer>B</answer> <answer>C</answer>",
+        "B is wrong", "A is wrong, B too", "(B) is not it", "option B is incorrect", "The answer is B cells",
         "A. oxygen\nB. carbon dioxide", "A good one", "The answer is a dog", "B cells", "B. oxygen", "I know",
         "The answer is not B", "not carbon dioxide", "It isn't carbon dioxide", "carbon dioxide or oxygen", "<think>B",
     ],
@@ -187,6 +188,11 @@ def test_choices_taken(said: str) -> None:
 def test_choices_not_taken(said: str) -> None:
     assert read_choice(spoken(said), CHOICES) is None
     assert not any(right(letter, said, "choice", choices=CHOICES) for letter in CHOICES)
+
+
+@given(st.text(alphabet="AB(). \n*answeris<>/orot:", max_size=60))
+def test_any_text_gives_one_letter_or_none(said: str) -> None:
+    assert read_choice(said, CHOICES) in {*CHOICES, None}
 
 
 FORMS = ("{}", "({})", "{}.", "The answer is {}", "Answer: ({})", "<answer>{}</answer>", "\\boxed{{{}}}", "option {}")

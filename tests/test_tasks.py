@@ -120,6 +120,8 @@ def test_toolalpaca_training_instances(tmp_path: Path) -> None:
 def test_toolalpaca_names_what_is_broken_and_keeps_placeholders_apart(tmp_path: Path) -> None:
     broken = api("broken", 4)
     broken["Golden_Answers"][1] = "get"
+    broken["Instructions"].append(7)
+    broken["Golden_Answers"].append(broken["Golden_Answers"][0])
     broken["Golden_Answers"][2] = [{"Action": "get", "Action_Input": '{"id": ${id from find}}'}]
     broken["Golden_Answers"][3] = [{"Action": "get", "Action_Input": '{"day": "{start date}", "empty": {}}'}]
     source = save(tmp_path / "apis.json", [api("good"), broken, {"Name": "bare"}, api("x") | {"Instructions": ["one"]}])
@@ -127,13 +129,14 @@ def test_toolalpaca_names_what_is_broken_and_keeps_placeholders_apart(tmp_path: 
     assert [len(task.files[name]) for name in ("train", "placeholders")] == [6, 2]
     assert [line.removeprefix(str(tmp_path)) for line in task.left_out] == [
         "/apis.json[1]: golden answer 1 must be a list of {'Action', 'Action_Input'} objects",
+        "/apis.json[1]: golden answer 4: its request is not a text but 7",
         "/apis.json[2]: 'NLDocumentation' is missing; is this a ToolAlpaca file?",
         "/apis.json[3]: 1 instructions but 5 golden answers",
     ]
     lines = tasks.write(task, tmp_path / "out")
     assert lines[2:4] == [
         "2 requests with placeholders in their calls are kept apart: no model can fill them",
-        f"3 broken records left out, all named in {tmp_path}/out/left-out.txt:",
+        f"4 broken records left out, all named in {tmp_path}/out/left-out.txt:",
     ]
     assert (tmp_path / "out/left-out.txt").read_text().splitlines() == list(task.left_out)
 
