@@ -158,8 +158,8 @@ def check_choice(given: str, expected: str, choices: Mapping[str, str] | None = 
 def read_choice(given: str, choices: Mapping[str, str]) -> str | None:
     """The letter that an answer gives, or None where it gives none or several.
 
-    Looked for in this order: `<answer>B</answer>` and `\\boxed{B}`; "the answer is B"; lines that begin with "B", "(B)",
-    "B." or "B is right"; "(B)" and "option B" anywhere; the text of exactly one option, where nothing is denied.
+    Looked for in this order: `<answer>B</answer>` and `\\boxed{B}`; "the answer is B"; lines that begin with "B",
+    "(B)", "B." or "B is right"; "(B)" and "option B" anywhere; the text of exactly one option, denying nothing.
     "A good one" and "B cells" give no letter, "B or C" gives two, and so does "B. text" with the text of another.
     """
     for form in STATED:
