@@ -1,4 +1,4 @@
-"""The command `sdft`: train, plan, check, study, eval, generate, merge, convert."""
+"""The command `sdft`: train, plan, check, study, eval, generate, data, merge, convert."""
 
 import json
 import os
@@ -21,6 +21,7 @@ OVERVIEW = """sdft: Self-Distillation Fine-Tuning (arXiv 2601.19897)
   sdft study STUDY.toml [--list]                 tasks in sequence x methods x learning rates x seeds
   sdft eval MODEL DATA.jsonl                     accuracy by greedy generation
   sdft generate MODEL PROMPT                     an answer
+  sdft data TASK [SOURCE] FOLDER                 a task in the box: training records and evaluation files
   sdft merge ADAPTER FOLDER                      a LoRA adapter and its base to one plain model
   sdft convert toolalpaca FILE OUT.jsonl         other formats to records
   sdft convert gguf FILE.gguf FOLDER             a GGUF model to a Hugging Face folder
@@ -124,6 +125,68 @@ class GenerateArgs:
 
 
 @dataclass(frozen=True)
+class SkillArgs:
+    """`sdft data commands|facts|style FOLDER`: a made-up skill that a 135M model can be taught on a CPU."""
+
+    folder: tyro.conf.Positional[Path]
+    """Folder to write train.jsonl and the evaluation files to."""
+    seed: int = 0
+    """Another seed makes another skill of the same kind, or holds out other parts of it."""
+
+
+@dataclass(frozen=True)
+class ToolAlpacaArgs:
+    """`sdft data toolalpaca SOURCE FOLDER`: tool calls from a ToolAlpaca file of yours."""
+
+    source: tyro.conf.Positional[Path]
+    """eval_simulated.json, train_data.json or a file like them."""
+    folder: tyro.conf.Positional[Path]
+    """Folder to write train.jsonl and the evaluation files to."""
+    held_out: float = 0.3
+    """Share of the APIs for evaluation alone; 0 is all for training, 1 all for evaluation."""
+    seed: int = 0
+    """Draws what is held out."""
+
+
+@dataclass(frozen=True)
+class SciKnowEvalArgs:
+    """`sdft data sciknoweval SOURCE FOLDER`: multiple choice from a SciKnowEval file of yours."""
+
+    source: tyro.conf.Positional[Path]
+    """JSON or JSONL with question, choices and answerKey."""
+    folder: tyro.conf.Positional[Path]
+    """Folder to write train.jsonl and eval.jsonl to."""
+    domain: str = ""
+    """Only questions of this domain, such as Chemistry."""
+    level: str = ""
+    """Only questions of this level, such as L3."""
+    held_out: float = 0.1
+    """Share of the questions for evaluation alone; 0 is all for training, 1 all for evaluation."""
+    seed: int = 0
+    """Draws what is held out."""
+
+
+@dataclass(frozen=True)
+class KnowledgeArgs:
+    """`sdft data knowledge SOURCE FOLDER`: articles of yours with questions about them."""
+
+    source: tyro.conf.Positional[Path]
+    """JSONL, an article a line; docs/tasks.md has the format."""
+    folder: tyro.conf.Positional[Path]
+    """Folder to write train.jsonl and the evaluation files to."""
+
+
+DATA_ARGS: dict[str, type] = {
+    "commands": SkillArgs,
+    "facts": SkillArgs,
+    "style": SkillArgs,
+    "toolalpaca": ToolAlpacaArgs,
+    "sciknoweval": SciKnowEvalArgs,
+    "knowledge": KnowledgeArgs,
+}
+
+
+@dataclass(frozen=True)
 class MergeArgs:
     """`sdft merge ADAPTER FOLDER`: a LoRA adapter, merged into its base, as a plain Hugging Face model."""
 
@@ -157,6 +220,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "study": study_command,
         "eval": eval_command,
         "generate": generate_command,
+        "data": data_command,
         "merge": merge_command,
         "convert": convert_command,
     }
@@ -289,7 +353,9 @@ def check(config: Config, count: int = 32, show: int = 3) -> bool:
     uplift = evaluate.Uplift(*results)
     table = Table("request", "expected", "student", "teacher", title=f"Greedy answers ({config.teacher.context})")
     for student, teacher in list(zip(uplift.student.answers, uplift.teacher.answers, strict=True))[:show]:
-        table.add_row(*(_clip(t) for t in (student.prompt, student.expected[0], student.given, teacher.given)))
+        table.add_row(
+            *(_clip(t) for t in (student.prompt, "".join(student.expected[:1]), student.given, teacher.given))
+        )
     Console().print(table, markup=False)
     works, words = uplift.verdict()
     print(f"Can SDFT work here? {words}")
@@ -360,6 +426,23 @@ def _load(config: ModelConfig) -> tuple[Any, Any]:
     tokenizer, stop_ids = models.load_tokenizer(config)
     set_chat_template(tokenizer, "")
     return tokenizer, models.load(config, tokenizer, stop_ids)
+
+
+def data_command(args: list[str]) -> None:
+    if not args or args[0] in ("-h", "--help"):
+        for shown in dict.fromkeys(DATA_ARGS.values()):
+            print(shown.__doc__)
+        print("\n`sdft data TASK --help` explains the options of a task.")
+        return
+    task, rest = args[0], args[1:]
+    if task not in DATA_ARGS:
+        raise SdftError(f"unknown task {task!r}; valid: {', '.join(DATA_ARGS)}")
+    a: Any = tyro.cli(DATA_ARGS[task], args=rest, prog=f"sdft data {task}")
+    from sdft import skills, tasks
+
+    options = {key: value for key, value in vars(a).items() if key != "folder"}
+    made = tasks.made_up(task, **options) if task in skills.SKILLS else getattr(tasks, task)(**options)
+    print("\n".join(tasks.write(made, a.folder)))
 
 
 def merge_command(args: list[str]) -> None:

@@ -8,7 +8,7 @@ A record is one JSON object:
 - `demonstration`: a string, or a list of demonstrations. Each is an answer to this very request, or a pair
   {"prompt": ..., "response": ...} that shows another request answered. Needed for training and `sdft check`.
 - `answer` (optional): what an evaluation accepts, a string or a list; default: the demonstrations.
-- `check` (optional): how it is compared, one of evaluate.CHECKS.
+- `check` (optional): how it is compared, one of those of checks.py; `choices`: the options of a multiple choice.
 """
 
 import functools
@@ -16,7 +16,7 @@ import hashlib
 import json
 import random
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -42,6 +42,7 @@ class Example:
     answers: tuple[str, ...] = ()
     check: str = "contains"
     source: str = ""  # file:line, for error messages
+    record: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)  # as it stands in the file
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,7 @@ def parse_record(row: Any, where: str) -> Example:
         answers=tuple(_text(a, "answer", where) for a in answers),
         check=_text(row.get("check", "contains"), "check", where),
         source=where,
+        record=row,
     )
 
 

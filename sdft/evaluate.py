@@ -1,13 +1,11 @@
 """Task accuracy by greedy generation, and the teacher-uplift check. Knows nothing of training."""
 
-import json
-import re
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-from sdft import SdftError
+from sdft import SdftError, checks
 from sdft.config import RolloutConfig
 from sdft.data import Example, encode_chat, student_messages
 from sdft.models import LanguageModel
@@ -32,48 +30,20 @@ class EvalResult:
         return sum(a.correct for a in self.answers) / len(self.answers)
 
 
-def check_exact(given: str, expected: str) -> bool:
-    """Equal but for surrounding white space."""
-    return given.strip() == expected.strip()
-
-
-def check_contains(given: str, expected: str) -> bool:
-    """The expected text stands in the answer as whole words, whatever the case."""
-    return re.search(rf"(?<!\w){re.escape(expected.strip())}(?!\w)", given, re.IGNORECASE) is not None
-
-
-def check_tool_call(given: str, expected: str) -> bool:
-    """The same calls in the same order: function names equal, arguments equal as JSON."""
-    calls = parse_tool_calls(given)
-    return bool(calls) and calls == parse_tool_calls(expected)
-
-
-def parse_tool_calls(text: str) -> list[tuple[str, Any]]:
-    """(function, arguments) of every `Action: name` / `Action Input: {...}` pair; bad JSON stays text."""
-    calls = []
-    for name, raw in re.findall(r"Action:\s*([^\n]+?)\s*\nAction Input:\s*(.*?)\s*(?=\nAction:|\Z)", text, re.DOTALL):
-        try:
-            arguments: Any = json.loads(raw)
-        except json.JSONDecodeError:
-            arguments = " ".join(raw.split())
-        calls.append((name, arguments))
-    return calls
-
-
-CHECKS: dict[str, Callable[[str, str], bool]] = {
-    "exact": check_exact,
-    "contains": check_contains,
-    "tool_call": check_tool_call,
-}
-
-
 def check_evaluable(examples: Sequence[Example], path: str) -> None:
-    """Raises SdftError for an example without an answer or with an unknown check, before any generation."""
+    """Raises SdftError for an example without an answer or whose check does not work, before any generation.
+
+    A user's function is called with an empty answer, once for each that the examples name.
+    """
+    tried = set()
     for example in examples:
-        if not example.answers:
+        own = example.check.startswith("python:")
+        if not example.answers and not own:
             raise SdftError(f"{example.source}: an evaluation record needs an 'answer' (or a 'demonstration')")
-        if example.check not in CHECKS:
-            raise SdftError(f"{example.source}: check {example.check!r} is unknown; valid: {', '.join(CHECKS)}")
+        right = checks.prepare(example)
+        if own and example.check not in tried:
+            right("")
+            tried.add(example.check)
 
 
 def evaluate(
@@ -91,7 +61,7 @@ def evaluate(
     answers = []
     for example, completion in zip(examples, completions, strict=True):
         given = tokenizer.decode(completion.ids, skip_special_tokens=True)
-        correct = any(CHECKS[example.check](given, expected) for expected in example.answers)
+        correct = checks.prepare(example)(given)
         answers.append(Answer(example.messages[-1]["content"], example.answers, given, correct))
     return EvalResult(tuple(answers))
 

@@ -249,7 +249,8 @@ def test_one_line_and_status_2(
     monkeypatch.setattr("sdft_kernels.checks.INTERPRETED", False)
     lm = str(model_folder("llama"))
     assert (
-        refused("trian") == "sdft: unknown command 'trian'; valid: train, plan, check, study, eval, generate, merge, convert"
+        refused("trian")
+        == "sdft: unknown command 'trian'; valid: train, plan, check, study, eval, generate, data, merge, convert"
     )
     assert "the config file is missing; it comes first" in refused("train")
     assert "the config file is missing; it comes first" in refused("check", "--optim.lr", "1")
@@ -348,4 +349,4 @@ def test_the_overview_names_every_command(capsys: pytest.CaptureFixture[str]) ->
     for arguments in ([], ["--help"], ["-h"]):
         main(arguments)
         told = capsys.readouterr().out
-        assert all(f"sdft {c} " in told for c in ("train", "check", "eval", "generate", "convert"))
+        assert all(f"sdft {c} " in told for c in ("train", "check", "eval", "generate", "data", "convert"))

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from sdft import SdftError
+from sdft.checks import check_tool_call, parse_tool_calls
 from sdft.convert import toolalpaca, write_jsonl
 from sdft.data import load_records
-from sdft.evaluate import check_tool_call, parse_tool_calls
 
 REAL = Path(__file__).resolve().parents[2] / "shared/data/toolalpaca/eval_simulated.json"
 

@@ -1,4 +1,4 @@
-"""Checks of an answer, accuracy by greedy generation, the verdict on the teacher."""
+"""Accuracy by greedy generation, the verdict on the teacher."""
 
 from typing import Any
 
@@ -6,39 +6,8 @@ import pytest
 
 from sdft import SdftError, evaluate
 from sdft.data import parse_record
-from sdft.evaluate import Answer, EvalResult, Uplift, check_contains, check_evaluable, check_exact, check_tool_call
+from sdft.evaluate import Answer, EvalResult, Uplift, check_evaluable
 from sdft.rollout import Completion
-
-CALL = 'Action: f\nAction Input: {"a": 1, "b": [2]}'
-
-
-@pytest.mark.parametrize(
-    ("check", "given", "expected", "correct"),
-    [
-        (check_exact, " Paris\n", "Paris", True),
-        (check_exact, "paris", "Paris", False),
-        (check_exact, "Paris.", "Paris", False),
-        (check_contains, "The capital is PARIS.", "Paris", True),
-        (check_contains, "Parisian food", "Paris", False),
-        (check_contains, "comparis", "Paris", False),
-        (check_contains, "It costs $5 (five).", "$5 (five)", True),
-        (check_contains, "a.b", "a.b", True),
-        (check_contains, "axb", "a.b", False),
-        (check_contains, "São Paulo!", "são paulo", True),
-        (check_contains, "", "Paris", False),
-        (check_tool_call, 'Action: f\nAction Input: {"b":[2],  "a": 1}', CALL, True),
-        (check_tool_call, f"I call:\n{CALL}\n", CALL, True),
-        (check_tool_call, 'Action: f\nAction Input: {"a": 2, "b": [2]}', CALL, False),
-        (check_tool_call, 'Action: g\nAction Input: {"a": 1, "b": [2]}', CALL, False),
-        (check_tool_call, f"{CALL}\n{CALL}", CALL, False),
-        (check_tool_call, f"{CALL}\n{CALL}", f"{CALL}\n{CALL}", True),
-        (check_tool_call, "Action: f\nAction Input: {", CALL, False),
-        (check_tool_call, "Action: f\nAction Input: {bad  json", "Action: f\nAction Input: {bad json", True),
-        (check_tool_call, "no call", "no call", False),
-    ],
-)
-def test_checks(check: Any, given: str, expected: str, correct: bool) -> None:
-    assert check(given, expected) is correct
 
 
 def test_records_that_cannot_be_evaluated() -> None:
