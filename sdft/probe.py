@@ -63,13 +63,14 @@ def drift(
 ) -> Drift:
     """Both divergences between the model and its base along the model's own answers to `prompts` (token ids).
 
-    Exact over the vocabulary, a chunk of tokens at a time. With sampled answers at temperature 1, the mean of `kl` is
-    an estimate of the divergence between the two models' answers as wholes, divided by the mean length; along greedy
-    answers it is one along the most likely path.
+    Exact over the vocabulary, a chunk of tokens at a time. Along answers sampled at temperature 1, the sum of `kl` over
+    an answer is on average the divergence between the two models' whole answers (the chain rule; answers as cut by
+    max_new_tokens). Along greedy answers it is that of one path, the one an evaluation sees.
 
-    base: another model with the same tokenizer, or a Teacher of kind `base` made before the first stage: it keeps that
-    start. rollout: sampling (temperature 0 is greedy), longest answer, prompts that generate together. batch_tokens:
-    of a forward pass.
+    base: another model with the same tokenizer, or a Teacher of kind `base` made before the first stage. That one keeps
+    the weights it started from; with a fresh adapter it is the adapter switched off, which stays the base only as long
+    as nothing is merged. rollout: sampling (temperature 0 is greedy), longest answer, prompts that generate together.
+    batch_tokens: of a forward pass.
 
     Raises SdftError without prompts, or for a teacher of another kind.
     """
