@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from sdft_kernels.operands import mm32
 from torch import Tensor
 
 from sdft import SdftError, first_line
@@ -322,7 +323,11 @@ def _score(model: LanguageModel, hidden: Tensor, rows: list[int], labels: list[i
     logprobs, tops = [], []
     for start in range(0, len(rows), ROWS):
         part = slice(start, start + ROWS)
-        logits = head.logits(hidden[at[part]]).float()  # (n, V)
+        x = hidden[at[part]].to(head.weight.dtype)  # (n, H)
+        # fp32 also of bf16 weights: rounded logits would move a likelihood by as much as choices differ.
+        logits = x.new_empty(len(x), len(head.weight), dtype=torch.float32)  # (n, V)
+        mm32(x, head.weight.t(), logits)
+        logits = head.cap(logits if head.bias is None else logits + head.bias.float())
         picked = logits.gather(1, wanted[part, None])[:, 0]
         logprobs.append((picked - logits.logsumexp(-1)).double().cpu())
         tops.append((logits.argmax(-1) == wanted[part]).cpu())

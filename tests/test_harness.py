@@ -16,9 +16,9 @@ from sdft.cli import main
 from sdft.config import LoraConfig, RolloutConfig
 from sdft.models import add_lora, enable_packing
 
-# The extra lm-eval is some 350 MB, so dev does not bring it: pip install -c constraints.txt '.[lm-eval]'
+# The extra lm-eval is some 350 MB, so dev does not bring it; `make test-harness` does.
 needs_lm_eval = pytest.mark.skipif(
-    importlib.util.find_spec("lm_eval") is None, reason="lm_eval is not installed: pip install '.[lm-eval]'"
+    importlib.util.find_spec("lm_eval") is None, reason="lm_eval is not installed: make test-harness"
 )
 
 QUESTIONS = [
@@ -83,6 +83,19 @@ def test_packed_and_adapted(load_tiny: Any, nudge: Any) -> None:
     with model.lm.disable_adapter():
         base = harness.log_likelihoods(model, random_pairs())
     assert [b for b, _ in base] != pytest.approx([w for w, _ in want], rel=1e-2)
+
+
+@torch.no_grad()
+def test_bf16_weights_have_fp32_logits(load_tiny: Any) -> None:
+    model = load_tiny(weights_dtype="bfloat16", compute_dtype="bfloat16")[1]
+    model.lm.eval()
+    for context, said in (([1, 2, 3], [4, 5]), ([9], [8])):
+        hidden = model.hidden(torch.tensor([[*context, *said[:-1]]]))[0, -len(said) :].double()
+        rows = (hidden @ model.head().weight.double().T).log_softmax(-1)
+        want = float(rows.gather(1, torch.tensor(said)[:, None]).sum())
+        assert harness.log_likelihoods(model, [(context, said)])[0][0] == pytest.approx(want, rel=1e-5)
+        rounded = model.head().logits(hidden.bfloat16()).float().log_softmax(-1)
+        assert float(rounded.gather(1, torch.tensor(said)[:, None]).sum()) != pytest.approx(want, rel=1e-4)
 
 
 def test_pairs_that_differ_in_their_last_token_run_once(load_tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
