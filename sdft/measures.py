@@ -109,10 +109,10 @@ def interval(values: ArrayLike, level: float = 0.95, resamples: int = 10_000, se
 
     Up to 6 values all n^n resamples are taken, so the result is exact; above, `resamples` are drawn with `seed`.
 
-    **What it means for few seeds.** Three values have ten different resamples, and all three alike are 1 in 27 of
-    them: the 95% interval is then just [smallest, largest]. For any continuous distribution it holds the median of all
-    seeds with a probability of 75%, and not 95% (1 - 2 * 0.5^3). Read it as the range that was seen. About ten seeds
-    make it what it is called.
+    **What it means for few seeds.** Of the 27 resamples of three values, one is the smallest three times over, and that
+    is more than 2.5%: the 95% interval is just [smallest, largest]. For any continuous distribution it holds the median
+    of all seeds with a probability of 75%, not 95% (1 - 2 * 0.5^3). Read it as the range that was seen. Of
+    normal values, five hold their mean in 83% of cases and ten in 91% (simulated).
 
     values: (n,) without nan. Raises SdftError for others, or for a level outside (0, 1).
     """
