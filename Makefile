@@ -10,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test bench bench-step bench-gpu bench-step-gpu test-gpu wheels lint clean
+.PHONY: demo test test-harness bench bench-step bench-gpu bench-step-gpu test-gpu wheels lint clean
 
 $(VENV)/installed: pyproject.toml constraints.txt Makefile
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'sdft needs Python 3.11 or later; run: make PYTHON=python3.11 ...')"
@@ -25,6 +25,11 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed lint
 	$(BIN)/python -m pytest
+
+# lm-evaluation-harness is 350 MB with what it needs, so the other tests do without.
+test-harness: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[train,dev,lm-eval]"
+	$(BIN)/python -m pytest tests/test_harness.py
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

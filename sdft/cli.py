@@ -20,6 +20,7 @@ OVERVIEW = """sdft: Self-Distillation Fine-Tuning (arXiv 2601.19897)
   sdft check CONFIG.toml [--count 32]            can the teacher use the demonstrations? run this first
   sdft study STUDY.toml [--list]                 tasks in sequence x methods x learning rates x seeds
   sdft eval MODEL DATA.jsonl                     accuracy by greedy generation
+  sdft eval MODEL --harness hellaswag,mmlu       prior skills by lm-evaluation-harness
   sdft generate MODEL PROMPT                     an answer
   sdft data TASK [SOURCE] FOLDER                 a task in the box: training records and evaluation files
   sdft merge ADAPTER FOLDER                      a LoRA adapter and its base to one plain model
@@ -78,11 +79,14 @@ class StudyArgs:
 
 @dataclass(frozen=True)
 class EvalArgs:
-    """`sdft eval MODEL DATA.jsonl`: accuracy by greedy generation, each record by its own check."""
+    """`sdft eval MODEL DATA.jsonl`: accuracy by greedy generation, each record by its own check.
+
+    `sdft eval MODEL --harness hellaswag,winogrande`: tasks of lm-evaluation-harness; both where both are given."""
 
     model: tyro.conf.Positional[str]
-    """A model: folder, adapter folder, hub name, .gguf file or smollm2-135m."""
-    data: tyro.conf.Positional[str]
+    """A model: folder, adapter folder, hub name, .gguf file or smollm2-135m. Or CONFIG.toml: the model that it names,
+    loaded as it says."""
+    data: tyro.conf.Positional[str] = ""
     """Records with prompt and answer."""
     max_new_tokens: int = 64
     """Longest answer."""
@@ -94,6 +98,20 @@ class EvalArgs:
     """Answers to print."""
     output: str = ""
     """Write every answer to this .jsonl file."""
+    harness: str = ""
+    """Tasks or groups of lm-evaluation-harness, or task .yaml files, with commas between them."""
+    limit: int | None = None
+    """Harness: items of each task, the first ones; all by default."""
+    include_path: str = ""
+    """Harness: a folder with task .yaml files of your own."""
+    fewshot: int | None = None
+    """Harness: examples in the prompt; each task's own number by default."""
+    chat: bool = False
+    """Harness: put every prompt through the chat template."""
+    allow_code: bool = False
+    """Harness: run code that the model wrote (humaneval); better in a container."""
+    json: bool = False
+    """Harness: also print the scores as a line of JSON."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """dtype of the matrix products."""
     device: str = "auto"
@@ -385,14 +403,43 @@ def study_command(args: list[str]) -> None:
 
 def eval_command(args: list[str]) -> None:
     a = tyro.cli(EvalArgs, args=args, prog="sdft eval")
-    from sdft import evaluate
-    from sdft.convert import write_jsonl
+    if not a.data and not a.harness:
+        raise SdftError("nothing to evaluate on; give DATA.jsonl, or --harness with tasks such as hellaswag,winogrande")
+    from sdft import evaluate, harness
     from sdft.data import load_records
 
-    examples = load_records(a.data)
+    examples = load_records(a.data) if a.data else []
     evaluate.check_evaluable(examples, a.data)
-    tokenizer, model = _load(ModelConfig(name=a.model, compute_dtype=a.compute_dtype, device=a.device))
-    prompts = evaluate.student_prompts(tokenizer, examples, a.system)
+    if a.harness:
+        harness.check(task_names(a), a.limit, a.include_path)
+    config = eval_config(a)
+    tokenizer, model = _load(config.model, config.data.chat_template, needs_chat=bool(examples) or a.chat)
+    if examples:
+        eval_records(a, tokenizer, model, examples, config.data.system)
+    if a.harness:
+        eval_harness(a, tokenizer, model)
+
+
+def eval_config(a: EvalArgs) -> Config:
+    """What to load and how to ask: that of the model named, or of a config, with the command line's over it."""
+    config = load_config(a.model) if a.model.endswith(".toml") else override(Config(), {"model.name": a.model})
+    if not config.model.name:
+        raise SdftError(f"{a.model}: model.name is missing")
+    given = {"model.compute_dtype": a.compute_dtype, "model.device": a.device, "data.system": a.system}
+    return override(config, {key: value for key, value in given.items() if value not in ("auto", "")})
+
+
+def task_names(a: EvalArgs) -> list[str]:
+    """The tasks of --harness."""
+    return [name.strip() for name in a.harness.split(",") if name.strip()]
+
+
+def eval_records(a: EvalArgs, tokenizer: Any, model: Any, examples: list[Any], system: str) -> None:
+    """Greedy answers to the records; prints some, writes all, prints the accuracy."""
+    from sdft import evaluate
+    from sdft.convert import write_jsonl
+
+    prompts = evaluate.student_prompts(tokenizer, examples, system)
     result = evaluate.evaluate(model, tokenizer, examples, prompts, a.max_new_tokens, a.batch_size)
     for answer in result.answers[: a.show]:
         print(f"[{'ok' if answer.correct else '--'}] {_clip(answer.prompt)}\n     {_clip(answer.given)}")
@@ -400,6 +447,23 @@ def eval_command(args: list[str]) -> None:
         write_jsonl(Path(a.output), [asdict(answer) for answer in result.answers])
     right = sum(answer.correct for answer in result.answers)
     print(f"accuracy {result.accuracy:.1%} ({right} of {len(result.answers)})")
+
+
+def eval_harness(a: EvalArgs, tokenizer: Any, model: Any) -> None:
+    """Prints the scores of lm_eval's tasks."""
+    from sdft import harness
+
+    found = harness.run(
+        model, tokenizer, task_names(a), a.limit, a.include_path, a.fewshot, a.chat, a.allow_code,
+        batch_size=a.batch_size,
+    )  # fmt: skip
+    for task, scores in found.items():
+        for metric, score in scores.items():
+            print(
+                f"{task}  {metric}  {score.value:.4f}" + (f" ± {score.stderr:.4f}" if score.stderr is not None else "")
+            )
+    if a.json:
+        print(json.dumps({task: {k: asdict(v) for k, v in scores.items()} for task, scores in found.items()}))
 
 
 def generate_command(args: list[str]) -> None:
@@ -419,12 +483,13 @@ def generate_command(args: list[str]) -> None:
         print(tokenizer.decode(completion.ids, skip_special_tokens=True))
 
 
-def _load(config: ModelConfig) -> tuple[Any, Any]:
+def _load(config: ModelConfig, template: str = "", needs_chat: bool = True) -> tuple[Any, Any]:
     from sdft import models
     from sdft.data import set_chat_template
 
     tokenizer, stop_ids = models.load_tokenizer(config)
-    set_chat_template(tokenizer, "")
+    if template or needs_chat:
+        set_chat_template(tokenizer, template)
     return tokenizer, models.load(config, tokenizer, stop_ids)
 
 

@@ -9,7 +9,7 @@ from sdft import SdftError, checks
 from sdft.config import RolloutConfig
 from sdft.data import Example, encode_chat, student_messages
 from sdft.models import LanguageModel
-from sdft.rollout import generate
+from sdft.rollout import Completion, generate
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,8 @@ class Answer:
     expected: tuple[str, ...]
     given: str
     correct: bool
+    tokens: int = 0  # of the answer, its end included
+    truncated: bool = False  # it has no end: max_new_tokens came first
 
 
 @dataclass(frozen=True)
@@ -58,12 +60,26 @@ def evaluate(
     """Greedy answers to `prompts` (token ids, one for each example), each compared by its example's check."""
     greedy = RolloutConfig(temperature=0.0, max_new_tokens=max_new_tokens, batch_size=batch_size)
     completions = generate(model, prompts, greedy, weights)
+    return EvalResult(tuple(judge(tokenizer, examples, completions)))
+
+
+def judge(tokenizer: Any, examples: Sequence[Example], completions: Sequence[Completion]) -> list[Answer]:
+    """Completions, one for each example, as text and compared by the example's check."""
     answers = []
     for example, completion in zip(examples, completions, strict=True):
         given = tokenizer.decode(completion.ids, skip_special_tokens=True)
         correct = checks.prepare(example)(given)
-        answers.append(Answer(example.messages[-1]["content"], example.answers, given, correct))
-    return EvalResult(tuple(answers))
+        answers.append(
+            Answer(
+                example.messages[-1]["content"],
+                example.answers,
+                given,
+                correct,
+                len(completion.ids),
+                completion.truncated,
+            )
+        )
+    return answers
 
 
 def student_prompts(tokenizer: Any, examples: Sequence[Example], system: str) -> list[list[int]]:

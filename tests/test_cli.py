@@ -174,6 +174,25 @@ def test_eval(model_folder: Any, skill: Path, tmp_path: Path, capsys: pytest.Cap
     assert "accuracy 0.0% (0 of 13)" in told
 
 
+def test_eval_of_a_configs_model(
+    config_file: Any, model_folder: Any, skill: Path, tmp_path: Path, refused: Any
+) -> None:
+    """Loaded as the config says and asked as the config says."""
+    short = [str(skill), "--max-new-tokens", "4", "--output", str(tmp_path / "out.jsonl")]
+    plain, system = str(model_folder("llama")), ["--system", "be brief"]
+
+    def answers(model: str, *options: str) -> str:
+        main(["eval", model, *short, *options])
+        return (tmp_path / "out.jsonl").read_text()
+
+    found = [answers(config_file(**{"data.system": "be brief"})), answers(config_file(), *system)]
+    found += [answers(plain, "--compute-dtype", "float32", *system), answers(config_file())]
+    assert found[0] == found[1] == found[2] != found[3]
+    empty = tmp_path / "empty.toml"
+    empty.write_text("[train]\nsteps = 2\n")
+    assert "model.name is missing" in refused("eval", str(empty), str(skill))
+
+
 def test_eval_of_what_was_trained(config_file: Any, skill: Path, tmp_path: Path, capsys: Any) -> None:
     """SFT until the skill is there; the written model and the written adapter both answer right."""
     for rank in (0, 8):

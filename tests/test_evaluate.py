@@ -82,3 +82,13 @@ def test_verdict(student: int, teacher: int, works: bool, words: str) -> None:
     got, text = uplift.verdict()
     assert got is works
     assert words in text
+
+
+def test_answers_know_their_length_and_their_end() -> None:
+    class Words:
+        def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+            return " ".join(str(i) for i in ids)
+
+    examples = [parse_record({"prompt": p, "answer": "5"}, "f:1") for p in ("a", "b")]
+    got = evaluate.judge(Words(), examples, [Completion([4, 5, 257], False), Completion([1, 2], True)])
+    assert [(a.correct, a.tokens, a.truncated) for a in got] == [(True, 3, False), (False, 2, True)]
