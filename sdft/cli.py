@@ -187,7 +187,9 @@ def config_from(args: list[str]) -> tuple[Config, list[str]]:
             return Config(), ["--help"]
         raise SdftError("the config file is missing; it comes first: sdft train CONFIG.toml [--optim.lr 2e-5 ...]")
     flags = [a.partition("=") for a in args[1:]]
-    return load_config(args[0]), [ALIASES.get(flag, flag) + sign + value for flag, sign, value in flags]
+    return load_config(args[0]), [
+        ALIASES.get(flag.replace("_", "-"), flag) + sign + value for flag, sign, value in flags
+    ]
 
 
 def train_command(args: list[str]) -> None:

@@ -87,7 +87,7 @@ def collect(
     for i, answer in zip(order, ids, strict=True):
         answers[i].append(answer)
     rows = [{"origin": origin, "seconds": seconds}, *({"answers": [*map(decode, a)], "ids": a} for a in answers)]
-    files.write_text(finished, "".join(json.dumps(row) + "\n" for row in rows))
+    files.write_text(finished, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))  # to be read
     unfinished.unlink()
     return Offline(tuple(map(tuple, answers)), seconds)
 
@@ -95,7 +95,7 @@ def collect(
 def _read(path: Path, origin: dict[str, Any]) -> list[dict[str, Any]]:
     """The whole lines of a file of that origin; a half-written last one is left out."""
     lines: list[dict[str, Any]] = []
-    for text in path.read_text(encoding="utf-8").splitlines():
+    for text in path.read_text(encoding="utf-8").split("\n"):  # U+2028 and its kind may stand in an answer
         try:
             lines.append(json.loads(text))
         except json.JSONDecodeError:

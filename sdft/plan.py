@@ -195,6 +195,8 @@ def _applies(changes: dict[str, Any], config: Config, machine: Machine) -> bool:
             return False
         if machine.kind != "cuda" and (key.endswith("offload") or key == "model.quantize"):
             return False
+    if "lora.rank" in changes and config.teacher.model:  # whose weights need full fine-tuning
+        return False
     if "teacher.offload" in changes:
         averaged = config.teacher.kind == "ema" and config.loss.has_teacher
         return averaged and not config.lora.rank and config.model.weights_dtype == "bfloat16"

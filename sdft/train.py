@@ -221,16 +221,16 @@ def seed_step(seed: int, step: int) -> None:
 def answers(run: Run, examples: list[TokenizedExample], step: int) -> tuple[list[TokenizedExample], list[Completion]]:
     """The step's answers, as Config.answers says; examples repeated to match."""
     config = run.config
-    if run.teacher is None and config.answers == "demonstrations":
+    if config.answers == "demonstrations":
         return examples, [Completion(e.target, truncated=False) for e in examples]
-    if run.teacher is None or config.answers == "offline":
+    if config.answers == "offline":
         pairs = [(e, Completion(ids, ids[-1] not in run.model.stop_ids)) for e in examples for ids in e.samples]
         return [example for example, _ in pairs], [completion for _, completion in pairs]
     examples = [e for e in examples for _ in range(config.rollout.per_prompt)]
     # In turns by step, not by prompt: two half batches would take nearly twice the time of a whole one.
     by_teacher = config.rollout.source == "teacher" or (config.rollout.source == "mixed" and step % 2 == 1)
     prompts = [e.teacher_prompt if by_teacher else e.prompt for e in examples]
-    weights = run.teacher.weights if by_teacher else contextlib.nullcontext
+    weights = run.teacher.weights if run.teacher and by_teacher else contextlib.nullcontext
     return examples, generate(run.model, prompts, replace(config.rollout, batch_size=run.rollout_batch), weights)
 
 
