@@ -650,13 +650,13 @@ def recall_best(run: Run, output: Path) -> None:
     if not run.best:
         return
     folder, on = checkpoint.checkpoint_folder(output, run.best["step"]), best_on(run.config)
-    if not folder.is_dir():
+    if run.best["on"] != on and not run.guard:
+        run.best = {}
+    elif not folder.is_dir():
         print(f"The checkpoint that was best {told(run.best)} is not there any more; the best is sought anew.")
         run.best = {}
-    elif run.best["on"] != on:
-        # Under a guard it is still the one to go back to, until a better one comes.
-        accuracy = accuracy_on(run.config, checkpoint.read_state(folder)["result"]) if run.guard else 0.0
-        run.best = run.best | {"on": on, "accuracy": accuracy} if run.guard else {}
+    elif run.best["on"] != on:  # the guard still goes back to it, until a better one comes
+        run.best |= {"on": on, "accuracy": accuracy_on(run.config, checkpoint.read_state(folder)["result"])}
 
 
 def judge(run: Run, step: int) -> dict[str, Any]:
