@@ -260,3 +260,16 @@ def test_the_command_guards_what_the_model_knew(make_config: Any, make_run: Any,
         ]
     )
     assert f"accuracy {lines[-2]['eval']['guard']:.1%}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", [["--max-drop", "3"], ["--max_drop=3"], ["--eval.max-drop", "3"]])
+def test_short_forms(flags: list[str], make_config: Any, tmp_path: Path) -> None:
+    import tyro
+
+    from sdft.cli import config_from
+    from sdft.config import Config
+
+    (tmp_path / "c.toml").write_text(to_toml(make_config()))
+    config, rest = config_from([str(tmp_path / "c.toml"), "--guard=a=b.jsonl", *flags])
+    parsed = tyro.cli(Config, default=config, args=rest)
+    assert (parsed.eval.guard, parsed.eval.max_drop) == ("a=b.jsonl", 3.0)
