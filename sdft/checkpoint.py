@@ -5,7 +5,7 @@ be kept. Tensors are safetensors; the optimizer's state is loaded with weights_o
 
     OUTPUT/checkpoints/step-000040/
         weights.safetensors    every parameter that trains, by its name in the model
-        teacher.safetensors    the teacher's own tensors; none for SFT
+        teacher.safetensors    the teacher's own tensors; none for sft and dft
         optimizer.pt           moments and step counts
         state.json             step, and the facts of the run that `train.resume` compares or goes on with
         manifest.json          format, and size and sha256 of every other file
@@ -15,6 +15,7 @@ import hashlib
 import json
 import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -181,15 +182,19 @@ def _kind(tensor: torch.Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
 
 
-@torch.no_grad()
 def frozen_digest(model: LanguageModel) -> str:
-    """sha256 of the parameters a checkpoint does not hold but stands on: names, shapes, dtypes, a sample of values."""
+    """`weights_digest` of the parameters that a checkpoint does not hold but stands on."""
+    return weights_digest((name, p) for name, p in model.lm.named_parameters() if not p.requires_grad)
+
+
+@torch.no_grad()
+def weights_digest(parameters: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """sha256 of names, shapes, dtypes, and a sample of the values."""
     digest = hashlib.sha256()
-    for name, p in model.lm.named_parameters():
-        if not p.requires_grad:
-            flat = p.detach().reshape(-1)
-            some = flat[:: max(1, flat.numel() // 256)].contiguous()
-            digest.update(f"{name} {_kind(p)}".encode() + some.view(torch.uint8).cpu().numpy().tobytes())
+    for name, p in parameters:
+        flat = p.detach().reshape(-1)
+        some = flat[:: max(1, flat.numel() // 256)].contiguous()
+        digest.update(f"{name} {_kind(p)}".encode() + some.view(torch.uint8).cpu().numpy().tobytes())
     return digest.hexdigest()
 
 

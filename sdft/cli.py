@@ -16,6 +16,8 @@ from sdft.config import Config, ModelConfig, load_config, override, validate
 OVERVIEW = """sdft: Self-Distillation Fine-Tuning (arXiv 2601.19897)
 
   sdft train CONFIG.toml [--optim.lr 2e-5 ...]   train; every setting of the file can be overridden
+                         [--resume]              go on with an interrupted run
+                         [--guard DATA.jsonl --max-drop 2]   stop where more than 2 points are lost on these records
   sdft plan CONFIG.toml [--memory 12GB]          what will it take, will it fit, what to change; loads no weights
   sdft check CONFIG.toml [--count 32]            can the teacher use the demonstrations? run this first
   sdft study STUDY.toml [--list]                 tasks in sequence x methods x learning rates x seeds
@@ -268,14 +270,24 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
+# Short forms of settings that are mostly given on the command line.
+ALIASES = {
+    "--resume": "--train.resume",
+    "--guard": "--eval.guard",
+    "--max-drop": "--eval.max-drop",
+}
+
+
 def config_from(args: list[str]) -> tuple[Config, list[str]]:
     """The config of a command line CONFIG.toml [overrides], and the overrides that are left to parse."""
     if not args or args[0].startswith("-"):
         if {"-h", "--help"} & set(args):
             return Config(), ["--help"]
         raise SdftError("the config file is missing; it comes first: sdft train CONFIG.toml [--optim.lr 2e-5 ...]")
-    path, rest = args[0], ["--train.resume" if a == "--resume" else a for a in args[1:]]
-    return load_config(path), rest
+    flags = [a.partition("=") for a in args[1:]]
+    return load_config(args[0]), [
+        ALIASES.get(flag.replace("_", "-"), flag) + sign + value for flag, sign, value in flags
+    ]
 
 
 def train_command(args: list[str]) -> None:
@@ -352,6 +364,8 @@ def check(config: Config, count: int = 32, show: int = 3) -> bool:
     from sdft.data import encode_chat, load_records, set_chat_template, teacher_messages
 
     validate(replace(config, train=replace(config.train, output=config.train.output or "unused")))
+    if config.teacher.context == "none":
+        raise SdftError("teacher.context = 'none' shows no demonstration; there is nothing to check")
     records = load_records(config.data.train, config.data.split)
     picked = [records[i * len(records) // min(count, len(records))] for i in range(min(count, len(records)))]
     for example in picked:

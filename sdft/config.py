@@ -81,8 +81,12 @@ class TeacherConfig:
     """Teacher weights: ema (moving average of the student), base (as at the start), live (the student)."""
     ema_alpha: float = 0.02
     """Rate of the moving average a step: teacher += ema_alpha * (student - teacher)."""
-    context: Literal["in_prompt", "as_turns", "template"] = "in_prompt"
-    """How the teacher is shown the demonstration. Small models need as_turns; see `sdft check`."""
+    model: str = ""
+    """Weights that the teacher holds instead of the model's own at the start: a hub name, a folder or a .gguf file of
+    the same architecture and tokenizer. Needs kind = base and full fine-tuning."""
+    context: Literal["in_prompt", "as_turns", "template", "none"] = "in_prompt"
+    """How the teacher is shown the demonstration. Small models need as_turns; see `sdft check`. none: it is not, and
+    records need none; for a teacher.model that is to be imitated as it is."""
     turns: int = 2
     """as_turns: how many earlier turns show a demonstration (they are repeated if fewer are given)."""
     request: str = "{request}"
@@ -99,8 +103,9 @@ class TeacherConfig:
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    source: Literal["student", "teacher", "mixed"] = "student"
-    """Who samples the answers; mixed: student and teacher take turns, step by step."""
+    source: Literal["student", "teacher", "mixed", "offline"] = "student"
+    """Who samples the answers; mixed: student and teacher take turns, step by step. offline: the teacher as it is at
+    the start, all answers before the first step; sft and dft train on them too, instead of on demonstrations."""
     per_prompt: int = 1
     """Answers sampled for one prompt in a step."""
     max_new_tokens: int = 256
@@ -117,8 +122,9 @@ class RolloutConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    method: Literal["sdft", "sft"] = "sdft"
-    """sdft: divergence to the demonstration-conditioned teacher. sft: cross-entropy on the demonstration."""
+    method: Literal["sdft", "sft", "dft"] = "sdft"
+    """sdft: divergence to the demonstration-conditioned teacher. sft: cross-entropy on the demonstration. dft: the
+    same, each token weighted by the probability that the student gives it (Wu et al. 2025)."""
     divergence: Literal["reverse_kl", "forward_kl", "jsd"] = "reverse_kl"
     """reverse_kl is KL(student || teacher), forward_kl is KL(teacher || student)."""
     beta: float = 0.5
@@ -133,6 +139,11 @@ class LossConfig:
     """Work space of the fused loss in bytes; 0 takes its default."""
     impl: Literal["auto", "torch", "triton"] = "auto"
     """Implementation of the fused loss; auto chooses by device."""
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether the loss compares with a teacher; a cross-entropy (sft, dft) does not."""
+        return self.method == "sdft"
 
 
 @dataclass(frozen=True)
@@ -170,6 +181,21 @@ class EvalConfig:
     """Longest answer in an evaluation."""
     batch_size: int = 64
     """Prompts that generate together in an evaluation."""
+    guard: str = ""
+    """What must not get worse: an evaluation file (.jsonl), or the name of one of `sets`. Evaluated with them; where
+    its accuracy falls by more than max_drop, the run stops and OUTPUT/model is the best checkpoint that does not."""
+    max_drop: float = 2.0
+    """guard: percentage points of accuracy that may be lost since before the first step."""
+
+    @property
+    def guard_set(self) -> str:
+        """Name of the guard among `all_sets`; empty without one."""
+        return self.guard if self.guard in self.sets else "guard" * bool(self.guard)
+
+    @property
+    def all_sets(self) -> dict[str, str]:
+        """Every set that is evaluated, the guard included."""
+        return self.sets | ({} if self.guard in ("", *self.sets) else {"guard": self.guard})
 
 
 @dataclass(frozen=True)
@@ -195,8 +221,8 @@ class TrainConfig:
     keep_checkpoints: int = 2
     """How many of the newest checkpoints to keep."""
     keep_best: str = ""
-    """Name of an evaluation set (or `mean` of all): the checkpoint that did best on it, the earliest of equals, is kept
-    beside the newest. OUTPUT/model is still the last step's."""
+    """Name of an evaluation set (or `mean` of eval.sets): the checkpoint that did best on it, the earliest of equals,
+    is kept beside the newest. OUTPUT/model is still the last step's, unless eval.guard stops the run."""
     resume: bool = False
     """Go on from the newest checkpoint in the output folder."""
     resume_step: int = 0
@@ -224,6 +250,13 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+
+    @property
+    def answers(self) -> Literal["demonstrations", "sampled", "offline"]:
+        """What the steps train on: demonstrations, samples drawn in each step, or samples drawn before the first."""
+        if self.rollout.source == "offline":
+            return "offline"
+        return "sampled" if self.loss.has_teacher else "demonstrations"
 
 
 _PAPER: dict[str, Any] = {
@@ -325,6 +358,7 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
 def validate(config: Config) -> None:
     """Raises SdftError for the first setting that cannot work, before any weight is loaded."""
     c, best, names = config, config.train.keep_best, ", ".join(config.eval.sets)
+    evaluated = bool(c.eval.all_sets)
     checks = [
         (bool(c.model.name), "model.name", "is missing; give a hub name, a folder, a .gguf file or smollm2-135m"),
         (bool(c.data.train), "data.train", "is missing; give a .jsonl file, a datasets folder or a hub name"),
@@ -366,7 +400,10 @@ def validate(config: Config) -> None:
         (c.data.max_prompt_tokens >= 1, "data.max_prompt_tokens", "must be at least 1"),
         (c.teacher.max_prompt_tokens >= 1, "teacher.max_prompt_tokens", "must be at least 1"),
         (c.eval.every >= 0, "eval.every", "must be 0 (never) or more"),
-        (c.eval.every == 0 or bool(c.eval.sets), "eval.sets", "is empty though eval.every is set; name a .jsonl file"),
+        (c.eval.every == 0 or evaluated, "eval.sets", "is empty though eval.every is set; name a .jsonl file"),
+        (not c.eval.guard or c.eval.every > 0, "eval.guard", "needs evaluations; set eval.every, such as 20"),
+        (c.eval.max_drop >= 0, "eval.max_drop", "must be 0 (no drop at all) or more percentage points"),
+        (c.eval.guard or c.eval.max_drop == EvalConfig.max_drop, "eval.max_drop", "has no effect without eval.guard"),
         (c.eval.max_new_tokens >= 1, "eval.max_new_tokens", "must be at least 1"),
         (c.eval.batch_size >= 1, "eval.batch_size", "must be at least 1"),
     ]
@@ -374,6 +411,7 @@ def validate(config: Config) -> None:
         if not ok:
             raise SdftError(f"{key} = {get(config, key)!r} {problem}")
     _check_lora(c)
+    _check_method(c)
     if c.model.weights_dtype == "bfloat16" and c.model.compute_dtype == "float32":
         raise SdftError(
             "model.compute_dtype = 'float32' has no effect on bfloat16 weights; set model.weights_dtype = 'float32' too"
@@ -392,6 +430,35 @@ def validate(config: Config) -> None:
                 raise SdftError(f"teacher.template = {c.teacher.template!r} has no {name}; write it where it belongs")
     elif c.teacher.template:
         raise SdftError("teacher.template is set but teacher.context is not 'template'; set it, or drop the template")
+
+
+def _check_method(c: Config) -> None:
+    method, source, other = c.loss.method, c.rollout.source, c.teacher.model
+    if not c.loss.has_teacher and source in ("teacher", "mixed"):
+        raise SdftError(
+            f"rollout.source = {source!r} has no effect with loss.method = {method!r}, which trains on the "
+            "demonstrations; leave it out, or set 'offline' to train on the teacher's answers"
+        )
+    if c.teacher.context == "none" and not other:
+        raise SdftError(
+            "teacher.context = 'none' makes the teacher the student itself, which has nothing to teach; set "
+            "teacher.model, or another context"
+        )
+    if other and not c.loss.has_teacher:
+        raise SdftError(f"teacher.model = {other!r} has no effect with loss.method = {method!r}; set 'sdft'")
+    if other and c.teacher.kind != "base":
+        raise SdftError(
+            f"teacher.model = {other!r} goes with teacher.kind = 'base', not {c.teacher.kind!r}, which follows the "
+            "student; set teacher.kind = 'base'"
+        )
+    if other and (c.lora.rank or c.lora.earlier == "continue"):
+        key = "lora.rank" if c.lora.rank else "lora.earlier"
+        raise SdftError(
+            f"teacher.model = {other!r} needs full fine-tuning, and {key} = {get(c, key)!r}: an adapter's teacher "
+            "shares the base weights; set lora.rank = 0, after `sdft merge` where model.name is an adapter"
+        )
+    if "guard" in c.eval.sets and c.eval.guard not in ("", *c.eval.sets):
+        raise SdftError(f"eval.guard = {c.eval.guard!r} is evaluated as the set 'guard', and eval.sets has another one")
 
 
 def _check_lora(c: Config) -> None:
@@ -446,8 +513,14 @@ def to_toml(config: Config) -> str:
 
 def describe(config: Config) -> str:
     """What is trained, in words: the first lines a run prints."""
-    if config.loss.method == "sft":
-        return "SFT: cross-entropy of the student on the demonstrations."
+    shown = "" if config.teacher.context == "none" else f", shown the demonstration ({config.teacher.context})"
+    if not config.loss.has_teacher:
+        on = {
+            "demonstrations": "the demonstrations",
+            "offline": f"answers that the model at its start{shown}, gives before the first step",
+        }[config.answers]
+        how = {"sft": "", "dft": ", each token weighted by the probability that the student gives it"}
+        return f"{config.loss.method.upper()}: cross-entropy of the student on {on}{how[config.loss.method]}."
     direction = {
         "reverse_kl": "reverse KL, KL(student || teacher)",
         "forward_kl": "forward KL, KL(teacher || student)",
@@ -455,19 +528,20 @@ def describe(config: Config) -> str:
     }[config.loss.divergence]
     teacher = {
         "ema": f"the student's moving average (alpha = {config.teacher.ema_alpha:g})",
-        "base": "the student's weights at the start",
+        "base": f"the weights of {config.teacher.model}"
+        if config.teacher.model
+        else "the student's weights at the start",
         "live": "the current student",
     }[config.teacher.kind]
+    sees = "just the prompt" if config.teacher.context == "none" else f"the demonstration ({config.teacher.context})"
     who = {
         "student": "the student's own samples",
         "teacher": "the teacher's samples",
         "mixed": "samples of student and teacher in turns",
+        "offline": "samples that the teacher at its start gives before the first step",
     }[config.rollout.source]
     masked = f", first {config.loss.mask_first} tokens masked" if config.loss.mask_first else ""
     mean = (
         "mean over all answer tokens" if config.loss.average == "token" else "mean of each answer, then of the answers"
     )
-    return (
-        f"SDFT: {direction}, on {who}{masked}; {mean}. "
-        f"Teacher: {teacher}, which sees the demonstration ({config.teacher.context})."
-    )
+    return f"SDFT: {direction}, on {who}{masked}; {mean}. Teacher: {teacher}, which sees {sees}."

@@ -128,15 +128,21 @@ class Work:
     """Tokens of the sequences of one optimizer step."""
 
     prompts: tuple[int, ...]  # student's side
-    shown: tuple[int, ...]  # teacher's side; empty where there is no teacher (SFT)
+    shown: tuple[int, ...]  # teacher's side; empty where there is no teacher (sft, dft)
     answers: tuple[int, ...]
+    offline: tuple[int, ...] = ()  # prompts of all answers that are sampled before the first step
 
     @classmethod
     def uniform(cls, config: Config, prompt: int, shown: int, answer: int) -> "Work":
         """Every sequence of the step alike."""
-        sdft = config.loss.method == "sdft"
-        count = config.train.batch_size * (config.rollout.per_prompt if sdft else 1)
-        return cls((prompt,) * count, (shown,) * count if sdft else (), (answer,) * count)
+        repeats = 1 if config.answers == "demonstrations" else config.rollout.per_prompt
+        count = config.train.batch_size * repeats
+        return cls(
+            (prompt,) * count,
+            (shown,) * count if config.loss.has_teacher else (),
+            (answer,) * count,
+            (shown,) * config.rollout.batch_size if config.answers == "offline" else (),
+        )
 
     @property
     def sizes(self) -> list[int]:
@@ -231,7 +237,7 @@ class Costs:
     def teacher(self) -> int:
         """EMA masters, or the copy of the start; a `base` teacher beside an adapter is the adapter switched off."""
         kind = self.config.teacher.kind
-        if self.config.loss.method == "sft" or kind == "live" or (kind == "base" and self.rank):
+        if not self.config.loss.has_teacher or kind == "live" or (kind == "base" and self.rank):
             return 0
         if kind == "base" or self.config.teacher.offload:
             return self.item * self.trained
@@ -392,7 +398,7 @@ class Costs:
     def loss(self, rows: int) -> int:
         """Work space of the fused loss, or of the cross-entropy, at N rows."""
         s, config = self.shape, self.config
-        if config.loss.method == "sft":
+        if not config.loss.has_teacher:
             rows = min(rows, CE_ROWS)  # logits in the compute dtype and in fp32, log-probabilities, two gradients
             return rows * s.vocab * (2 * self.c + 3 * FP32) + self.head_trains * self.autocast * s.head * self.c
         if self.machine.kind == "cuda" and config.loss.impl != "torch":

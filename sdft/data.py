@@ -6,7 +6,8 @@ A record is one JSON object:
 
 - `prompt` (one user turn) or `messages` (chat turns that end with a user turn).
 - `demonstration`: a string, or a list of demonstrations. Each is an answer to this very request, or a pair
-  {"prompt": ..., "response": ...} that shows another request answered. Needed for training and `sdft check`.
+  {"prompt": ..., "response": ...} that shows another request answered. Needed for training and `sdft check`, unless
+  teacher.context is none.
 - `answer` (optional): what an evaluation accepts, a string or a list; default: the demonstrations.
 - `check` (optional): how it is compared, one of those of checks.py; `choices`: the options of a multiple choice.
 """
@@ -49,7 +50,8 @@ class Example:
 class TokenizedExample:
     prompt: list[int]  # the student's prompt, up to where the answer starts
     teacher_prompt: list[int]  # the same request after the demonstration
-    target: list[int]  # the demonstration as an answer, end-of-turn token included (SFT)
+    target: list[int]  # the demonstration as an answer, end-of-turn token included (sft, dft)
+    samples: tuple[list[int], ...] = ()  # answers sampled before the first step (rollout.source = offline)
 
 
 @dataclass(frozen=True)
@@ -192,9 +194,11 @@ def teacher_messages(example: Example, config: TeacherConfig, system: str = "") 
     """The request after the demonstration, by one of the contexts of design section 1.
 
     in_prompt and template rewrite the last user turn; as_turns puts `turns` earlier user/assistant turns in
-    front of the conversation, each a demonstration, in order and repeated as often as it takes.
+    front of the conversation, each a demonstration, in order and repeated as often as it takes; none shows nothing.
     """
     messages = student_messages(example, system)
+    if config.context == "none":
+        return messages
     if config.context == "as_turns":
         head = [m for m in messages[:1] if m["role"] == "system"]
         turns: list[Message] = []
@@ -268,19 +272,20 @@ def tokenize(
     """
     set_chat_template(tokenizer, data.chat_template)
     kept, dropped, digest = [], 0, hashlib.sha256()
+    demonstrated = teacher.context != "none"
     for example in examples:
-        if not example.demonstrations:
+        if not example.demonstrations and demonstrated:
             raise SdftError(f"{example.source}: 'demonstration' is missing; training needs one in every record")
         asked = student_messages(example, data.system)
         shown = teacher_messages(example, teacher, data.system)
         own = [d for d in example.demonstrations if d.prompt is None] or None
         target = own[0].response if own else (example.answers[0] if example.answers else None)
-        if target is None:
+        if target is None and demonstrated:
             raise SdftError(f"{example.source}: no demonstration answers this request and 'answer' is missing")
         item = TokenizedExample(
             prompt=encode_chat(tokenizer, asked, example.source),
             teacher_prompt=encode_chat(tokenizer, shown, example.source),
-            target=encode_target(tokenizer, asked, target, stop_ids, example.source),
+            target=[] if target is None else encode_target(tokenizer, asked, target, stop_ids, example.source),
         )
         for ids, limit, name in (
             (item.prompt, data.max_prompt_tokens, "data.max_prompt_tokens"),

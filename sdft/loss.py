@@ -21,7 +21,7 @@ CE_ROWS = 512  # rows whose logits exist at once in the cross-entropy
 class TokenLoss:
     """Detached per-token values, (N,) float32 each, in the order of the batch's rows."""
 
-    loss: Tensor  # divergence, or cross-entropy
+    loss: Tensor  # divergence, or cross-entropy, weighted by the token's probability for DFT
     student_entropy: Tensor | None = None
     teacher_entropy: Tensor | None = None
     student_logprob: Tensor | None = None
@@ -80,15 +80,35 @@ def divergence_loss(
     )
 
 
-def cross_entropy_loss(hidden: Tensor, head: Head, labels: Tensor, weights: Tensor) -> tuple[Tensor, TokenLoss]:
-    """sum_n w_n (-log p(label_n)); the logits of CE_ROWS rows exist at a time and are recomputed backward."""
+def cross_entropy_loss(
+    hidden: Tensor,  # (N, H)
+    head: Head,
+    labels: Tensor,  # (N,)
+    weights: Tensor,  # (N,)
+    config: LossConfig,
+) -> tuple[Tensor, TokenLoss]:
+    """The cross-entropy of the labels by the student's probabilities p, 0-dim float32, and per-token values.
+
+        sft    sum_n w_n (-log p(label_n))
+        dft    sum_n w_n stop_gradient(p(label_n)) (-log p(label_n))
+
+    The weights are the same for both: they sum to 1 over the step, and DFT's probabilities are not normalised, so that
+    a step of unlikely tokens is a small one (Wu et al. 2025, arXiv 2508.05629). DFT's gradient is that of
+    -sum_n w_n p(label_n). The logits of CE_ROWS rows exist at a time and are recomputed backward.
+    """
     total, values = hidden.new_zeros((), dtype=torch.float32), []
     for start in range(0, len(labels), CE_ROWS):
         rows = slice(start, start + CE_ROWS)
         ce = checkpoint(_cross_entropy, hidden[rows], head, labels[rows], use_reentrant=False)  # (n,)
-        total = total + (ce * weights[rows]).sum()
+        if config.method == "dft":
+            total = total + (ce * ce.detach().neg().exp() * weights[rows]).sum()
+        else:
+            total = total + (ce * weights[rows]).sum()
         values.append(ce.detach())
-    return total, TokenLoss(torch.cat(values) if values else weights.new_zeros(0))
+    ce = torch.cat(values) if values else weights.new_zeros(0)  # (N,)
+    if config.method == "dft":
+        return total, TokenLoss(ce * ce.neg().exp(), student_logprob=-ce)
+    return total, TokenLoss(ce)
 
 
 def _cross_entropy(hidden: Tensor, head: Head, labels: Tensor) -> Tensor:

@@ -111,7 +111,11 @@ def _phases(costs: Costs, work: Work, passes: Sequence[Pass], again: bool) -> di
         if phase not in phases or sum(terms.values()) > sum(phases[phase].values()):
             phases[phase] = terms
 
-    if work.shown:
+    if work.offline:
+        together, longest = min(config.rollout.batch_size, len(work.offline)), max(work.offline)
+        early = {"moments": -costs.moments}  # AdamW makes them in the first step
+        add("rollout", early, costs.rollout(together, longest, config.rollout.max_new_tokens))
+    elif work.shown:
         sampled = work.prompts if config.rollout.source == "student" else (*work.prompts, *work.shown)
         by_teacher = {"cast weights": costs.swapped * (config.rollout.source != "student")}
         together = min(config.rollout.batch_size, len(work.prompts))
@@ -191,8 +195,10 @@ def _applies(changes: dict[str, Any], config: Config, machine: Machine) -> bool:
             return False
         if machine.kind != "cuda" and (key.endswith("offload") or key == "model.quantize"):
             return False
+    if "lora.rank" in changes and config.teacher.model:  # whose weights need full fine-tuning
+        return False
     if "teacher.offload" in changes:
-        averaged = config.teacher.kind == "ema" and config.loss.method == "sdft"
+        averaged = config.teacher.kind == "ema" and config.loss.has_teacher
         return averaged and not config.lora.rank and config.model.weights_dtype == "bfloat16"
     if "optim.offload" in changes:
         return config.optim.name == "adamw"
@@ -359,16 +365,18 @@ def work_of(config: Config) -> Work:
     tokenizer, stop_ids = load_tokenizer(config.model)
     records = load_records(config.data.train, config.data.split)
     examples = tokenize(records, tokenizer, stop_ids, config.data, config.teacher).examples
-    sft = config.loss.method == "sft"
-    repeats = 1 if sft else config.rollout.per_prompt
+    demonstrated = config.answers == "demonstrations"
+    repeats = 1 if demonstrated else config.rollout.per_prompt
+    every = tuple(len(e.teacher_prompt) for e in examples for _ in range(repeats))
 
     def work(step: int) -> Work:
         chosen = [examples[i] for i in batch_indices(len(examples), config.train.batch_size, step, config.train.seed)]
         chosen = [e for e in chosen for _ in range(repeats)]
         return Work(
             tuple(len(e.prompt) for e in chosen),
-            () if sft else tuple(len(e.teacher_prompt) for e in chosen),
-            tuple(len(e.target) if sft else config.rollout.max_new_tokens for e in chosen),
+            tuple(len(e.teacher_prompt) for e in chosen) if config.loss.has_teacher else (),
+            tuple(len(e.target) if demonstrated else config.rollout.max_new_tokens for e in chosen),
+            every if config.answers == "offline" else (),
         )
 
     steps = config.train.steps or math.ceil(config.train.epochs * len(examples) / config.train.batch_size)

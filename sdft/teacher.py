@@ -8,27 +8,38 @@ holds nothing at all where the adapter is fresh: to switch it off is to go back 
 With `offload` the averages live in CPU memory and the device holds a copy of them in the dtype of the weights:
 2 bytes a weight instead of 4 where they are bfloat16. A thread brings every new student to the host, averages, and
 sends the result back, while the device samples the next answers.
+
+With `teacher.model` the teacher's tensors are not the student's at the start but another model's of the same
+architecture, an earlier stage's say; the module is the student's all the same.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sdft import adapters
+from sdft import SdftError, adapters, models
 from sdft.batch import Batch
-from sdft.config import TeacherConfig
+from sdft.config import Config, ModelConfig, TeacherConfig
 from sdft.models import Head, LanguageModel
 from sdft.offload import HostLane, buckets, pieces
+
+# Of a model's config: what a forward pass depends on, and no name or shape of a weight tells.
+UNSEEN = (
+    "model_type", "num_attention_heads", "num_key_value_heads", "hidden_act", "rope_parameters", "sliding_window",
+    "final_logit_softcapping", "logit_scale", "logits_scaling",
+)  # fmt: skip
 
 
 class Teacher:
     """`base`, `ema` or `live` behind two methods: hidden(batch) and update()."""
 
-    def __init__(self, model: LanguageModel, config: TeacherConfig) -> None:
-        """Starts from the student as it is in memory, also after an earlier stage."""
+    def __init__(self, model: LanguageModel, config: TeacherConfig, other: dict[str, Tensor] | None = None) -> None:
+        """Starts from the student as it is in memory, also after an earlier stage; or from `other_weights`."""
         self.model = model
         self.kind = config.kind
         self.alpha = config.ema_alpha
@@ -42,8 +53,10 @@ class Teacher:
             # fp32 also where the weights are bf16: at alpha = 0.01 a bf16 average never moves (design section 4).
             dtype = torch.float32 if self.kind == "ema" else None
             host = torch.device("cpu") if config.offload and self.kind == "ema" else None
-            self.masters = {k: p.detach().to(host, dtype, copy=True).contiguous() for k, p in model.trainable().items()}
-            self.origin = {k: _sample(p.detach()).float().clone() for k, p in model.trainable().items()}
+            own = {k: p.detach() for k, p in model.trainable().items()}
+            self.masters = {k: p.to(host, dtype, copy=True).contiguous() for k, p in own.items() if other is None}
+            self.masters |= {k: t.to(model.device).contiguous() for k, t in (other or {}).items()}
+            self.origin = {k: _sample(p).float().clone() for k, p in own.items()}
         if config.offload and self.kind == "ema":
             self.copies = {k: p.detach().clone().contiguous() for k, p in model.trainable().items()}
             self.sampled = {k: t.clone() for k, t in self.origin.items()}
@@ -173,3 +186,47 @@ def _sample(tensor: Tensor, size: int = 1024) -> Tensor:
     """About `size` entries, evenly spread; always the same ones."""
     flat = tensor.reshape(-1)
     return flat[:: max(1, flat.numel() // size)]
+
+
+# Another model's weights (teacher.model).
+
+
+def check_other(config: Config, tokenizer: Any) -> None:
+    """Raises SdftError, before any weight is loaded, where teacher.model has another tokenizer than the model."""
+    theirs = _load_other(config, models.load_tokenizer)[0]
+    if theirs.get_vocab() != tokenizer.get_vocab():
+        raise SdftError(
+            f"teacher.model = {config.teacher.model!r} has another tokenizer than model.name = {config.model.name!r}; "
+            "the teacher scores the student's tokens, so both must have the same"
+        )
+
+
+def other_weights(config: Config, model: LanguageModel) -> dict[str, Tensor]:
+    """The weights of teacher.model, on the CPU in the dtype of the model's, by the names of the model's; an adapter is
+    merged into its base. Raises SdftError where they do not fit the model."""
+    other = _load_other(config, lambda settings: models.load_unchecked(settings, *models.load_tokenizer(settings)))
+    if hasattr(other.lm, "peft_config"):
+        models.merge_adapter(other)
+    where = f"teacher.model = {config.teacher.model!r} does not fit model.name = {config.model.name!r}"
+    mine, theirs = (m.inner.config.get_text_config() for m in (model, other))
+    for key in UNSEEN:
+        if getattr(theirs, key, None) != getattr(mine, key, None):
+            raise SdftError(
+                f"{where}: {key} is {getattr(theirs, key, None)!r} there and {getattr(mine, key, None)!r} here"
+            )
+    weights, own = {name: p.detach() for name, p in other.lm.named_parameters()}, model.trainable()
+    if odd := sorted(weights.keys() ^ own.keys()):
+        raise SdftError(f"{where}: only one of them has {odd[0]}")
+    for name, parameter in own.items():
+        if weights[name].shape != parameter.shape:
+            raise SdftError(f"{where}: {name} is {tuple(weights[name].shape)} there and {tuple(parameter.shape)} here")
+    return weights
+
+
+def _load_other(config: Config, load: Callable[[ModelConfig], Any]) -> Any:
+    """load() by the model's settings with the teacher's name; errors name the right setting."""
+    # On the CPU: the device has no room for a second model beside the teacher's tensors.
+    try:
+        return load(replace(config.model, name=config.teacher.model, device="cpu", attention="auto"))
+    except SdftError as error:
+        raise SdftError(str(error).replace("model.name", "teacher.model")) from error

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from sdft import SdftError, card, checkpoint, evaluate, files, memory, models, optim, plan
+from sdft import SdftError, card, checkpoint, evaluate, files, memory, models, offline, optim, plan
 from sdft.batch import lay_out, micro_batches, sequence_weights
 from sdft.config import Config, describe, get, load_config, to_toml, validate
 from sdft.data import Dataset, Example, TokenizedExample, batch_indices, load_records, tokenize
@@ -26,7 +26,7 @@ from sdft.loss import TokenLoss, check_impl, cross_entropy_loss, divergence_loss
 from sdft.metrics import MetricsLog, Phases, ProgressBar, check_trackers, peak_memory, read_metrics, token_metrics
 from sdft.models import LanguageModel
 from sdft.rollout import Completion, generate
-from sdft.teacher import Teacher
+from sdft.teacher import Teacher, check_other, other_weights
 
 # Settings that may differ between a run and its resumption: they change nothing that was computed. The last ones do
 # change how what follows is rounded or drawn, yet a run that memory has stopped must be able to go on with less.
@@ -59,7 +59,7 @@ class Run:
     tokenizer: Any
     data: Dataset
     evals: dict[str, tuple[list[Example], list[list[int]]]]
-    teacher: Teacher | None  # None for SFT
+    teacher: Teacher | None  # None for sft and dft
     optimizer: torch.optim.Optimizer
     steps: int
     phases: Phases
@@ -68,6 +68,8 @@ class Run:
     frozen: str  # digest of the weights that no checkpoint holds
     result: dict[str, Any] = field(default_factory=dict)  # the newest evaluation
     best: dict[str, Any] = field(default_factory=dict)  # where train.keep_best was highest: on, step, accuracy
+    guard: dict[str, Any] = field(default_factory=dict)  # eval.guard: baseline; once it has stopped the run, stopped
+    offline: str = ""  # digest of the answers sampled before the first step
 
 
 class NonFiniteError(SdftError):
@@ -93,20 +95,25 @@ def train_in(output: Path, config: Config) -> Path:
     """The run, in a folder that is its own."""
     start_from = starting_point(config, output)
     run = set_up(config, output)
+    if start_from is None:
+        files.write_text(output / "config.toml", to_toml(config))  # only now: a config refused above is not a run
+    sampled = answer_offline(run, output) if config.answers == "offline" else {}
     step = 0
     if start_from is not None:
         step = resume(run, *start_from)
         if config.train.resume_step:
             set_aside(output, step)
         recall_best(run, output)
-    files.write_text(output / "config.toml", to_toml(config))  # only now: a config refused above is not a run
+        files.write_text(output / "config.toml", to_toml(config))
     log = MetricsLog(output, step, config.train.trackers, asdict(config))
     bar = ProgressBar(step, run.steps)
     try:
         with interrupt_after_step() as interrupted:
             if step == 0:
+                if sampled:
+                    log.write({"step": 0, **sampled})
                 evaluate_now(run, 0, log, bar)
-            while step < run.steps:
+            while step < run.steps and not run.guard.get("stopped"):
                 try:
                     line = train_step(run, step, output)
                 except NonFiniteError:
@@ -126,12 +133,14 @@ def train_in(output: Path, config: Config) -> Path:
                     bar.say(f"Stopped after step {step}; saved. Go on with --resume.")
                     raise KeyboardInterrupt
         save_checkpoint(run, step, log, output)
+        if run.guard.get("stopped"):
+            back_to_best(run, output, bar)
         folder = finish(run, output)
     finally:
         bar.close()
         log.close()
     print(f"Model: {folder}")
-    if run.best:
+    if run.best and config.train.keep_best:
         print(f"Best {told(run.best)}: {checkpoint.checkpoint_folder(output, run.best['step'])}")
     return folder
 
@@ -210,15 +219,18 @@ def seed_step(seed: int, step: int) -> None:
 
 
 def answers(run: Run, examples: list[TokenizedExample], step: int) -> tuple[list[TokenizedExample], list[Completion]]:
-    """The step's answers: demonstrations for SFT, samples otherwise; examples repeated to match."""
+    """The step's answers, as Config.answers says; examples repeated to match."""
     config = run.config
-    if run.teacher is None:
+    if config.answers == "demonstrations":
         return examples, [Completion(e.target, truncated=False) for e in examples]
+    if config.answers == "offline":
+        pairs = [(e, Completion(ids, ids[-1] not in run.model.stop_ids)) for e in examples for ids in e.samples]
+        return [example for example, _ in pairs], [completion for _, completion in pairs]
     examples = [e for e in examples for _ in range(config.rollout.per_prompt)]
     # In turns by step, not by prompt: two half batches would take nearly twice the time of a whole one.
     by_teacher = config.rollout.source == "teacher" or (config.rollout.source == "mixed" and step % 2 == 1)
     prompts = [e.teacher_prompt if by_teacher else e.prompt for e in examples]
-    weights = run.teacher.weights if by_teacher else contextlib.nullcontext
+    weights = run.teacher.weights if run.teacher and by_teacher else contextlib.nullcontext
     return examples, generate(run.model, prompts, replace(config.rollout, batch_size=run.rollout_batch), weights)
 
 
@@ -245,7 +257,7 @@ def accumulate_gradients(run: Run, examples: Sequence[TokenizedExample], complet
     """Scores and backpropagates the step in micro-batches; gradients add up in the parameters."""
     config, model = run.config, run.model
     # The mask is for the teacher's preamble; a demonstration has none.
-    skip = config.loss.mask_first if run.teacher is not None else 0
+    skip = 0 if config.answers == "demonstrations" else config.loss.mask_first
     lengths = [len(c.ids) for c in completions]
     weights = sequence_weights(lengths, replace(config.loss, mask_first=skip))
     scored = Scored(torch.zeros((), device=model.device))
@@ -270,7 +282,7 @@ def accumulate_gradients(run: Run, examples: Sequence[TokenizedExample], complet
         labels = batches[0].labels  # (N,)
         with run.phases("loss"), model.autocast():
             if teacher_side is None:
-                loss, part = cross_entropy_loss(hidden, model.head(), labels, row_weights)
+                loss, part = cross_entropy_loss(hidden, model.head(), labels, row_weights, config.loss)
             else:
                 loss, part = divergence_loss(hidden, model.head(), *teacher_side, labels, row_weights, config.loss)
         with run.phases("backward"):
@@ -402,14 +414,16 @@ def set_up(config: Config, output: Path) -> Run:
     device = models.pick_device(config.model.device)
     check_offload(config, device)
     optim.check_optimizer(config.optim, device)
-    if config.loss.method == "sdft":
+    if config.loss.has_teacher:
         check_impl(config.loss, device)
     records = load_records(config.data.train, config.data.split)
-    eval_records = {name: load_records(path) for name, path in config.eval.sets.items()}
+    eval_records = {name: load_records(path) for name, path in config.eval.all_sets.items()}
     for name, examples in eval_records.items():
         evaluate.check_evaluable(examples, name)
     models.check_earlier(config.model, config.lora)
     tokenizer, stop_ids = models.load_tokenizer(config.model)
+    if config.teacher.model:
+        check_other(config, tokenizer)
     data = tokenize(records, tokenizer, stop_ids, config.data, config.teacher)
     if data.dropped:
         print(f"Data: {data.dropped} of {len(records)} records are over a length budget and dropped.")
@@ -425,7 +439,8 @@ def set_up(config: Config, output: Path) -> Run:
         models.enable_gradient_checkpointing(model)
     memory.return_freed_within(model.lm, model.device)
     model.lm.train()
-    teacher = Teacher(model, config.teacher) if config.loss.method == "sdft" else None
+    other = other_weights(config, model) if config.teacher.model else None
+    teacher = Teacher(model, config.teacher, other) if config.loss.has_teacher else None
     parameters = model.trainable()
     trained = sum(p.numel() for p in parameters.values())
     print(
@@ -452,6 +467,53 @@ def set_up(config: Config, output: Path) -> Run:
     )
 
 
+def answer_offline(run: Run, output: Path) -> dict[str, Any]:
+    """rollout.source = offline: the training prompts' answers, by the teacher as it is at the start; for metrics.jsonl.
+
+    The model must still be as it was loaded: that is the teacher at the start, unless teacher.model is.
+    """
+    config, rollout, device = run.config, run.config.rollout, run.model.device
+    weights = run.teacher.weights if run.teacher and config.teacher.model else contextlib.nullcontext
+    names = ("per_prompt", "max_new_tokens", "temperature", "top_p", "top_k")
+    with weights():
+        start = checkpoint.weights_digest(run.model.lm.named_parameters())
+    origin = {
+        "data": run.data.digest,
+        **{f"rollout.{name}": getattr(rollout, name) for name in names},
+        **{key: get(config, key) for key in ("train.seed", "model.name", "teacher.model", "model.compute_dtype")},
+        "weights": start,
+    }
+
+    def sample(prompts: list[list[int]]) -> list[list[int]]:
+        found = memory.within(
+            device,
+            "answers before the first step",
+            lambda: generate(run.model, prompts, replace(rollout, batch_size=run.rollout_batch), weights),
+            lambda: halve_rollout(run),
+            lambda: memory_advice(config),
+        )
+        memory.return_freed(device)
+        return [completion.ids for completion in found]
+
+    prompts = [e.teacher_prompt for e in run.data.examples]
+    found = offline.collect(
+        output, origin, prompts, rollout.per_prompt, rollout.batch_size, config.train.seed, sample,
+        lambda ids: run.tokenizer.decode(ids, skip_special_tokens=True),
+    )  # fmt: skip
+    pairs = zip(run.data.examples, found.answers, strict=True)
+    run.data = replace(run.data, examples=tuple(replace(e, samples=samples) for e, samples in pairs))
+    run.offline = found.digest
+    answers = [ids for samples in found.answers for ids in samples]
+    tokens = sum(map(len, answers))
+    return {
+        "offline_answers": len(answers),
+        "answer_tokens": tokens / len(answers),
+        "truncated": sum(ids[-1] not in run.model.stop_ids for ids in answers) / len(answers),
+        "tokens": tokens,
+        "seconds": {"rollout": found.seconds},
+    }
+
+
 def check_offload(config: Config, device: torch.device) -> None:
     """Raises SdftError where there is no GPU to take memory from."""
     for key in ("teacher.offload", "optim.offload", "model.activation_offload"):
@@ -463,7 +525,7 @@ def check_offload(config: Config, device: torch.device) -> None:
 
 def longest(data: Dataset, config: Config) -> tuple[int, int]:
     """The longest prompt that will be run, and the longest answer after it."""
-    if config.loss.method == "sft":
+    if config.answers == "demonstrations":
         example = max(data.examples, key=lambda e: len(e.prompt) + len(e.target))
         return len(example.prompt), len(example.target)
     return max(max(len(e.prompt), len(e.teacher_prompt)) for e in data.examples), config.rollout.max_new_tokens
@@ -471,9 +533,9 @@ def longest(data: Dataset, config: Config) -> tuple[int, int]:
 
 def check_space(config: Config, model: LanguageModel, output: Path) -> None:
     """Raises SdftError where checkpoints and the model will not fit on the disk."""
-    ema = config.loss.method == "sdft" and config.teacher.kind != "live"
+    ema = config.loss.has_teacher and config.teacher.kind != "live"
     one = checkpoint.checkpoint_bytes(model, ema)
-    kept = config.train.keep_checkpoints + bool(config.train.keep_best)
+    kept = config.train.keep_checkpoints + bool(best_on(config))
     more = max(0, kept - len(checkpoint.checkpoints(output))) + 1  # those of a resumed run are there already
     saved = model.lm.parameters() if model.own_base else model.trainable().values()
     need = one * more + sum(p.numel() * p.element_size() for p in saved)
@@ -495,6 +557,8 @@ def save_checkpoint(run: Run, step: int, log: MetricsLog, output: Path) -> None:
             "config": {k: v for k, v in _dotted(asdict(run.config)).items() if k not in FREE_ON_RESUME},
             "result": run.result,
             "best": run.best,
+            "guard": run.guard,
+            "offline": run.offline,
             "micro_batch_tokens": [run.config.train.micro_batch_tokens, run.micro_batch_tokens],
             "rollout_batch": [run.config.rollout.batch_size, run.rollout_batch],
         }
@@ -513,8 +577,13 @@ def resume(run: Run, folder: Path, state: dict[str, Any]) -> int:
             f"--resume: the frozen weights of model.name = {run.config.model.name!r} are not those that {folder} was "
             "trained on; put them back"
         )
+    if state.get("offline", "") != run.offline:
+        raise SdftError(
+            f"--resume: the answers in {folder.parents[1] / 'offline.jsonl'} are not those that {folder} was trained "
+            "on; put them back"
+        )
     checkpoint.load_checkpoint(folder, run.model, run.teacher, run.optimizer)
-    run.result, run.best = state["result"], state["best"]
+    run.result, run.best, run.guard = state["result"], state["best"], state.get("guard", {})
     if state["micro_batch_tokens"][0] == run.micro_batch_tokens:  # asked for again: go on with what fitted
         run.micro_batch_tokens = state["micro_batch_tokens"][1]
     if state["rollout_batch"][0] == run.rollout_batch:
@@ -552,15 +621,27 @@ def set_aside(output: Path, step: int) -> None:
     print(f"What came after step {step} is in {folder}; delete it once it is of no use.")
 
 
+def best_on(config: Config) -> str:
+    """The set whose best checkpoint is kept; the guard, of which the newest is, where train.keep_best names none."""
+    return config.train.keep_best or config.eval.guard_set
+
+
+def accuracy_on(config: Config, result: dict[str, float]) -> float:
+    on = best_on(config)
+    return statistics.fmean(result[name] for name in config.eval.sets) if on == "mean" else result[on]
+
+
 def is_best(run: Run, step: int) -> bool:
-    """Notes whether the newest evaluation is better, on train.keep_best, than every one since the first step."""
-    on = run.config.train.keep_best
-    if not on:
+    """Notes whether the newest evaluation is better, on train.keep_best, than every one since the first step.
+
+    With eval.guard only what respects its limit counts; without keep_best, the newest that does is the best.
+    """
+    if not best_on(run.config) or run.guard.get("stopped"):
         return False
-    accuracy = statistics.fmean(run.result.values()) if on == "mean" else run.result[on]
-    if run.best and accuracy <= run.best["accuracy"]:
+    accuracy = accuracy_on(run.config, run.result)
+    if run.best and accuracy <= run.best["accuracy"] and run.config.train.keep_best:
         return False
-    run.best = {"on": on, "step": step, "accuracy": accuracy}
+    run.best = {"on": best_on(run.config), "step": step, "accuracy": accuracy}
     return True
 
 
@@ -568,11 +649,51 @@ def recall_best(run: Run, output: Path) -> None:
     """Forgets a best that train.keep_best no longer asks for, or whose checkpoint has gone."""
     if not run.best:
         return
-    if run.best["on"] != run.config.train.keep_best:
+    folder, on = checkpoint.checkpoint_folder(output, run.best["step"]), best_on(run.config)
+    if run.best["on"] != on and not run.guard:
         run.best = {}
-    elif not checkpoint.checkpoint_folder(output, run.best["step"]).is_dir():
+    elif not folder.is_dir():
         print(f"The checkpoint that was best {told(run.best)} is not there any more; the best is sought anew.")
         run.best = {}
+    elif run.best["on"] != on:  # the guard still goes back to it, until a better one comes
+        run.best |= {"on": on, "accuracy": accuracy_on(run.config, checkpoint.read_state(folder)["result"])}
+
+
+def judge(run: Run, step: int) -> dict[str, Any]:
+    """What eval.guard says of the newest evaluation, for its line in metrics.jsonl; notes the baseline and a stop."""
+    config = run.config.eval
+    if not config.guard:
+        return {}
+    accuracy = run.result[config.guard_set]
+    if step == 0:
+        run.guard = {"baseline": accuracy}
+    drop = 100 * (run.guard["baseline"] - accuracy)  # percentage points
+    respected = drop <= config.max_drop + 1e-9  # a drop of just max_drop is allowed, however it is rounded
+    if not respected:
+        run.guard["stopped"] = {"step": step, "drop": drop}
+    return {"guard": {"baseline": run.guard["baseline"], "drop": drop, "respected": respected}}
+
+
+def back_to_best(run: Run, output: Path, bar: ProgressBar) -> None:
+    """After eval.guard has stopped the run: takes the best checkpoint that respects its limit.
+
+    Raises SdftError where there is none: the start would be a model that was never trained.
+    """
+    config, stopped = run.config.eval, run.guard["stopped"]
+    said = (
+        f"Stopped after step {stopped['step']} by eval.guard: accuracy on {config.guard_set} is {stopped['drop']:.1f} "
+        f"points below the {run.guard['baseline']:.1%} of the start, and eval.max_drop = {config.max_drop:g}."
+    )
+    if not run.best:
+        raise SdftError(
+            f"{said} No checkpoint after the start respects that, so {output / 'model'} is not written. Lower "
+            "optim.lr or eval.every in another run"
+        )
+    folder = checkpoint.checkpoint_folder(output, run.best["step"])
+    state = checkpoint.read_state(folder)
+    checkpoint.load_checkpoint(folder, run.model, run.teacher, run.optimizer)
+    run.result, run.steps = state["result"], state["step"]  # what the model's card tells
+    bar.say(f"{said} The model is that of step {run.steps}, the best that respects it.")
 
 
 def told(best: dict[str, Any]) -> str:
@@ -612,7 +733,7 @@ def evaluate_now(run: Run, step: int, log: MetricsLog, bar: ProgressBar) -> None
         run.result[name] = result.accuracy
         rows = "".join(json.dumps(asdict(a)) + "\n" for a in result.answers)
         files.write_text(Path(run.config.train.output) / "eval" / f"step-{step:06d}-{name}.jsonl", rows)
-    log.write({"step": step, "eval": dict(run.result)})
+    log.write({"step": step, "eval": dict(run.result), **judge(run, step)})
     bar.say(f"step {step}: " + "  ".join(f"{name} {value:.1%}" for name, value in run.result.items()))
 
 

@@ -1,6 +1,6 @@
 """Kills a training run with SIGKILL again and again, resumes it each time, and compares its end bit for bit.
 
-    python tests/survival.py --kills 50    # 50 in full fine-tuning, 50 with LoRA
+    python tests/survival.py --kills 50    # 50 in full fine-tuning, 50 with LoRA, 50 with answers sampled beforehand
 
 A run of a tiny model goes through undisturbed. Then it runs again and is killed, half of the times at a moment drawn
 from its whole length, else within a place that was drawn: a save, a removal, an evaluation, the end. It is resumed
@@ -45,10 +45,12 @@ from sdft.config import Config, override
 MODES: dict[str, dict[str, Any]] = {
     "full": {"teacher.kind": "ema", "teacher.ema_alpha": 0.1},
     "lora": {"lora.rank": 4, "lora.dropout": 0.1, "teacher.kind": "ema", "rollout.source": "mixed"},
+    "offline": {"loss.method": "dft", "rollout.source": "offline", "rollout.per_prompt": 3, "rollout.batch_size": 4},
 }
 # Where a run can be killed, and what announces that it is there.
 PLACES = {
     "set-up": (train, "set_up"),
+    "sampling": (train, "answer_offline"),
     "load": (train, "resume"),
     "step": (train, "train_step"),
     "evaluation": (train, "evaluate_now"),
@@ -56,7 +58,9 @@ PLACES = {
     "removal": (checkpoint, "prune"),
     "finish": (train, "finish"),
 }
-AIMS = {"": 20, "save": 10, "evaluation": 4, "finish": 3, "removal": 2, "load": 1}  # drawn in this proportion
+AIMS = {  # drawn in this proportion
+    "": 20, "save": 10, "sampling": 5, "evaluation": 4, "finish": 3, "removal": 2, "load": 1,
+}  # fmt: skip
 TIMES = ("seconds", "tokens_per_second", "peak_memory")
 
 
@@ -155,7 +159,9 @@ def attempt(config: Config, log: Path, aim: Aim | None) -> Attempt:
 
 
 def draw(chance: random.Random, whole: Attempt) -> Aim:
-    place = chance.choices(list(AIMS), list(AIMS.values()))[0]
+    met = {event[1:] for _, event in whole.events} | {"", "load"}
+    aims = {place: weight for place, weight in AIMS.items() if place in met}
+    place = chance.choices(list(aims), list(aims.values()))[0]
     count = chance.randrange(4) if place in ("save", "evaluation", "removal") else 0
     return Aim(place, count, chance.uniform(0, whole.seconds(place)))
 
@@ -171,6 +177,8 @@ def content(output: Path) -> dict[str, Any]:
         if path.name == "metrics.jsonl":
             lines = [json.loads(line) for line in path.read_text().splitlines()]
             found[name] = [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
+        elif path.name == "offline.jsonl":
+            found[name] = re.sub(r'"seconds": [0-9.e-]+', "", path.read_text(), count=1)
         elif path.suffix in (".toml", ".md"):  # the config is in the model's card too
             found[name] = re.sub(r"^(output|resume) = .*\n", "", path.read_text(), flags=re.MULTILINE)
         else:
@@ -260,13 +268,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50, help="in each mode")
     parser.add_argument("--seed", type=int, default=0, help="of the moments; the machine's speed moves them too")
-    parser.add_argument("--mode", choices=[*MODES, "both"], default="both")
+    parser.add_argument("--mode", choices=[*MODES, "all"], default="all")
     args = parser.parse_args()
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sdft-survival-")))
         if os.waitpid(in_fork(lambda: make_data(folder), folder / "data.log"), 0)[1]:
             sys.exit((folder / "data.log").read_text())
-        for mode in MODES if args.mode == "both" else (args.mode,):
+        for mode in MODES if args.mode == "all" else (args.mode,):
             began = time.monotonic()
             survive(mode, args.kills, args.seed, folder)
             print(f"{mode}: {time.monotonic() - began:.0f} s")

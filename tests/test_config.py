@@ -21,14 +21,14 @@ model.name model.weights_dtype model.compute_dtype model.device model.attention 
 model.activation_offload model.quantize model.trust_remote_code
 lora.rank lora.alpha lora.dropout lora.targets lora.rslora lora.dora lora.modules_to_save lora.earlier
 data.train data.split data.chat_template data.system data.max_prompt_tokens data.over_length
-teacher.kind teacher.ema_alpha teacher.context teacher.turns teacher.request teacher.template
+teacher.kind teacher.ema_alpha teacher.model teacher.context teacher.turns teacher.request teacher.template
 teacher.max_prompt_tokens teacher.offload
 rollout.source rollout.per_prompt rollout.max_new_tokens rollout.temperature rollout.top_p rollout.top_k
 rollout.batch_size
 loss.method loss.divergence loss.beta loss.temperature loss.mask_first loss.average loss.chunk_bytes loss.impl
 optim.name optim.offload optim.lr optim.schedule optim.warmup_steps
 optim.min_lr_ratio optim.weight_decay optim.betas optim.eps optim.clip_norm
-eval.sets eval.every eval.max_new_tokens eval.batch_size
+eval.sets eval.every eval.max_new_tokens eval.batch_size eval.guard eval.max_drop
 train.output train.steps train.epochs train.batch_size train.micro_batch_tokens train.packing train.seed
 train.save_every train.keep_checkpoints train.keep_best train.resume train.resume_step train.on_nonfinite train.trackers
 """
@@ -223,6 +223,7 @@ BAD = {
     "data.max_prompt_tokens": [0],
     "eval.every": [-1],
     "eval.max_new_tokens": [0],
+    "eval.max_drop": [-1.0, NAN],
     "eval.batch_size": [0],
 }
 
@@ -245,6 +246,7 @@ def test_edges_are_valid(changed: Any, key: str) -> None:
     validate(changed(Config(), **VALID | {key: EDGES[key]}))
 
 
+OTHER = {"teacher.model": "m", "teacher.kind": "base"}
 SETS: dict[str, Any] = {"eval.sets": {"new": "a", "old": "b"}, "eval.every": 1}
 
 
@@ -279,12 +281,47 @@ def test_the_best_of_a_set_or_of_all(changed: Any, best: str) -> None:
         ({"lora.rank": 2, "model.name": "a.gguf"}, "cannot name a GGUF file as its base; run `sdft convert gguf"),
         ({"model.quantize": "4bit"}, "model.quantize = '4bit' freezes the weights; set lora.rank above 0"),
         ({"model.quantize": "4bit", "lora.rank": 2, "lora.earlier": "merge"}, "would round the adapter into 4-bit"),
+        ({"loss.method": "sft", "rollout.source": "mixed"}, "rollout.source = 'mixed' has no effect with loss.method"),
+        ({"loss.method": "dft", "rollout.source": "teacher"}, "set 'offline' to train on the teacher's answers"),
+        ({"teacher.context": "none"}, "makes the teacher the student itself, which has nothing to teach"),
+        ({"teacher.model": "m", "loss.method": "dft"}, "teacher.model = 'm' has no effect with loss.method = 'dft'"),
+        ({"teacher.model": "m"}, "teacher.model = 'm' goes with teacher.kind = 'base', not 'ema'"),
+        (OTHER | {"lora.rank": 2}, "teacher.model = 'm' needs full fine-tuning, and lora.rank = 2"),
+        (OTHER | {"lora.earlier": "continue"}, "needs full fine-tuning, and lora.earlier = 'continue'"),
+        ({"eval.guard": "g.jsonl"}, "eval.guard = 'g.jsonl' needs evaluations; set eval.every"),
+        ({"eval.max_drop": 5.0}, "eval.max_drop = 5.0 has no effect without eval.guard"),
+        ({"eval.guard": "g", "eval.every": 1, "eval.sets": {"guard": "x"}}, "eval.sets has another one"),
+        ({"eval.guard": "g", "eval.every": 1, "train.keep_best": "guard"}, "is none of eval.sets"),
     ],
 )
 def test_settings_that_do_not_go_together(changed: Any, settings: dict[str, Any], words: str) -> None:
     with pytest.raises(SdftError) as error:
         validate(changed(Config(), **VALID | settings))
     assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"loss.method": "dft", "rollout.source": "offline"},
+        OTHER,
+        OTHER | {"teacher.context": "none", "rollout.source": "offline"},
+        OTHER | {"lora.earlier": "merge"},
+        {"eval.guard": "g.jsonl", "eval.every": 1, "eval.max_drop": 0.0},
+        SETS | {"eval.guard": "old", "train.keep_best": "new"},
+    ],
+    ids=str,
+)
+def test_settings_that_go_together(changed: Any, settings: dict[str, Any]) -> None:
+    validate(changed(Config(), **VALID | settings))
+
+
+def test_a_guard_is_a_file_or_one_of_the_sets(changed: Any) -> None:
+    sets = {"new": "a", "old": "b"}
+    file, name = (changed(Config(), **{"eval.sets": sets, "eval.guard": guard}).eval for guard in ("g.jsonl", "old"))
+    assert (file.guard_set, file.all_sets) == ("guard", sets | {"guard": "g.jsonl"})
+    assert (name.guard_set, name.all_sets) == ("old", sets)
+    assert (Config().eval.guard_set, Config().eval.all_sets) == ("", {})
 
 
 # describe.
@@ -303,7 +340,14 @@ def test_settings_that_do_not_go_together(changed: Any, settings: dict[str, Any]
         ({"rollout.source": "mixed"}, "on samples of student and teacher in turns"),
         ({"loss.mask_first": 3}, "first 3 tokens masked"),
         ({"loss.average": "sequence"}, "mean of each answer, then of the answers"),
-        ({"loss.method": "sft"}, "SFT: cross-entropy"),
+        ({"loss.method": "sft"}, "SFT: cross-entropy of the student on the demonstrations."),
+        ({"loss.method": "dft"}, "DFT: cross-entropy of the student on the demonstrations, each token weighted by the"),
+        ({"rollout.source": "offline"}, "on samples that the teacher at its start gives before the first step"),
+        (
+            {"loss.method": "sft", "rollout.source": "offline"},
+            "on answers that the model at its start, shown the demonstration (in_prompt), gives before the first step.",
+        ),
+        (OTHER | {"teacher.context": "none"}, "Teacher: the weights of m, which sees just the prompt."),
     ],
 )
 def test_describe_says_what_is_trained(changed: Any, settings: dict[str, Any], words: str) -> None:

@@ -140,13 +140,13 @@ def test_a_student_at_its_teacher_has_no_gradient_but_for_the_context(make_run: 
 
 
 @pytest.mark.parametrize("average", ["token", "sequence"])
-@pytest.mark.parametrize("method", ["sdft", "sft"])
+@pytest.mark.parametrize("method", ["sdft", "sft", "dft"])
 @pytest.mark.parametrize("size", [1, 200, 300])
 def test_micro_batches_add_up(size: int, method: str, average: str, make_run: Any, nudge: Any) -> None:
     settings = {"loss.method": method, "loss.average": average, "loss.mask_first": 1}
     run = nudged_run(make_run, nudge, **settings)[0]
     whole = gradients(run)
-    assert whole[0] > 0.1
+    assert whole[0] > (1e-3 if method == "dft" else 0.1)  # p (-log p) of a model that has learned nothing
     check(gradients(run, micro_batch_tokens=size), whole, 1e-5)
 
 
@@ -212,6 +212,45 @@ def test_sft_is_hugging_faces_loss(family: str, rows_at_once: int, make_run: Any
     check(got, (total.detach(), {k: p.grad for k, p in lm.named_parameters()}))
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"loss.average": "sequence"}, {"train.micro_batch_tokens": 100}, {"lora.rank": 4}, {"loss.mask_first": 2}],
+    ids=str,
+)
+def test_dft_is_written_out(settings: dict[str, Any], make_run: Any, nudge: Any, monkeypatch: Any) -> None:
+    """Value: the mean of p (-log p). Gradient: that of the mean of -p, in which nothing has to be held still."""
+    monkeypatch.setattr(loss_module, "CE_ROWS", 3)
+    run = nudged_run(make_run, nudge, **{"loss.method": "dft"} | settings)[0]
+    lm = copy.deepcopy(run.model.lm).double()
+    got = gradients(run, micro_batch_tokens=run.config.train.micro_batch_tokens)
+    lm.zero_grad()
+    logits = rows(lm, [e.prompt for e in run.data.examples[: len(ANSWERS)]])
+    logp = [s.log_softmax(-1).gather(1, torch.tensor(a)[:, None])[:, 0] for s, a in zip(logits, ANSWERS, strict=True)]
+
+    def mean(parts: list[Tensor]) -> Tensor:
+        tokens = run.config.loss.average == "token"
+        return torch.cat(parts).mean() if tokens else torch.stack([part.mean() for part in parts]).mean()
+
+    mean([-part.exp() for part in logp]).backward()
+    value = mean([-part.exp() * part for part in logp]).detach()
+    check(got, (value, {k: p.grad for k, p in lm.named_parameters() if p.requires_grad}))
+    assert not torch.allclose(value, mean([-part for part in logp]).detach(), rtol=0.1)  # and no plain SFT
+
+
+@pytest.mark.parametrize("family", ["gemma3", "phi", "granite"])  # a soft cap, a bias, a scale
+def test_dft_takes_the_probability_after_the_head(family: str, make_run: Any) -> None:
+    run = make_run(family, **{"loss.method": "dft"})
+    run.model.lm.eval()
+    examples = run.data.examples[: len(ANSWERS)]
+    part = accumulate_gradients(run, examples, completions()).parts[0]
+    with torch.no_grad():
+        logits = rows(run.model.lm.double(), [e.prompt for e in examples])
+    order = [2, 3, 0, 1]  # by the length of prompt and answer
+    logp = torch.cat([logits[i].log_softmax(-1)[range(len(ANSWERS[i])), ANSWERS[i]] for i in order])
+    torch.testing.assert_close(part.student_logprob.double(), logp, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(part.loss.double(), -logp.exp() * logp, rtol=1e-3, atol=1e-7)
+
+
 # Memory.
 
 
@@ -230,7 +269,7 @@ class LargestVocabularyTensor(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("method", ["sdft", "sft"])
+@pytest.mark.parametrize("method", ["sdft", "sft", "dft"])
 def test_the_logits_of_a_step_never_exist(method: str, make_run: Any, tmp_path: Any, monkeypatch: Any) -> None:
     run = make_run(**{"loss.method": method, "train.batch_size": 12, "loss.chunk_bytes": 2**18,
                       "rollout.max_new_tokens": 60})  # fmt: skip

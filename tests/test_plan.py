@@ -229,6 +229,7 @@ def test_the_phases_of_a_step() -> None:
     assert found.phases["rollout"]["KV cache"] == 3 * (100 + 32) * 3 * 2 * 32 * Costs(shape, config(), CPU, True).c
     assert not found.phases["update"]["activations"]
     sft = plan.predict(shape, config(**{"loss.method": "sft"}), Work((60,) * 3, (), (32,) * 3), CPU)
+    assert plan.predict(shape, config(**{"loss.method": "dft"}), Work((60,) * 3, (), (32,) * 3), CPU) == sft
     assert "rollout" not in sft.phases
     assert not any(terms["teacher"] for terms in sft.phases.values())
 

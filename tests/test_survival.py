@@ -9,7 +9,7 @@ import pytest
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["full", "lora"])
+@pytest.mark.parametrize("mode", ["full", "lora", "offline"])
 def test_a_run_survives_being_killed(mode: str) -> None:
     script = Path(__file__).with_name("survival.py")
     command = [sys.executable, str(script), "--kills", "5", "--seed", "1", "--mode", mode]
