@@ -194,7 +194,7 @@ def run_ours(job: Job, rows: list[dict[str, str]]) -> Row:
         }
         config = override(Config(), common | job.contender.settings)
         validate(config)
-        memory.return_freed()  # as train.train does
+        memory.settle()  # as train.train does
         predicted = prediction(config) if job.predict else {}
         clock = Clock(job)
         run = train.set_up(config, output)
