@@ -20,7 +20,7 @@ OVERVIEW = """sdft: Self-Distillation Fine-Tuning (arXiv 2601.19897)
                          [--guard DATA.jsonl --max-drop 2]   stop where more than 2 points are lost on these records
   sdft plan CONFIG.toml [--memory 12GB]          what will it take, will it fit, what to change; loads no weights
   sdft check CONFIG.toml [--count 32]            can the teacher use the demonstrations? run this first
-  sdft study STUDY.toml [--list]                 tasks in sequence x methods x learning rates x seeds
+  sdft study STUDY.toml [--list] [--report]      tasks in sequence x methods x learning rates x seeds
   sdft eval MODEL DATA.jsonl                     accuracy by greedy generation
   sdft eval MODEL --harness hellaswag,mmlu       prior skills by lm-evaluation-harness
   sdft generate MODEL PROMPT                     an answer
@@ -69,7 +69,8 @@ class PlanArgs:
 class StudyArgs:
     """`sdft study STUDY.toml`: methods compared on tasks learned one after the other (docs/study.md).
 
-    Finished stages are never run again; an interrupted study goes on with the same command."""
+    Finished stages are never run again; an interrupted study goes on with the same command. It ends with
+    OUTPUT/report.html and report.md."""
 
     study: tyro.conf.Positional[str]
     """The study's TOML file."""
@@ -77,6 +78,8 @@ class StudyArgs:
     """Run only these methods."""
     list: bool = False
     """Name the cells and what is finished, run nothing."""
+    report: bool = False
+    """Write the report of what is finished, run nothing."""
 
 
 @dataclass(frozen=True)
@@ -401,7 +404,7 @@ def _clip(text: str, width: int = 300) -> str:
 
 def study_command(args: list[str]) -> None:
     a = tyro.cli(StudyArgs, args=args, prog="sdft study")
-    from sdft import study
+    from sdft import report, study
 
     found = study.load_study(a.study)
     if a.list:
@@ -409,10 +412,12 @@ def study_command(args: list[str]) -> None:
             done = sum(study.finished(found, cell, number) for number in range(len(found.tasks)))
             print(f"{cell.name}: {done} of {len(found.tasks)} stages")
         return
-    study.run_study(found, a.only)
-    text = study.table(found)
-    (found.output / "table.md").write_text(text)
-    print(f"\n{text}\nResults: {found.output}")
+    if not a.report:
+        study.run_study(found, a.only)
+        text = study.table(found)
+        (found.output / "table.md").write_text(text)
+        print(f"\n{text}")
+    print(f"Report: {report.write_report(found)} and report.html beside it")
 
 
 def eval_command(args: list[str]) -> None:

@@ -20,10 +20,15 @@ def write_text(path: Path, text: str) -> None:
 
     Raises SdftError where it cannot be written.
     """
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """As `write_text`."""
     partial = path.with_name(f"partial-{path.name}")
     try:
         path.parent.mkdir(exist_ok=True)
-        partial.write_text(text, encoding="utf-8")
+        partial.write_bytes(content)
         publish(partial, path)
     except OSError as error:
         with contextlib.suppress(OSError):

@@ -252,9 +252,7 @@ def run_study(study: Study, only: Sequence[str] = ()) -> list[Cell]:
             accuracy = evaluate_on_all(study, study.config, study.config.model.name, study.output / "base/answers")
             result = {"model": study.config.model.name, "sets": study.sets, "accuracy": accuracy}
             _write(study.output / "base", result | {"seconds": {"evaluate": time.perf_counter() - began}})
-        _same(
-            _read(study.output / "base"), {"model": study.config.model.name, "sets": study.sets}, study.output / "base"
-        )
+        base_result(study)
         waiting = [(c, n) for c in wanted for n in range(len(study.tasks)) if not finished(study, c, n)]
         spent: dict[str, list[float]] = {}
         for at, (cell, number) in enumerate(waiting):
@@ -368,6 +366,19 @@ def evaluate_on_all(study: Study, config: Config, model_name: str, answers: Path
     return accuracy
 
 
+def base_result(study: Study) -> dict[str, Any]:
+    """What the model does before any training.
+
+    Raises SdftError where that is not known yet, or is that of another model or other evaluation files.
+    """
+    folder = study.output / "base"
+    if not (folder / "result.json").exists():
+        raise SdftError(f"{folder}/result.json is missing: nothing is finished yet; run `sdft study` first")
+    found = _read(folder)
+    _same(found, {"model": study.config.model.name, "sets": study.sets}, folder)
+    return found
+
+
 def results(study: Study) -> list[tuple[Cell, list[dict[str, Any]]]]:
     """The cells that have finished stages, and these in order."""
     out = []
@@ -385,7 +396,7 @@ def results(study: Study) -> list[tuple[Cell, list[dict[str, Any]]]]:
 def table(study: Study) -> str:
     """Markdown: for each method and learning rate, accuracies after the last stage, means over the finished seeds."""
     columns = [study.measure(t) for t in study.tasks] + list(study.prior)
-    base = _read(study.output / "base")["accuracy"]
+    base = base_result(study)["accuracy"]
     lines = [f"| method | lr | seeds | {' | '.join(columns)} |", f"|---|---|---{'|---:' * len(columns)}|"]
     lines.append(f"| before | | | {' | '.join(f'{base[c]:.0%}' for c in columns)} |")
     done = [(c, stages[-1]["accuracy"]) for c, stages in results(study) if len(stages) == len(study.tasks)]
