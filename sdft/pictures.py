@@ -68,7 +68,9 @@ class Plane:
 @_plain
 def pareto(planes: Sequence[Plane], look: Mapping[str, Style]) -> bytes:
     """A PNG of one panel a plane; the points that no other beats, the base among them, are ringed."""
-    figure, axes = _figure(len(planes), 5.0, 4.4)
+    from matplotlib.patheffects import withStroke
+
+    figure, axes = _figure(len(planes), 5.2, 4.4, across=2)  # two beside each other can be read on a page
     for axis, plane in zip(axes.flat, planes, strict=False):
         points = [plane.base]
         for name, curve in plane.curves.items():
@@ -85,7 +87,7 @@ def pareto(planes: Sequence[Plane], look: Mapping[str, Style]) -> bytes:
                 axis.annotate(
                     f"{rate:g}", (x, y), xytext=style.label_at, textcoords="offset points", fontsize=7,
                     color=style.color, ha="left" if style.label_at[0] > 0 else "right", zorder=5,
-                    bbox={"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 0.4},
+                    path_effects=[withStroke(linewidth=1.8, foreground="white")],
                 )  # fmt: skip
         front = [points[i] for i in pareto_front(points)]
         axis.plot(*_percent(front), color="0.45", linestyle=":", linewidth=1.2, zorder=2)
@@ -196,16 +198,19 @@ def curves(
     return _png(figure)
 
 
-def _figure(panels: int | tuple[int, int], width: float, height: float, **options: Any) -> tuple[Any, Any]:
+def _figure(
+    panels: int | tuple[int, int], width: float, height: float, across: int = 3, **options: Any
+) -> tuple[Any, Any]:
     """A figure and its (rows, columns) axes, of so many panels or so many rows and columns.
 
-    width, height: of a panel, in inches. Panels beyond the number asked for are not drawn.
+    width, height: of a panel, in inches. across: at most so many beside each other. Panels beyond the number asked
+    for are not drawn.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     if isinstance(panels, int):
-        columns = panels if panels <= 3 else 2 if panels == 4 else 3
+        columns = 2 if panels == 4 else min(across, panels)
         rows = -(-panels // columns)
     else:
         rows, columns = panels
@@ -230,9 +235,11 @@ def _legend(figure: Any, *axes: Any) -> None:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             found.setdefault(label, handle)
     if found:
+        entry = 1.0 + 0.075 * max(map(len, found))  # inches, about: a name's letters beside its line
+        columns = max(1, min(len(found), int(figure.get_figwidth() / entry)))
         figure.legend(
-            found.values(), found.keys(), loc="outside lower center", ncols=min(6, len(found)), frameon=False,
-            fontsize=9, handlelength=3.5,
+            found.values(), found.keys(), loc="outside lower center", ncols=columns, frameon=False, fontsize=9,
+            handlelength=3.5,
         )  # fmt: skip
 
 

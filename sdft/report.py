@@ -25,6 +25,7 @@ from sdft.study import Cell, Method, Study
 
 SAMPLES = 3  # records of each evaluation set whose answers are shown
 LONGEST = 240  # characters of an answer that are shown
+CLEAR = 3  # methods of which the ways of all learning rates are drawn; of more, of the best rate alone
 DRAWN = 30  # points of a training curve, each the mean over a block of steps
 
 # What a document is made of. All text is plain: it is escaped where it is written.
@@ -225,8 +226,9 @@ def _pareto(f: Found) -> Iterator[Block]:
             if after:
                 point = (row.rate, mean(a[at] for a in after), mean(f.prior(a) for a in after))
                 curves.setdefault(row.method.name, []).append(point)
-                cells = [cell for cell, stages in row.cells if len(stages) > number]
-                paths.setdefault(row.method.name, []).append(_path(f, cells, number, at))
+                if len(s.methods) <= CLEAR or f.best.get(row.method.name, row) is row:
+                    cells = [cell for cell, stages in row.cells if len(stages) > number]
+                    paths.setdefault(row.method.name, []).append(_path(f, cells, number, at))
         if curves:
             title = f"after stage {number + 1}: {task.name}" if len(s.tasks) > 1 else task.name
             x = f"new skill {at}: accuracy (%)"
@@ -240,10 +242,12 @@ def _pareto(f: Found) -> Iterator[Block]:
                                   for n in range(len(s.tasks)))]  # fmt: skip
                 path = [(f.new(a), f.prior(a)) for a in over]
                 curves.setdefault(row.method.name, []).append((row.rate, *path[-1]))
-                paths.setdefault(row.method.name, []).append(path)
+                if len(s.methods) <= CLEAR or f.best[row.method.name] is row:
+                    paths.setdefault(row.method.name, []).append(path)
         x = "mean over all tasks: accuracy (%)"
         planes.append(pictures.Plane("after the last stage", x, (f.new(f.base), f.prior(f.base)), curves, paths))
     last = planes[-1]
+    of = ", at each method's best rate" if len(s.methods) > CLEAR else ""
     yield Picture(
         "pareto",
         "Pareto picture of new skill against prior skills",
@@ -251,7 +255,7 @@ def _pareto(f: Found) -> Iterator[Block]:
         "New skill (to the right) against the mean of the prior skills (up). A point is the mean over the seeds of a "
         "method at the learning rate beside it, and a thick line joins a method's rates. Thin lines are the way there: "
         "evaluations during the stage where the study made any (eval.every); in the last panel the base and the "
-        "stages. Rings mark the points that no other beats in both.",
+        f"stages{of}. Rings mark the points that no other beats in both.",
     )
     named = [("base", *last.base)] + [(f"{m} at {r:g}", x, y) for m, c in last.curves.items() for r, x, y in c]
     front = measures.pareto_front([point[1:] for point in named])
@@ -443,8 +447,8 @@ def _training(f: Found) -> Iterator[Block]:
             "Training curves",
             pictures.curves(columns, order, _look(f)),
             f"Each stage's training at the best learning rate, mean over the seeds, and over blocks of steps where "
-            f"there are more than {DRAWN}. A divergence and a cross-entropy are different things: compare within a "
-            "panel alone. The answer is what was trained on: a sample, or the demonstration.",
+            f"there are more than {DRAWN}. A divergence, a cross-entropy, and that of DFT, which is weighted, are "
+            "different things: compare like with like. The answer is what was trained on: a sample, or the demonstration.",
         )
 
 

@@ -7,6 +7,7 @@ import math
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -389,3 +390,68 @@ def test_the_command_ends_with_the_report_and_can_write_it_alone(
     main(["study", path, "--only", "sdft"])
     assert (found.output / "table.md").read_text() in capsys.readouterr().out
     assert "26 of 27 cells" in (found.output / "report.md").read_text()
+
+
+# docs/study.md.
+
+DOCS = (Path(__file__).parents[1] / "docs/study.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", DOCS, re.MULTILINE | re.DOTALL)
+
+
+def test_the_example_of_the_docs_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_folder: Any, capsys: Any
+) -> None:
+    """Its commands in order, on a tiny model and six records of each file."""
+    monkeypatch.chdir(tmp_path)
+    data, commands = (block.splitlines() for block in blocks("bash"))
+    for line in data:
+        main(line.split()[1:])
+    for path in tmp_path.glob("runs/tasks/*/*.jsonl"):
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[:6]))
+    text = blocks("toml")[0].replace("smollm2-135m", str(model_folder("llama")))
+    Path("study.toml").write_text(text)
+    for line in commands:
+        words = line.split("  #")[0].split()
+        assert words[:2] == ["sdft", "study"]
+        main(words[1:])
+    assert "sdft/lr-1e-05/seed-0: 0 of 2 stages" in capsys.readouterr().out
+    found = Path("runs/study/report.md").read_text()
+    final = rows(found, "Accuracy after the last stage")
+    result = json.loads(Path("runs/study/sft/lr-1e-05/seed-0/2-commands/result.json").read_text())
+    names = ["facts-seen", "commands-new", "known"]
+    assert final[("sft", "1e-05")] == ["1", *(f"{100 * result['accuracy'][name]:.1f}" for name in names)]
+    assert rows(found, "Cost")[("sft", "1e-05")][0] == "1"
+    for name in ("pareto", "matrix", "stages", "positions", "training"):
+        assert f"](report/{name}.png)" in found
+        assert (tmp_path / f"runs/study/report/{name}.png").exists()
+    assert {path.name for path in Path("runs/study").iterdir()} == {
+        "base", "report", "report.html", "report.md", "sdft", "sft", "table.md"
+    }  # fmt: skip
+
+
+def test_the_other_block_of_the_docs_is_a_method(make_finished: Any) -> None:
+    found = make_finished(methods=study.tomllib.loads(blocks("toml")[1])["methods"])
+    text = report.write_report(found).read_text()
+    assert "- sft-then-reinvoke: SFT: cross-entropy of the student on the demonstrations. Then SDFT: " in text
+
+
+def test_added_seeds_and_rates_run_alone(make_finished: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As docs/study.md says."""
+    found = make_finished()
+    ran = []
+    monkeypatch.setattr(study, "run_stage", lambda _, cell, number: ran.append((cell.name, number)))
+    sdft = replace(found.methods[0], learning_rates=(*RATES, 1e-3))
+    study.run_study(replace(found, seeds=(*SEEDS, 3), methods=(sdft, *found.methods[1:])))
+    assert len(ran) == 2 * (3 + 4 + 3 + 3)
+    assert all("lr-0.001/" in name or "seed-3" in name for name, _ in ran)
+
+
+def test_the_docs_name_every_key(tmp_path: Path) -> None:
+    (tmp_path / "study.toml").write_text("nothing = 1")
+    with pytest.raises(SdftError) as told:
+        study.load_study(tmp_path / "study.toml")
+    for key in str(told.value).split("valid: ")[1].split(", "):
+        assert f"| `{key}` |" in DOCS
