@@ -205,8 +205,9 @@ def _missing(f: Found) -> Iterator[Block]:
     if lacking:
         yield Heading("What is missing", 3)
         yield Text(
-            f"{len(wanted) - len(lacking)} of {len(wanted)} cells are finished. The tables hold finished cells alone; "
-            "run `sdft study` again to go on. Missing:"
+            f"{len(wanted) - len(lacking)} of {len(wanted)} cells are finished. Tables and pictures hold finished "
+            "cells alone, but for the Pareto picture of a stage, which holds what has finished that stage. Run "
+            "`sdft study` again to go on. Missing:"
         )
         yield Items([f"{name}: {stages.get(name, 0)} of {len(s.tasks)} stages" for name in lacking])
 
@@ -448,7 +449,8 @@ def _training(f: Found) -> Iterator[Block]:
             pictures.curves(columns, order, _look(f)),
             f"Each stage's training at the best learning rate, mean over the seeds, and over blocks of steps where "
             f"there are more than {DRAWN}. A divergence, a cross-entropy, and that of DFT, which is weighted, are "
-            "different things: compare like with like. The answer is what was trained on: a sample, or the demonstration.",
+            "different things: compare like with like. The answer is what was trained on: a sample, or the "
+            "demonstration.",
         )
 
 
