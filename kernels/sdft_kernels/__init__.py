@@ -1,12 +1,14 @@
 """The fused divergence loss of self-distillation: no logits kept; Triton on a GPU, torch elsewhere.
 
-`linear_divergence` takes hidden states and heads; `divergence` takes ready logits; `reference` holds
-the dense truth that both are tested against.
+`linear_divergence` takes hidden states and heads; `divergence` takes ready logits; `linear_topk_divergence` and
+`topk_divergence` take a teacher's top-k log-probabilities; `reference` holds the dense truth that all are tested
+against. `python -m sdft_kernels` says what runs on this machine, and tests it.
 """
 
 from .checks import TokenStats
 from .divergence import Divergence, divergence
 from .linear_divergence import LinearDivergence, linear_divergence
+from .topk import TopkStats, linear_topk_divergence, topk_divergence
 
 __version__ = "0.1.0"
 
@@ -14,7 +16,10 @@ __all__ = [
     "Divergence",
     "LinearDivergence",
     "TokenStats",
+    "TopkStats",
     "__version__",
     "divergence",
     "linear_divergence",
+    "linear_topk_divergence",
+    "topk_divergence",
 ]

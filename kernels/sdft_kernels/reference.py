@@ -78,6 +78,47 @@ def divergence_reference(
     return dense_divergence(s, t, options, token_weights, labels)
 
 
+def topk_divergence_reference(
+    student_logits: Tensor,  # (N, V)
+    teacher_ids: Tensor,  # (N, k)
+    teacher_logprobs: Tensor,  # (N, k)
+    *,
+    divergence: str = "reverse_kl",
+    beta: float = 0.5,
+    tail: str = "bucket",
+    temperature: float = 1.0,
+    token_weights: Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """As `topk_divergence` with tail_floor=0: dense (N, V + 1) events, −inf where a token is in the other part."""
+    vocab = student_logits.shape[1]
+    options = make_options(
+        divergence=divergence, beta=beta, temperature=temperature, reduction=reduction, vocab=vocab,
+        return_tokens=False, chunk_bytes=None,
+    )  # fmt: skip
+    log_p = torch.log_softmax(student_logits / temperature, -1)
+    log_q = torch.full_like(log_p.detach(), -torch.inf)
+    for ids, logprobs in zip(teacher_ids.T.flip(0), teacher_logprobs.T.flip(0), strict=True):  # the first entry wins
+        row = ((ids >= 0) & (ids < vocab) & ~logprobs.isneginf()).nonzero().squeeze(1)
+        log_q[row, ids[row].long()] = logprobs[row].to(log_q.dtype)
+    outside = log_q.isneginf()
+    log_p = torch.cat([log_p.masked_fill(outside, -torch.inf), log_tail(log_p, ~outside)], 1)
+    rest = torch.log1p(-log_q.exp().sum(1, keepdim=True).clamp_max(1.0))
+    log_q = torch.cat([log_q, rest.masked_fill(~outside.any(1, keepdim=True), -torch.inf)], 1)
+    if tail == "renormalise":
+        log_p, log_q = log_p[:, :-1].log_softmax(1), log_q[:, :-1]
+    values = row_divergence(log_p, log_q.log_softmax(1), options)
+    if token_weights is not None:
+        values = torch.where(token_weights == 0, torch.zeros_like(values), values)
+    return finish(values, token_weights, options.reduction)
+
+
+def log_tail(log_p: Tensor, named: Tensor) -> Tensor:
+    """(N, 1) log of the mass that is not named, −inf (and no gradient) where nothing is left."""
+    empty = named.all(1, keepdim=True)
+    return log_p.masked_fill(named & ~empty, -torch.inf).logsumexp(1, keepdim=True).masked_fill(empty, -torch.inf)
+
+
 def dense_logits(h: Tensor, w: Tensor, bias: Tensor | None, act: Activation, vocab: int) -> Tensor:
     """(N, vocab) final logits of one side."""
     z = h @ w[:vocab].T
