@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from sdft_kernels import divergence, linear_divergence
-from sdft_kernels.reference import divergence_reference
+from sdft_kernels import divergence, linear_divergence, linear_topk_divergence
+from sdft_kernels.reference import divergence_reference, topk_divergence_reference
 from sdft_kernels.reference import linear_divergence_reference as reference
 from torch import Tensor
 
@@ -195,6 +195,37 @@ def test_the_host_never_waits(dtype: torch.dtype, reduction: str) -> None:
         step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("tail", ["bucket", "renormalise"])
+@pytest.mark.parametrize("dtype", list(BOUNDS))
+def test_topk_matches_float64_and_the_host_never_waits(name: str, tail: str, dtype: torch.dtype) -> None:
+    x, w, teacher_x, teacher_w = make(200, 3000, 64, dtype)
+    logprobs, ids = (teacher_x.double() @ teacher_w.double().T).log_softmax(1).topk(20)
+    ids[::3, 15:] = -1
+    ids[::5, 4] = ids[::5, 2]
+    low = logprobs.float()
+    leaves = [x.requires_grad_(), w.requires_grad_()]
+    exact = [t.detach().double().requires_grad_() for t in leaves]
+    scaler = torch.tensor(2.0**12, device="cuda")
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss = linear_topk_divergence(x, w, ids, low, divergence=name, tail=tail, chunk_bytes=2**21)
+        grads = torch.autograd.grad(loss, leaves, scaler)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    want = topk_divergence_reference(exact[0] @ exact[1].T, ids, logprobs, divergence=name, tail=tail)
+    assert error(loss, want) < 1e-3
+    for got, value in zip(grads, torch.autograd.grad(want * scaler, exact), strict=True):
+        assert error(got, value) < BOUNDS[dtype]
+
+
+def test_the_self_test_passes() -> None:
+    from sdft_kernels.__main__ import main
+
+    assert main([]) == 0
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])

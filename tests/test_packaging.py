@@ -83,6 +83,7 @@ except ImportError:
     print("alone")
 """
     assert run(python, "-c", code, cwd=tmp_path, env=environment).strip() == "alone"
+    assert "self-test passed" in run(python, "-m", "sdft_kernels", cwd=tmp_path, env=environment)
     # The command is there, and says what is missing instead of a traceback.
     done = subprocess.run(
         [python.with_name("sdft"), "train", "x.toml"], capture_output=True, text=True, env=environment

@@ -1,6 +1,8 @@
 """A teacher known by its top-k log-probabilities: against the dense reference in float64, and docs/topk.md's claims."""
 
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -376,6 +378,10 @@ def test_without_the_tail_reverse_kl_teaches_the_student_to_leave_the_named_toke
     p = descend(ignore_the_tail, start)
     torch.testing.assert_close(p.gather(1, ids), q / math.e, rtol=1e-4, atol=0)
     assert ignore_the_tail(p.log()).item() == pytest.approx(-q.sum().item() / math.e, rel=1e-6)
+    logits = start.clone().requires_grad_()
+    forward = -(q * logits.log_softmax(1).gather(1, ids)).sum()  # and forward KL without it: into them, all of it
+    away = torch.autograd.grad(forward, logits)[0].scatter(1, ids, 0.0).sum().item()
+    assert away == pytest.approx(q.sum().item() * (1 - q.sum().item()))
     for tail in TAILS:
         kept = descend(lambda z, t=tail: topk_divergence(z, ids, logprobs, tail=t), start, steps=50)
         torch.testing.assert_close(kept, start.exp())  # already there: nothing moves
@@ -396,3 +402,13 @@ def test_the_bucket_finds_the_teacher_and_the_renormalised_form_its_proportions(
     torch.testing.assert_close(p[others] / p[others].sum(), before / before.sum())  # no gradient ever reached them
     # Σ of the named logits never changes, so their mass is not free to leave; nor does it come to the teacher's.
     assert abs(named.sum().item() - q.sum().item()) > 0.05
+
+
+def test_the_example_of_the_docs_runs() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "topk.md").read_text()
+    (code,) = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert names["loss"].item() > 0
+    assert names["x"].grad.abs().sum() > 0
+    assert names["w"].grad.abs().sum() > 0

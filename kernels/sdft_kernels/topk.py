@@ -450,7 +450,9 @@ def _call(
         x, w, bias, ids, logprobs, token_weights, labels, None, *needs, autocast, tail, float(tail_floor),
         *options.flat(),
     )  # fmt: skip
-    return (loss, TopkStats(*rest[:3], None if labels is None else rest[3])) if options.return_tokens else loss
+    divergence, student_tail, teacher_tail, label = rest[:4]
+    stats = TopkStats(divergence, student_tail, teacher_tail, None if labels is None else label)
+    return (loss, stats) if options.return_tokens else loss
 
 
 def _check_topk(ids: object, logprobs: object, here: tuple[str, Tensor]) -> None:

@@ -1,0 +1,150 @@
+"""`python -m sdft_kernels`: what runs on this machine and why, then values and gradients against float64.
+
+Exit status 0 if all is right, 1 if anything is not.
+"""
+
+import argparse
+import importlib.metadata
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from . import __version__, divergence, linear_divergence, linear_topk_divergence
+from .checks import DIVERGENCES, HAVE_TRITON, INTERPRETED, Impl, choose_impl
+from .reference import divergence_reference, linear_divergence_reference, topk_divergence_reference
+
+ROWS, VOCAB, HIDDEN, TOP = 37, 517, 48, 8  # odd sizes: every kernel meets a block that is not full
+# Relative error of a gradient. fp32 gives 1e-6 and bf16 2e-3 (the gradient's own rounding); a wrong kernel gives 1.
+BOUNDS = {torch.float32: 5e-5, torch.bfloat16: 1e-2}
+VALUE_BOUND = 1e-3
+Case = tuple[str, Callable[..., Tensor], Callable[..., Tensor], list[Tensor]]  # name, ours, truth, two leaves to grade
+
+
+def devices() -> list[torch.device]:
+    """The CPU, and the GPU that torch would use if there is one."""
+    return [torch.device("cpu")] + ([torch.device("cuda")] if torch.cuda.is_available() else [])
+
+
+def reason(device: torch.device) -> str:
+    """The implementation that impl=None takes there for fp32 and narrower, and why, in words."""
+    impl = choose_impl(None, torch.float32, device)
+    if impl == "triton":
+        return "triton: a GPU, and Triton is installed (float64 inputs take torch)"
+    if device.type == "cuda":
+        return "torch: Triton is not installed; pip install triton for the fused kernels"
+    return "torch: Triton's kernels need a CUDA or ROCm GPU"
+
+
+def report() -> None:
+    """What is installed here, and what would run."""
+    triton = importlib.metadata.version("triton") if HAVE_TRITON else "not installed"
+    print(f"sdft_kernels {__version__}, torch {torch.__version__}, triton {triton}")
+    print(f"python {platform.python_version()} on {platform.system()} {platform.machine()}")
+    for device in devices():
+        if device.type == "cpu":
+            name = f"{torch.get_num_threads()} threads"
+        else:
+            name = f"{torch.cuda.get_device_name()}, {torch.cuda.get_device_properties(device).total_memory >> 30} GiB"
+        print(f"{device.type} ({name}): impl={reason(device)}")
+
+
+def cases(dtype: torch.dtype, device: torch.device, impl: Impl) -> Iterator[Case]:
+    """One of each function, for each divergence."""
+    gen = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=gen, dtype=torch.float64)
+
+    x, w = normal(ROWS, HIDDEN), normal(VOCAB, HIDDEN) / HIDDEN**0.5
+    tx, tw = x + 0.3 * normal(ROWS, HIDDEN), w + 0.3 * normal(VOCAB, HIDDEN) / HIDDEN**0.5
+    weights = (torch.arange(ROWS) % 4).double()
+    x, w, tx, tw = (t.to(dtype).to(device) for t in (x, w, tx, tw))
+    weights = weights.to(device)
+    s, t = (x.float() @ w.float().T).to(dtype), (tx.float() @ tw.float().T).to(dtype)
+    logprobs, ids = t.double().log_softmax(1).topk(TOP)
+    for name in DIVERGENCES:
+        common = {"divergence": name, "beta": 0.3, "temperature": 1.2, "token_weights": weights}
+
+        def linear(x: Tensor, w: Tensor, common: dict = common) -> Tensor:
+            return linear_divergence(x, w, tx, tw, impl=impl, **common)
+
+        def linear_truth(x: Tensor, w: Tensor, common: dict = common) -> Tensor:
+            return linear_divergence_reference(x, w, tx.double(), tw.double(), **common)  # type: ignore[return-value]
+
+        def ready(s: Tensor, common: dict = common) -> Tensor:
+            return divergence(s, t, impl=impl, **common)
+
+        def ready_truth(s: Tensor, common: dict = common) -> Tensor:
+            return divergence_reference(s, t.double(), **common)  # type: ignore[return-value]
+
+        def topk(x: Tensor, w: Tensor, common: dict = common) -> Tensor:
+            return linear_topk_divergence(x, w, ids, logprobs.float(), **common)
+
+        def topk_truth(x: Tensor, w: Tensor, common: dict = common) -> Tensor:
+            return topk_divergence_reference(x @ w.T, ids, logprobs, **common)
+
+        yield f"linear_divergence {name}", linear, linear_truth, [x, w]
+        yield f"divergence {name}", ready, ready_truth, [s]
+        if impl == "torch":  # it has no other
+            yield f"linear_topk_divergence {name}", topk, topk_truth, [x, w]
+
+
+def errors(ours: Callable[..., Tensor], truth: Callable[..., Tensor], inputs: list[Tensor]) -> tuple[float, float]:
+    """Relative error of the value, and the worst of the gradients'."""
+    mine = [t.detach().requires_grad_() for t in inputs]
+    exact = [t.detach().double().requires_grad_() for t in inputs]
+    value, want = ours(*mine), truth(*exact)
+    grads, wanted = torch.autograd.grad(value, mine), torch.autograd.grad(want, exact)
+
+    def relative(a: Tensor, b: Tensor) -> float:
+        return ((a.double() - b).norm() / b.norm()).item()
+
+    return relative(value, want), max(relative(g, e) for g, e in zip(grads, wanted, strict=True))
+
+
+def self_test() -> int:
+    """Run every case on every device with every implementation that runs there; the number that failed."""
+    failed = 0
+    for device in devices():
+        triton = HAVE_TRITON and (device.type == "cuda" or INTERPRETED)
+        impls: tuple[Impl, ...] = ("torch", "triton") if triton else ("torch",)
+        for impl in impls:
+            for dtype, bound in BOUNDS.items():
+                start, count, worst = time.perf_counter(), 0, 0.0
+                for name, ours, truth, inputs in cases(dtype, device, impl):
+                    where = f"{device.type}, {impl}, {str(dtype).removeprefix('torch.')}: {name}"
+                    count += 1
+                    try:
+                        value, grad = errors(ours, truth, inputs)
+                    except Exception as error:  # whatever a driver or compiler raises, the others are still tested
+                        failed += 1
+                        print(f"FAILED {where}: {type(error).__name__}: {error}")
+                        continue
+                    worst = max(worst, grad)
+                    if not (value <= VALUE_BOUND and grad <= bound):  # NaN fails
+                        failed += 1
+                        print(f"FAILED {where}: relative error of the value {value:.1e}, of a gradient {grad:.1e}")
+                seconds = time.perf_counter() - start
+                print(
+                    f"{device.type}, {impl}, {str(dtype).removeprefix('torch.')}: {count} cases in {seconds:.1f} s, "
+                    f"gradients within {worst:.1e} of float64 (allowed {bound:.0e})"
+                )
+    return failed
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the report, run the self-test; the exit status."""
+    argparse.ArgumentParser(prog="python -m sdft_kernels", description=(__doc__ or "").strip()).parse_args(arguments)
+    torch.backends.cuda.matmul.allow_tf32 = False  # its rounding is not the loss's
+    report()
+    failed = self_test()
+    print("self-test passed" if failed == 0 else f"self-test FAILED: {failed} cases")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
