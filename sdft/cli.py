@@ -20,7 +20,8 @@ OVERVIEW = """sdft: Self-Distillation Fine-Tuning (arXiv 2601.19897)
                          [--guard DATA.jsonl --max-drop 2]   stop where more than 2 points are lost on these records
   sdft plan CONFIG.toml [--memory 12GB]          what will it take, will it fit, what to change; loads no weights
   sdft check CONFIG.toml [--count 32]            can the teacher use the demonstrations? run this first
-  sdft study STUDY.toml [--list] [--report]      tasks in sequence x methods x learning rates x seeds
+  sdft study STUDY.toml [--list] [--plan]        tasks in sequence x methods x learning rates x seeds
+                        [--report]               the report of what is finished, nothing run
   sdft eval MODEL DATA.jsonl                     accuracy by greedy generation
   sdft eval MODEL --harness hellaswag,mmlu       prior skills by lm-evaluation-harness
   sdft generate MODEL PROMPT                     an answer
@@ -77,9 +78,25 @@ class StudyArgs:
     only: tuple[str, ...] = ()
     """Run only these methods."""
     list: bool = False
-    """Name the cells and what is finished, run nothing."""
+    """Name the cells and what is finished, run nothing; the data need not be there."""
     report: bool = False
     """Write the report of what is finished, run nothing."""
+    model: str = ""
+    """Instead of the file's config.model.name; give --output as well."""
+    output: str = ""
+    """Instead of the file's output."""
+    plan: bool = False
+    """Peak memory and time of every distinct run, before any weight is loaded; runs nothing."""
+    memory: str = ""
+    """With --plan: size of a GPU, such as 80GB; by default the device is the one here."""
+    tflops: float = 100.0
+    """With --plan: 1e12 operations a second that the device does on average, sampling included: your assumption."""
+    prompt_tokens: int = 0
+    """With --plan: tokens of every student prompt; 0 reads the data."""
+    teacher_prompt_tokens: int = 0
+    """With --prompt-tokens: tokens of every teacher prompt; 0 takes the student's and an answer's more."""
+    records: int = 0
+    """With --prompt-tokens: records of every training file."""
 
 
 @dataclass(frozen=True)
@@ -406,7 +423,13 @@ def study_command(args: list[str]) -> None:
     a = tyro.cli(StudyArgs, args=args, prog="sdft study")
     from sdft import report, study
 
-    found = study.load_study(a.study)
+    if a.tflops <= 0 or a.prompt_tokens < 0 or bool(a.prompt_tokens) != bool(a.records):
+        raise SdftError("--tflops must be above 0, and --prompt-tokens and --records go together")
+    needs_data = not a.list and not (a.plan and a.prompt_tokens)
+    found = study.load_study(a.study, a.model, a.output, needs_data)
+    if a.plan:
+        print(plan_of_study(a, found))
+        return
     if a.list:
         for cell in study.cells(found):
             done = sum(study.finished(found, cell, number) for number in range(len(found.tasks)))
@@ -418,6 +441,15 @@ def study_command(args: list[str]) -> None:
         (found.output / "table.md").write_text(text)
         print(f"\n{text}")
     print(f"Report: {report.write_report(found)} and report.html beside it")
+
+
+def plan_of_study(a: StudyArgs, found: Any) -> str:
+    from sdft import plan, study
+
+    size = plan.parse_size(a.memory) if a.memory else 0
+    machine = plan.this_machine(override(found.config, {"model.device": "cuda"} if size else {}), size)
+    planned = study.plan_study(found, machine, a.prompt_tokens, a.teacher_prompt_tokens, a.records)
+    return study.plan_table(planned, machine.memory, a.tflops)
 
 
 def eval_command(args: list[str]) -> None:

@@ -282,20 +282,23 @@ def load_config(path: str | Path) -> Config:
         raise SdftError(f"config {path}: cannot be read ({error.strerror}); give the path of a .toml file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SdftError(f"config {path}: not valid TOML: {error}") from None
+    return from_table(table, f"config {path}")
+
+
+def from_table(table: dict[str, Any], where: str) -> Config:
+    """A config from nested tables over the preset they name; raises SdftError as `load_config`.
+
+    where: what the error names.
+    """
     preset = table.get("preset", "")
     if preset not in ("", *PRESETS):
-        raise SdftError(f"config {path}: preset = {preset!r} is unknown; valid: {', '.join(PRESETS)}")
-    config = _merge(Config(), PRESETS.get(preset, {}), f"preset {preset}")
-    return _merge(config, table, f"config {path}")
+        raise SdftError(f"{where}: preset = {preset!r} is unknown; valid: {', '.join(PRESETS)}")
+    config: Config = merge(merge(Config(), PRESETS.get(preset, {}), f"preset {preset}"), table, where)
+    return config
 
 
-def from_table(table: dict[str, Any], where: str, base: Config | None = None) -> Config:
-    """A config from nested tables over `base`; raises SdftError as `load_config`. where: named in the error."""
-    merged: Config = _merge(base or Config(), table, where)
-    return merged
-
-
-def _merge(base: Any, table: dict[str, Any], where: str, prefix: str = "") -> Any:
+def merge(base: Any, table: dict[str, Any], where: str, prefix: str = "") -> Any:
+    """A dataclass with the values of nested tables in place of its own, each checked against the field's type."""
     hints = get_type_hints(type(base))
     changes = {}
     for key, value in table.items():
@@ -305,7 +308,7 @@ def _merge(base: Any, table: dict[str, Any], where: str, prefix: str = "") -> An
         if is_dataclass(old):
             if not isinstance(value, dict):
                 raise SdftError(f"{where}: {prefix + key} must be a table, [{prefix + key}], not {value!r}")
-            changes[key] = _merge(old, value, where, f"{prefix}{key}.")
+            changes[key] = merge(old, value, where, f"{prefix}{key}.")
         else:
             changes[key] = _convert(value, hints[key], f"{where}: {prefix}{key}")
     return replace(base, **changes)

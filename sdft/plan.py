@@ -5,7 +5,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from sdft.costs import (
     passes_of,
     share_of,
 )
+from sdft.data import TokenizedExample
 from sdft.metrics import peak_memory
 
 GIB, MIB = 2**30, 2**20
@@ -64,9 +65,13 @@ class Plan:
 def predict(shape: ModelShape, config: Config, work: Work, machine: Machine) -> Plan:
     """The plan of a config whose step holds the sequences of `work`. Raises SdftError where nothing can be known."""
     costs = costs_of(shape, config, work, machine)
-    passes = passes_of(config, work, costs.packed)
-    phases = _phases(costs, work, passes, len(passes) > 1)
+    phases = _phases_of_step(costs, work)
     return Plan(phases, machine.memory, largest_budget(costs, work), sum(work.sizes), tuple(_assumptions(costs, work)))
+
+
+def peak(shape: ModelShape, config: Config, work: Work, machine: Machine) -> int:
+    """The peak of `predict` alone, in bytes: much faster where activations are simulated."""
+    return max(sum(terms.values()) for terms in _phases_of_step(costs_of(shape, config, work, machine), work).values())
 
 
 def largest_budget(costs: Costs, work: Work) -> int | None:
@@ -86,6 +91,11 @@ def largest_budget(costs: Costs, work: Work) -> int | None:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low
+
+
+def _phases_of_step(costs: Costs, work: Work) -> dict[str, dict[str, int]]:
+    passes = passes_of(costs.config, work, costs.packed)
+    return _phases(costs, work, passes, len(passes) > 1)
 
 
 def _phases(costs: Costs, work: Work, passes: Sequence[Pass], again: bool) -> dict[str, dict[str, int]]:
@@ -359,25 +369,37 @@ def shape_of(config: Config) -> ModelShape:
 
 def work_of(config: Config) -> Work:
     """The step of the run that has most tokens, its answers as long as they may get; reads the data and tokenizer."""
-    from sdft.data import batch_indices, load_records, tokenize
-    from sdft.models import load_tokenizer
+    return max(works_of(config, tokenized(config)), key=lambda work: sum(work.sizes))
 
-    tokenizer, stop_ids = load_tokenizer(config.model)
-    records = load_records(config.data.train, config.data.split)
-    examples = tokenize(records, tokenizer, stop_ids, config.data, config.teacher).examples
+
+def works_of(config: Config, examples: Sequence[TokenizedExample]) -> Iterator[Work]:
+    """Every step of the run (the first MOST_STEPS), as `work_of`; examples: its `tokenized` data."""
+    from sdft.data import batch_indices
+
     demonstrated = config.answers == "demonstrations"
     repeats = 1 if demonstrated else config.rollout.per_prompt
     every = tuple(len(e.teacher_prompt) for e in examples for _ in range(repeats))
-
-    def work(step: int) -> Work:
+    for step in range(min(steps_of(config, len(examples)), MOST_STEPS)):
         chosen = [examples[i] for i in batch_indices(len(examples), config.train.batch_size, step, config.train.seed)]
         chosen = [e for e in chosen for _ in range(repeats)]
-        return Work(
+        yield Work(
             tuple(len(e.prompt) for e in chosen),
             tuple(len(e.teacher_prompt) for e in chosen) if config.loss.has_teacher else (),
             tuple(len(e.target) if demonstrated else config.rollout.max_new_tokens for e in chosen),
             every if config.answers == "offline" else (),
         )
 
-    steps = config.train.steps or math.ceil(config.train.epochs * len(examples) / config.train.batch_size)
-    return max((work(step) for step in range(min(steps, MOST_STEPS))), key=lambda w: sum(w.sizes))
+
+def steps_of(config: Config, records: int) -> int:
+    """Optimizer steps of a run on these many records."""
+    return config.train.steps or math.ceil(config.train.epochs * records / config.train.batch_size)
+
+
+def tokenized(config: Config) -> Sequence[TokenizedExample]:
+    """The training data as token ids; what is over a length budget is left out."""
+    from sdft.data import load_records, tokenize
+    from sdft.models import load_tokenizer
+
+    tokenizer, stop_ids = load_tokenizer(config.model)
+    records = load_records(config.data.train, config.data.split)
+    return tokenize(records, tokenizer, stop_ids, config.data, config.teacher).examples

@@ -106,7 +106,7 @@ class Found:
     @property
     def columns(self) -> list[str]:
         """The sets of the accuracy matrix: each task's own, then the prior skills."""
-        return [self.study.measure(t) for t in self.study.tasks] + list(self.study.prior)
+        return [self.study.measure(t) for t in self.study.tasks] + list(self.study.prior_skills)
 
     def new(self, accuracy: dict[str, float]) -> float:
         """Mean accuracy of the tasks."""
@@ -114,11 +114,11 @@ class Found:
 
     def prior(self, accuracy: dict[str, float]) -> float:
         """Mean accuracy of the prior skills; nan without any."""
-        return mean(accuracy[name] for name in self.study.prior) if self.study.prior else math.nan
+        return mean(accuracy[name] for name in self.study.prior_skills) if self.study.prior_skills else math.nan
 
     def score(self, accuracy: dict[str, float]) -> float:
         """What the best learning rate is chosen by."""
-        return (self.new(accuracy) + self.prior(accuracy)) / 2 if self.study.prior else self.new(accuracy)
+        return (self.new(accuracy) + self.prior(accuracy)) / 2 if self.study.prior_skills else self.new(accuracy)
 
     def over_seeds(self, row: Row, measure: Callable[[dict[str, float]], float]) -> list[float]:
         """A measure of the accuracies after the last stage, one for each complete seed."""
@@ -190,7 +190,7 @@ def _described(s: Study) -> Iterator[str]:
 
 def _sets(f: Found) -> Table:
     role = {f.study.measure(t): f"task {t.name}: its accuracy" for t in f.study.tasks}
-    role |= {name: "prior skill" for name in f.study.prior}
+    role |= {name: "prior skill" for name in f.study.prior_skills}
     rows = []
     for name in f.study.sets:
         count = len(_answers_of(f.study.output / "base/answers", name))
@@ -214,7 +214,7 @@ def _missing(f: Found) -> Iterator[Block]:
 
 def _pareto(f: Found) -> Iterator[Block]:
     s = f.study
-    if not s.prior:
+    if not s.prior_skills:
         yield Text("The study names no prior skills, so nothing can be said of what is lost of them.")
         return
     planes = []
@@ -271,7 +271,7 @@ def _path(f: Found, cells: Sequence[Cell], number: int, at: str) -> list[picture
         points = {}
         for line in lines:
             accuracy = line.get("eval", {})
-            if at in accuracy and all(name in accuracy for name in f.study.prior):
+            if at in accuracy and all(name in accuracy for name in f.study.prior_skills):
                 points[line["step"]] = (accuracy[at], f.prior(accuracy))
         seen.append(points)
     common = sorted(set.intersection(*(set(points) for points in seen)))
@@ -319,7 +319,7 @@ def _transfer(f: Found) -> Iterator[Block]:
 
 
 def _best(f: Found) -> Iterator[Block]:
-    what = "of the tasks' average accuracy and the prior skills'" if f.study.prior else "of the tasks' accuracy"
+    what = "of the tasks' average accuracy and the prior skills'" if f.study.prior_skills else "of the tasks' accuracy"
     yield Text(
         f"The best learning rate of a method is that with the highest mean {what}, over its finished seeds; of rates "
         "with fewer finished seeds than another none is taken, and of equals the lowest. It is chosen and shown on the "
@@ -349,7 +349,7 @@ def _compared(f: Found) -> Iterator[Block]:
         for what, value in (("tasks", f.new), ("prior skills", f.prior), ("mean of both", f.score)):
             x = [value(a.complete[seed][-1]["accuracy"]) for seed in common]
             y = [value(b.complete[seed][-1]["accuracy"]) for seed in common]
-            if math.isnan(x[0]) or (what == "mean of both" and not f.study.prior):
+            if math.isnan(x[0]) or (what == "mean of both" and not f.study.prior_skills):
                 continue
             pair = measures.paired(x, y)
             numbers = [str(len(common)), _shown(pair.difference, "+"), f"{pair.p:.3g}"]

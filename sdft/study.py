@@ -2,10 +2,11 @@
 
 A cell is one method at one learning rate with one seed. It learns the tasks one after the other, each stage from the
 weights that the stage before left, and after every stage answers every evaluation set of every task and of the prior
-skills. What a cell leaves behind:
+skills. A method with a grid of further settings is as many methods, named METHOD/SETTING-VALUE. What a cell leaves
+behind:
 
     OUTPUT/METHOD/lr-1e-05/seed-0/1-facts/result.json       accuracies, settings, tokens, seconds
-                                          answers/SET.jsonl  every greedy answer
+                                          answers/SET.jsonl  every greedy answer; harness.json of lm_eval's tasks
                                           run/               as `sdft train` writes it; run-2/ of a second phase
     OUTPUT/base/result.json                                 the same of the model before any training
 
@@ -18,15 +19,17 @@ import math
 import time
 import tomllib
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from itertools import product
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from sdft import SdftError, files
-from sdft.config import Config, config_keys, from_table, override, validate
+from sdft.config import Config, config_keys, from_table, merge, override, validate
 
 BASE = "{base}"  # in a method's settings: the model that the study starts from
+DECIDED = ("model.name", "optim.lr", "train.seed", "train.output", "eval.sets")  # by the study, of every run
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,24 @@ class Method:
     name: str
     phases: tuple[dict[str, Any], ...]  # settings of each run, by dotted name
     learning_rates: tuple[float, ...]
+    point: dict[str, Any] = field(default_factory=dict)  # of the grid: further settings, in every run
+
+    @property
+    def family(self) -> str:
+        """The name in the file, which all points of a grid share."""
+        return self.name.split("/")[0]
+
+
+@dataclass(frozen=True)
+class Harness:
+    """Prior skills that lm-evaluation-harness measures; see harness.run for the options."""
+
+    tasks: dict[str, str] = field(default_factory=dict)  # task or group -> its metric that counts, such as acc
+    limit: int | None = None
+    include_path: str = ""
+    fewshot: int | None = None
+    chat: bool = False
+    allow_code: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,15 +76,28 @@ class Study:
     output: Path
     seeds: tuple[int, ...]
     config: Config  # what all runs share
+    settings: dict[str, Any]  # what the file says of it, by dotted name
     tasks: tuple[Task, ...]
     prior: dict[str, str]  # evaluation files of skills that the model has already
     methods: tuple[Method, ...]
     keep_weights: bool = False
+    harness: Harness = field(default_factory=Harness)
 
     @property
     def sets(self) -> dict[str, str]:
         """All evaluation files: TASK-NAME of the tasks, and the prior skills by their own names."""
         return {f"{t.name}-{name}": path for t in self.tasks for name, path in t.eval.items()} | self.prior
+
+    @property
+    def prior_skills(self) -> list[str]:
+        """Names of the prior skills: evaluation files, and tasks of lm_eval."""
+        return [*self.prior, *self.harness.tasks]
+
+    @property
+    def evaluated(self) -> dict[str, Any]:
+        """The model that the study starts from and what it is asked: what decides the base's result."""
+        told = {"model": self.config.model.name, "sets": self.sets}
+        return told | ({"harness": asdict(self.harness)} if self.harness.tasks else {})
 
     def measure(self, task: Task) -> str:
         """The evaluation set that is the task's accuracy."""
@@ -84,10 +118,11 @@ class Cell:
 # What the file says.
 
 
-def load_study(path: str | Path) -> Study:
+def load_study(path: str | Path, model: str = "", output: str = "", with_data: bool = True) -> Study:
     """Reads a study, and checks all that can be before the first run: settings, files, records.
 
-    Raises SdftError naming the file, the key and the fix.
+    model, output: instead of the file's config.model.name and output. with_data: False checks the settings alone, for a
+    study whose data are not there yet. Raises SdftError naming the file, the key and the fix.
     """
     try:
         table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
@@ -96,22 +131,30 @@ def load_study(path: str | Path) -> Study:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SdftError(f"study {path}: not valid TOML: {error}") from None
     where = f"study {path}"
-    known = {"output", "seeds", "learning_rates", "keep_weights", "config", "tasks", "prior", "methods"}
-    _only(table, known, where)
+    known = {"output", "seeds", "learning_rates", "grid", "keep_weights", "config", "tasks", "prior", "harness"}
+    _only(table, known | {"methods"}, where)
     for key in ("output", "tasks", "methods", "config"):
         if not table.get(key):
             raise SdftError(f"{where}: {key} is missing")
-    rates = table.get("learning_rates", [])
+    for key in ("config", "grid", "prior", "harness", "methods"):
+        if not isinstance(table.get(key, {}), dict):
+            raise SdftError(f"{where}: {key} = {table[key]!r} must be a table, [{key}]")
+    shared = {key: table.get(key, kind()) for key, kind in (("learning_rates", list), ("grid", dict))}
+    settings = _settings(table["config"], f"{where}: config") | ({"model.name": model} if model else {})
     study = Study(
-        Path(table["output"]),
+        Path(output or table["output"]),
         tuple(_numbers(table.get("seeds", [0]), int, f"{where}: seeds")),
-        from_table(table["config"], f"{where}: config"),
+        from_table(_nested(settings), f"{where}: config"),
+        settings,
         tuple(_task(row, f"{where}: tasks[{i}]") for i, row in enumerate(table["tasks"])),
         {str(k): str(v) for k, v in table.get("prior", {}).items()},
-        tuple(_method(name, row, rates, f"{where}: methods.{name}") for name, row in table["methods"].items()),
+        tuple(m for name, row in table["methods"].items() for m in _methods(name, row, shared, where)),
         bool(table.get("keep_weights", False)),
+        merge(Harness(), table.get("harness", {}), f"{where}: harness"),
     )
     _check(study, where)
+    if with_data:
+        _check_data(study)
     return study
 
 
@@ -125,16 +168,36 @@ def _task(row: dict[str, Any], where: str) -> Task:
     return Task(row["name"], row["train"], dict(row["eval"]), _settings(row.get("config", {}), f"{where}.config"))
 
 
-def _method(name: str, row: dict[str, Any], rates: Any, where: str) -> Method:
-    row = dict(row)
-    own = row.pop("learning_rates", rates)
+def _methods(name: str, row: dict[str, Any], shared: dict[str, Any], where: str) -> Iterator[Method]:
+    """One for every point of the grid: the study's, in which the method's own values take the place."""
+    where, row = f"{where}: methods.{name}", dict(row)
+    own = row.pop("learning_rates", shared["learning_rates"])
+    grid = _grid(shared["grid"], f"{where}: grid") | _grid(row.pop("grid", {}), f"{where}: grid")
     phases = row.pop("phases", None)
     if phases is not None and row:
         raise SdftError(f"{where}: give either phases or settings, not both ({', '.join(row)})")
     if not own:
         raise SdftError(f"{where}: learning_rates is missing; give it here or at the top, such as [1e-5, 2e-5]")
     settings = tuple(_settings(phase, where) for phase in (phases or [row]))
-    return Method(name, settings, tuple(_numbers(own, float, f"{where}: learning_rates")))
+    rates = tuple(_numbers(own, float, f"{where}: learning_rates"))
+    for values in product(*grid.values()):
+        point = dict(zip(grid, values, strict=True))
+        yield Method("/".join([name, *(f"{k}-{v}" for k, v in point.items())]), settings, rates, point)
+
+
+def _grid(table: dict[str, Any], where: str) -> dict[str, tuple[Any, ...]]:
+    """Lists of values by dotted name; each value is checked by itself."""
+    grid = {}
+    for key, values in _dotted(table).items():
+        if key in DECIDED:
+            raise SdftError(f"{where}: {key} is the study's own; learning_rates and seeds are lists of their own")
+        names = [str(v) for v in values] if isinstance(values, list) else []
+        if not names or len(set(names)) < len(names) or any("/" in name for name in names):
+            raise SdftError(f"{where}: {key} = {values!r} must be a list of different values that can name a folder")
+        for value in values:
+            from_table(_nested({key: value}), where)
+        grid[key] = tuple(values)
+    return grid
 
 
 def _settings(table: dict[str, Any], where: str) -> dict[str, Any]:
@@ -166,12 +229,12 @@ def _numbers(values: Any, kind: type, where: str) -> list[Any]:
 
 
 def _check(study: Study, where: str) -> None:
-    from sdft.data import load_records
-    from sdft.evaluate import check_evaluable
-
     names = [task.name for task in study.tasks]
     if len(set(names)) < len(names):
         raise SdftError(f"{where}: two tasks have one name; names: {', '.join(names)}")
+    twice = sorted(set(study.sets) & set(study.harness.tasks))
+    if twice:
+        raise SdftError(f"{where}: {twice[0]!r} is an evaluation file and a task of lm_eval; rename the file's")
     if any(math.isnan(c.learning_rate) or c.learning_rate <= 0 for c in cells(study)):
         raise SdftError(f"{where}: learning_rates must be above 0")
     for cell in cells(study):
@@ -181,10 +244,20 @@ def _check(study: Study, where: str) -> None:
                     validate(config)
                 except SdftError as error:
                     raise SdftError(f"{where}: {cell.name}, task {task.name}: {error}") from None
+
+
+def _check_data(study: Study) -> None:
+    from sdft.data import load_records
+    from sdft.evaluate import check_evaluable
+
     for path in {task.train for task in study.tasks}:
         load_records(path)
     for path in study.sets.values():
         check_evaluable(load_records(path), path)
+    if study.harness.tasks:
+        from sdft import harness
+
+        harness.check(list(study.harness.tasks), study.harness.limit, study.harness.include_path)
 
 
 # What is run.
@@ -204,13 +277,14 @@ def stage_folder(study: Study, cell: Cell, number: int) -> Path:
 def stage_configs(study: Study, cell: Cell, number: int, start: str) -> list[Config]:
     """The runs of a stage; the first starts from the model `start`.
 
-    Settings, lowest first: the study's, the task's, the method's phase; then what the study itself decides.
+    Settings, lowest first: the preset that is named, the study's, the task's, the method's phase, the grid's; then what
+    the study itself decides.
     """
     task, folder = study.tasks[number], stage_folder(study, cell, number)
     own = {f"{task.name}-{name}": path for name, path in task.eval.items()}
     configs = []
     for i, phase in enumerate(cell.method.phases):
-        settings = {"data.train": task.train} | task.config | phase
+        settings = {"data.train": task.train} | study.settings | task.config | phase | cell.method.point
         settings = {k: study.config.model.name if v == BASE else v for k, v in settings.items()}
         output = folder / ("run" if i == 0 else f"run-{i + 1}")
         fixed = {
@@ -222,7 +296,7 @@ def stage_configs(study: Study, cell: Cell, number: int, start: str) -> list[Con
         }
         if number == 0 and i == 0:
             fixed["lora.earlier"] = ""  # there is no earlier adapter
-        configs.append(from_table(_nested(settings), f"methods.{cell.method.name}", study.config))
+        configs.append(from_table(_nested(settings), f"methods.{cell.method.name}"))
         configs[-1] = override(configs[-1], fixed)
         start = str(output / "model")
     return configs
@@ -239,18 +313,18 @@ def _nested(settings: dict[str, Any]) -> dict[str, Any]:
 
 def run_study(study: Study, only: Sequence[str] = ()) -> list[Cell]:
     """Runs what is not finished; returns the finished cells. only: of these methods (all by default)."""
-    unknown = set(only) - {m.name for m in study.methods}
+    unknown = set(only) - {name for m in study.methods for name in (m.name, m.family)}
     if unknown:
         names = ", ".join(m.name for m in study.methods)
         raise SdftError(f"--only {sorted(unknown)[0]}: the study has no such method; methods: {names}")
-    wanted = [cell for cell in cells(study) if not only or cell.method.name in only]
+    wanted = [cell for cell in cells(study) if not only or {cell.method.name, cell.method.family} & set(only)]
     study.output.mkdir(parents=True, exist_ok=True)
     with files.locked(study.output):
         if not (study.output / "base/result.json").exists():
             print("== the model before any training", flush=True)
             began = time.perf_counter()
             accuracy = evaluate_on_all(study, study.config, study.config.model.name, study.output / "base/answers")
-            result = {"model": study.config.model.name, "sets": study.sets, "accuracy": accuracy}
+            result = study.evaluated | {"accuracy": accuracy}
             _write(study.output / "base", result | {"seconds": {"evaluate": time.perf_counter() - began}})
         base_result(study)
         waiting = [(c, n) for c in wanted for n in range(len(study.tasks)) if not finished(study, c, n)]
@@ -303,6 +377,7 @@ def run_stage(study: Study, cell: Cell, number: int) -> None:
         {
             "method": cell.method.name,
             "learning_rate": cell.learning_rate,
+            "grid": cell.method.point,
             "seed": cell.seed,
             "task": study.tasks[number].name,
             "settings": settings_of(study, cell, number),
@@ -330,7 +405,8 @@ def settings_of(study: Study, cell: Cell, number: int) -> list[dict[str, Any]]:
     for settings in out:
         if settings["model"]["name"] != BASE:
             settings["model"]["name"] = "the run before"
-    return [{"base": study.config.model.name}, *out]
+    harness = {"harness": asdict(study.harness)} if study.harness.tasks else {}
+    return [{"base": study.config.model.name} | harness, *out]
 
 
 def finished(study: Study, cell: Cell, number: int) -> bool:
@@ -343,7 +419,10 @@ def finished(study: Study, cell: Cell, number: int) -> bool:
 
 
 def evaluate_on_all(study: Study, config: Config, model_name: str, answers: Path) -> dict[str, float]:
-    """Accuracy of a model on every evaluation set by greedy generation; its answers in answers/SET.jsonl."""
+    """Accuracy of a model on every evaluation set by greedy generation; its answers in answers/SET.jsonl.
+
+    And the metrics of lm_eval's tasks, where there are some; all that it reports in answers/harness.json.
+    """
     from sdft import evaluate, models
     from sdft.data import load_records, set_chat_template
 
@@ -360,6 +439,8 @@ def evaluate_on_all(study: Study, config: Config, model_name: str, answers: Path
         result = evaluate.evaluate(model, tokenizer, records, prompts, c.max_new_tokens, c.batch_size)
         files.write_text(answers / f"{name}.jsonl", "".join(json.dumps(asdict(a)) + "\n" for a in result.answers))
         accuracy[name] = result.accuracy
+    if study.harness.tasks:
+        accuracy |= _on_harness(study.harness, model, tokenizer, config.eval.batch_size, answers / "harness.json")
     print("  ".join(f"{name} {value:.1%}" for name, value in accuracy.items()), flush=True)
     del model
     gc.collect()
@@ -375,8 +456,113 @@ def base_result(study: Study) -> dict[str, Any]:
     if not (folder / "result.json").exists():
         raise SdftError(f"{folder}/result.json is missing: nothing is finished yet; run `sdft study` first")
     found = _read(folder)
-    _same(found, {"model": study.config.model.name, "sets": study.sets}, folder)
+    _same(found, study.evaluated, folder)
     return found
+
+
+def _on_harness(wanted: Harness, model: Any, tokenizer: Any, batch_size: int, path: Path) -> dict[str, float]:
+    from sdft import harness
+
+    options = {k: v for k, v in asdict(wanted).items() if k not in ("tasks", "fewshot")}
+    found = harness.run(
+        model, tokenizer, list(wanted.tasks), num_fewshot=wanted.fewshot, batch_size=batch_size, **options
+    )
+    scores = {task: {name: asdict(score) for name, score in of.items()} for task, of in found.items()}
+    files.write_text(path, json.dumps(scores, indent=1) + "\n")
+    for task, metric in wanted.tasks.items():
+        if metric not in scores.get(task, {}):
+            there = ", ".join(scores.get(task, {})) or "none"
+            raise SdftError(f"harness.tasks.{task} = {metric!r}: lm_eval reports no such metric; it has: {there}")
+    return {task: scores[task][metric]["value"] for task, metric in wanted.tasks.items()}
+
+
+# What it will take.
+
+SAME = {"model.name": BASE, "optim.lr": 1.0, "train.seed": 0, "train.output": "", "teacher.ema_alpha": 1.0}
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What one run takes, and how many runs of the study take just that."""
+
+    name: str  # of the method, the task, and the settings that matter here
+    runs: int
+    steps: int
+    peak: int  # bytes
+    flops: int
+
+
+def plan_study(study: Study, machine: Any, prompt: int = 0, shown: int = 0, records: int = 0) -> list[Planned]:
+    """Peak memory and operations of every distinct run, before any weight is loaded (plan.py, flops.py).
+
+    Answers that are sampled are taken to be as long as they may get. prompt, shown: tokens of every prompt of the
+    student and of the teacher (0: the student's and an answer's more); records: of every training file. Where `prompt`
+    is 0, all three are read from the data. machine: a costs.Machine. Evaluations are not counted.
+    """
+    from sdft import flops, plan
+    from sdft.data import TokenizedExample
+
+    shape = plan.shape_of(study.config)
+    read: dict[str, Sequence[TokenizedExample]] = {}  # the same data, model and context are read once
+    peaks: dict[str, int] = {}
+    distinct: dict[str, tuple[str, Config]] = {}
+    counts: dict[str, int] = {}
+    for cell in cells(study):
+        for number, task in enumerate(study.tasks):
+            for i, config in enumerate(stage_configs(study, cell, number, BASE)):
+                key = json.dumps(asdict(override(config, SAME)))
+                point = [f"{k} {v}" for k, v in cell.method.point.items() if k not in SAME]
+                part = [f"run {i + 1}"] * (len(cell.method.phases) > 1)
+                name = ", ".join([cell.method.family, task.name, *part, *point])
+                distinct.setdefault(key, (name, override(config, {"model.name": study.config.model.name})))
+                counts[key] = counts.get(key, 0) + 1
+    planned = []
+    for key, (name, config) in distinct.items():
+        answer = config.rollout.max_new_tokens
+        if prompt:
+            seen = prompt if config.teacher.context == "none" else shown or prompt + answer
+            steps = plan.steps_of(config, records)
+            works = [plan.Work.uniform(config, prompt, seen, answer)]
+            asked = [seen] * (records * config.rollout.per_prompt)
+        else:
+            same = json.dumps([asdict(c) for c in (config.model, config.data, config.teacher)])
+            read[same] = read.get(same) or plan.tokenized(config)
+            steps = plan.steps_of(config, len(read[same]))
+            works = list(plan.works_of(config, read[same]))
+            asked = list(works[0].offline)
+        heaviest = max(works, key=lambda work: sum(work.sizes))
+        alike = json.dumps([asdict(override(config, SAME | {"train.epochs": 1.0, "train.steps": 0})), heaviest.sizes])
+        peaks[alike] = peaks.get(alike) or plan.peak(shape, config, heaviest, machine)
+        total = sum(flops.step_flops(shape, config, work).total for work in works) * steps // len(works)
+        if config.answers == "offline":
+            total += flops.answer_flops(shape, asked, [answer] * len(asked))
+        planned.append(Planned(name, counts[key], steps, peaks[alike], total))
+    return planned
+
+
+def plan_table(planned: Sequence[Planned], memory: int, tflops: float) -> str:
+    """Markdown of what `plan_study` found. memory: bytes of the device; tflops: 1e12 operations a second."""
+    from sdft.plan import size
+
+    def hours(flops: int) -> str:
+        return f"{flops / tflops / 3.6e15:.2g}"
+
+    lines = ["| run | runs | steps | peak memory | fits | PFLOP | hours |", "|---|---:|---:|---:|---|---:|---:|"]
+    for one in planned:
+        fits = "yes" if one.peak <= memory else "no"
+        cells = [one.name, one.runs, one.steps, size(one.peak), fits, f"{one.flops / 1e15:.3g}", hours(one.flops)]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    runs, flops = sum(one.runs for one in planned), sum(one.runs * one.flops for one in planned)
+    lines.append(f"| all | {runs} | | | | {flops / 1e15:.3g} | {hours(flops)} |")
+    return (
+        "\n".join(lines)
+        + f"\n\nThe device has {size(memory)}. Hours are those of one run, all of it at {tflops:g} TFLOP/s: that is an "
+        "assumption,\nand sampling reaches less than training. Sampled answers are taken to be as long as they may "
+        "get;\nevaluations are not counted.\n"
+    )
+
+
+# What has been found.
 
 
 def results(study: Study) -> list[tuple[Cell, list[dict[str, Any]]]]:
@@ -395,7 +581,7 @@ def results(study: Study) -> list[tuple[Cell, list[dict[str, Any]]]]:
 
 def table(study: Study) -> str:
     """Markdown: for each method and learning rate, accuracies after the last stage, means over the finished seeds."""
-    columns = [study.measure(t) for t in study.tasks] + list(study.prior)
+    columns = [study.measure(t) for t in study.tasks] + study.prior_skills
     base = base_result(study)["accuracy"]
     lines = [f"| method | lr | seeds | {' | '.join(columns)} |", f"|---|---|---{'|---:' * len(columns)}|"]
     lines.append(f"| before | | | {' | '.join(f'{base[c]:.0%}' for c in columns)} |")

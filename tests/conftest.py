@@ -66,6 +66,8 @@ def tiny_config(kind: str) -> Any:
         return t.Qwen2Config(**common)
     if kind == "qwen3":
         return t.Qwen3Config(**common, head_dim=8)
+    if kind == "olmo3":  # norms after the sublayers, and of all query channels at once
+        return t.Olmo3Config(**common, sliding_window=64)
     if kind == "gemma3":
         return t.Gemma3TextConfig(**common, head_dim=8, final_logit_softcapping=5.0, sliding_window=64)
     if kind == "gpt2":

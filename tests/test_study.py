@@ -9,8 +9,9 @@ import pytest
 import tomli_w
 from safetensors.torch import load_file
 
-from sdft import SdftError, study, train
+from sdft import SdftError, flops, harness, plan, report, study, train
 from sdft.cli import main
+from sdft.config import override
 
 
 @pytest.fixture
@@ -124,6 +125,93 @@ def test_settings_stack(make_study: Any, tmp_path: Path) -> None:
     assert config.eval.sets == {"colours-test": files["train"], "known": str(tmp_path / "known.jsonl")}
 
 
+def test_a_preset_is_below_everything_that_is_said(make_study: Any) -> None:
+    found = study.load_study(
+        make_study(
+            methods={
+                "run": {"preset": "paper_as_run", "loss": {"mask_first": 1}},
+                "plain": {"loss": {"divergence": "jsd"}},
+            },
+            config=study.tomllib.loads(make_study().read_text())["config"] | {"teacher": {"ema_alpha": 0.05}},
+        )
+    )
+    run, plain = (study.stage_configs(found, cell, 0, "start")[0] for cell in study.cells(found)[::2][:2])
+    assert (run.loss.divergence, run.loss.average, run.loss.mask_first) == ("forward_kl", "sequence", 1)
+    assert (run.teacher.ema_alpha, run.train.batch_size) == (0.05, 2)
+    assert (plain.loss.divergence, plain.loss.average, plain.teacher.ema_alpha) == ("jsd", "token", 0.05)
+    with pytest.raises(SdftError, match=r"methods.run: preset = 'paper' is unknown; valid: paper_as_written"):
+        study.load_study(make_study(methods={"run": {"preset": "paper"}}))
+
+
+def test_the_grid(make_study: Any, tmp_path: Path) -> None:
+    """Its product is run, a method's own values take the place of the study's, and the names say which."""
+    methods = {
+        "sdft": {"grid": {"teacher.ema_alpha": [0.01, 0.5]}},
+        "sft": {"loss": {"method": "sft"}, "grid": {"train": {"batch_size": [4]}}},
+    }
+    found = study.load_study(
+        make_study(
+            seeds=[0], learning_rates=[1e-3], keep_weights=True, grid={"train": {"batch_size": [2, 3]}}, methods=methods
+        )
+    )
+    assert [cell.name for cell in study.cells(found)] == [
+        "sdft/train.batch_size-2/teacher.ema_alpha-0.01/lr-0.001/seed-0",
+        "sdft/train.batch_size-2/teacher.ema_alpha-0.5/lr-0.001/seed-0",
+        "sdft/train.batch_size-3/teacher.ema_alpha-0.01/lr-0.001/seed-0",
+        "sdft/train.batch_size-3/teacher.ema_alpha-0.5/lr-0.001/seed-0",
+        "sft/train.batch_size-4/lr-0.001/seed-0",
+    ]
+    configs = [study.stage_configs(found, cell, 0, "start")[0] for cell in study.cells(found)]
+    assert [(c.train.batch_size, c.teacher.ema_alpha) for c in configs[:4]] == [
+        (2, 0.01),
+        (2, 0.5),
+        (3, 0.01),
+        (3, 0.5),
+    ]
+    assert configs[4].train.batch_size == 4
+    study.run_study(found)
+    result = json.loads((tmp_path / "study" / study.cells(found)[1].name / "1-colours/result.json").read_text())
+    assert result["grid"] == {"train.batch_size": 2, "teacher.ema_alpha": 0.5}
+    lines = study.table(found).splitlines()
+    assert [line.split(" | ")[0] for line in lines[3:]] == [f"| {method.name}" for method in found.methods]
+    assert len({line.count("|") for line in lines}) == 1
+    assert len(study.run_study(found, ["sdft"])) == 5  # a method's name in the file stands for all of its points
+    assert "sdft/train.batch_size-3/teacher.ema_alpha-0.5" in report.write_report(found).read_text().replace("\\", "")
+
+
+def test_prior_skills_by_lm_eval(make_study: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    asked = []
+
+    def run(model: Any, tokenizer: Any, tasks: list[str], **options: Any) -> Any:
+        asked.append((tasks, options))
+        score = abs(float(sum(p.detach().double().sum() for p in model.lm.parameters()))) % 1  # of these weights
+        return {task: {"acc": harness.Score(score, 0.1), "acc_norm": harness.Score(0.0, None)} for task in tasks}
+
+    monkeypatch.setattr(harness, "run", run)
+    monkeypatch.setattr(harness, "check", lambda *args: None)  # the extra lm-eval need not be installed here
+    given = {"tasks": {"hellaswag": "acc"}, "limit": 8, "chat": True}
+    changes: dict[str, Any] = {"seeds": [0], "learning_rates": [1e-3], "methods": {"sft": {"loss": {"method": "sft"}}}}
+    path = make_study(harness=given, **changes)
+    found = study.load_study(path)
+    study.run_study(found)
+    assert asked[0][0] == ["hellaswag"]
+    assert asked[0][1] == {
+        "limit": 8, "include_path": "", "chat": True, "allow_code": False, "num_fewshot": None, "batch_size": 64
+    }  # fmt: skip
+    base = json.loads((tmp_path / "study/base/result.json").read_text())["accuracy"]
+    after = [stage["accuracy"]["hellaswag"] for stage in study.results(found)[0][1]]
+    assert len({base["hellaswag"], *after}) == 3
+    scores = json.loads((tmp_path / "study/base/answers/harness.json").read_text())
+    assert scores["hellaswag"]["acc"] == {"value": base["hellaswag"], "stderr": 0.1}
+    assert "| hellaswag |" in study.table(found)
+    assert "hellaswag" in report.write_report(found).read_text()
+    with pytest.raises(SdftError, match=r"base/result.json is of another harness"):
+        study.run_study(study.load_study(make_study(harness=given | {"limit": 9}, **changes)))
+    other = make_study(harness={"tasks": {"mmlu": "f1"}}, output=str(tmp_path / "other"), **changes)
+    with pytest.raises(SdftError, match=r"harness.tasks.mmlu = 'f1': .* it has: acc, acc_norm"):
+        study.run_study(study.load_study(other))
+
+
 def test_finished_stages_are_never_run_again(make_study: Any, trained: list[Any], monkeypatch: Any) -> None:
     found = study.load_study(make_study(seeds=[0], learning_rates=[1e-3]))
     own, calls = study.evaluate_on_all, []
@@ -196,6 +284,18 @@ def test_results_of_other_settings_are_refused(make_study: Any) -> None:
         ({"tasks": [{"name": "x", "train": "y", "eval": "z"}]}, r"eval = 'z' must name its files"),
         ({"methods": {"m": {"loss": {"metod": "sft"}}}}, r"methods.m: unknown key 'loss.metod'; did you mean"),
         ({"methods": {"m": {"phases": [{}], "loss": {}}}}, "either phases or settings, not both"),
+        ({"grid": {"train": {"batch": [1, 2]}}}, r"grid: unknown key 'train.batch'"),
+        ({"grid": {"train.batch_size": [2, 2]}}, r"train.batch_size = \[2, 2\] must be a list of different values"),
+        ({"grid": {"train.batch_size": ["big"]}}, r"grid: train.batch_size = 'big' must be of type int"),
+        ({"grid": {"teacher.template": ["a/b"]}}, "that can name a folder"),
+        ({"grid": {"optim.lr": [1e-5]}}, r"optim.lr is the study's own; learning_rates"),
+        (
+            {"grid": {"train.batch_size": [0]}},
+            r"sdft/train.batch_size-0/lr-0.001/seed-0, task colours: train.batch_size",
+        ),
+        ({"harness": ["mmlu"]}, r"harness = \['mmlu'\] must be a table, \[harness\]"),
+        ({"harness": {"task": {"mmlu": "acc"}}}, r"harness: unknown key 'task'"),
+        ({"harness": {"tasks": {"known": "acc"}}}, "'known' is an evaluation file and a task of lm_eval"),
         ({"methods": {"m": {"rollout": {"temperature": -1.0}}}}, r"m/lr-0.001/seed-0, task colours: rollout.temp"),
     ],
     ids=lambda v: str(v)[:40] if isinstance(v, dict) else "",
@@ -217,6 +317,28 @@ def test_unknown_methods_and_the_list(make_study: Any, capsys: Any) -> None:
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "sdft/lr-0.001/seed-0: 0 of 2 stages"
     assert len(lines) == 2 * 2 * 2
+
+
+def test_the_plan_reads_the_data(make_study: Any) -> None:
+    """Runs that differ in learning rate and seed alone are one line; operations are those of their very steps."""
+    methods = {
+        "sdft": {"teacher": {"kind": "base"}},
+        "off": {"rollout": {"source": "offline"}, "loss": {"method": "sft"}},
+    }
+    found = study.load_study(make_study(methods=methods))
+    machine = plan.this_machine(found.config, plan.GIB)
+    planned = study.plan_study(found, machine)
+    assert [one.name for one in planned] == ["sdft, colours", "sdft, sizes", "off, colours", "off, sizes"]
+    assert [(one.runs, one.steps) for one in planned] == [(4, 2)] * 4
+    for one, cell in zip(planned[::2], study.cells(found)[::2], strict=False):
+        config = override(study.stage_configs(found, cell, 0, "")[0], {"model.name": found.config.model.name})
+        shape, works = plan.shape_of(config), list(plan.works_of(config, plan.tokenized(config)))
+        steps = sum(flops.step_flops(shape, config, work).total for work in works)
+        asked = works[0].offline  # of six records
+        drawn = flops.answer_flops(shape, asked, [4] * 6) if asked else 0
+        assert one.flops == steps + drawn
+        assert (len(works), len(asked)) == (2, 0 if cell.method.name == "sdft" else 6)
+        assert one.peak == max(plan.predict(shape, config, work, machine).peak for work in works)
 
 
 def test_the_estimate_is_by_method() -> None:
