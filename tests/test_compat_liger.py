@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import sdft_kernels.compat.liger as liger
 import torch
+from sdft_kernels import chunks
 from sdft_kernels.compat import cross_entropy, log_space
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -99,6 +100,12 @@ def label_tensor(name: str) -> Tensor:
     return torch.tensor(IGNORED[name])
 
 
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of one or two of seven rows."""
+    monkeypatch.setattr(chunks, "CACHE_BYTES", 400)
+
+
 @pytest.mark.parametrize("dtype", list(BOUNDS))
 @pytest.mark.parametrize("ignored", list(IGNORED))
 @pytest.mark.parametrize("beta", BETAS)
@@ -130,6 +137,21 @@ def test_fused(beta: float, ignored: str | None, dtype: torch.dtype) -> None:
     check(loss, ours, fused_truth(exact, labels, beta, 1.7)[0], exact, BOUNDS[dtype])
 
 
+@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize("dtype", [*BOUNDS, torch.float16])
+def test_cross_entropy_in_chunks(dtype: torch.dtype, narrow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many chunks and tiles of the head; with narrow operands as on a GPU, where fp16 gradients are stored larger."""
+    monkeypatch.setattr(cross_entropy, "DEFAULT_CHUNK_BYTES", 2**12)
+    monkeypatch.setattr(cross_entropy, "has_narrow_products", lambda device: narrow)
+    v = make(dtype, 53, 37, 6)
+    labels = torch.where(torch.arange(53) % 5 == 2, -1, torch.arange(53) % 37)
+    ours, exact = leaves_of(v, "x w bias"), leaves_of(v, "x w bias", torch.float64)
+    loss = cross_entropy.linear_cross_entropy(ours["x"], ours["w"], labels, ours["bias"], -1)
+    truth = nn.functional.cross_entropy(exact["x"] @ exact["w"].T + exact["bias"], labels, ignore_index=-1)
+    check(loss, ours, truth, exact, BOUNDS.get(dtype, 6e-3))
+
+
+@pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("dtype", list(BOUNDS))
 @pytest.mark.parametrize("ignored", [None, *IGNORED])
 @pytest.mark.parametrize("beta", BETAS)
@@ -146,6 +168,7 @@ def test_jsd(beta: float, ignored: str | None, dtype: torch.dtype) -> None:
         check(loss, ours, truth, exact, BOUNDS[dtype])
 
 
+@pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("dtype", list(BOUNDS))
 @pytest.mark.parametrize("reduction", liger.KL_REDUCTIONS)
 @pytest.mark.parametrize("log_target", [False, True])
@@ -567,6 +590,26 @@ def test_kl_div_as_theirs(reduction: str, log_target: bool, theirs: dict[str, An
     assert a.dtype == b.dtype
     torch.testing.assert_close(a, b)
     torch.testing.assert_close(*(torch.autograd.grad((loss * loss).sum(), v["log_p"])[0] for loss in (a, b)))
+
+
+@pytest.mark.usefixtures("theirs")
+def test_the_docs_numbers_come_from_a_script(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from bench import compat_liger
+
+    for name, small in {"ROWS": 16, "VOCAB": 512, "HIDDEN": 32}.items():
+        monkeypatch.setattr(compat_liger, name, small)
+    compat_liger.errors()
+    compat_liger.padded()
+    lines = capsys.readouterr().out.splitlines()
+    found = {side: [ln for ln in lines if f" {side} " in ln] for side in ("ours", "Liger chunked")}
+    percent = {
+        side: [float(n[:-1]) for ln in here for n in ln.split() if n.endswith("%")] for side, here in found.items()
+    }
+    assert len(percent["ours"]) == len(percent["Liger chunked"]) == 9
+    assert max(percent["ours"]) < 0.5 < min(percent["Liger chunked"])
+    assert abs(float(found["ours"][-1].split()[-1])) < 1e-6 < float(found["Liger chunked"][-1].split()[-1])
 
 
 def test_the_docs_name_every_class() -> None:

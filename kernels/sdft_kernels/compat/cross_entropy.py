@@ -17,6 +17,12 @@ from ..operators import refuse_double_backward, register, scale_grad
 
 FP16_SHIFT = 2.0**10  # fp16 gradients are stored this much larger: most of them would be subnormal
 
+
+def has_narrow_products(device: torch.device) -> bool:
+    """True where a product of bf16 or fp16 operands has an fp32 result, see mm32; elsewhere they are widened."""
+    return device.type == "cuda" and torch.version.hip is None
+
+
 SCHEMA = (
     "(Tensor x, Tensor w, Tensor? bias, Tensor labels, Tensor? upstream, SymInt ignore_index, "
     "bool need_x, bool need_w, bool need_bias, ScalarType? autocast) -> (Tensor, Tensor, Tensor, Tensor)"
@@ -66,11 +72,11 @@ def _run(
     if rows == 0:
         return loss, result.zero_grads()
     narrow = torch.promote_types(x.dtype, w.dtype) if autocast is None else autocast
-    operand = narrow if x.is_cuda else dtype  # a GPU multiplies narrow operands with fp32 results, see mm32
+    operand = narrow if has_narrow_products(device) else dtype
     inside, after = (FP16_SHIFT, 1 / (FP16_SHIFT * rows)) if operand == torch.float16 else (1 / rows, 1.0)
-    tile_bytes = DEFAULT_CHUNK_BYTES // 8 if x.is_cuda else 8 * 2**20
-    head = Head(w, vocab, narrow if autocast is not None else w.dtype, operand, tile_bytes)
-    chunk = min(rows, power_of_two_below(DEFAULT_CHUNK_BYTES // (dtype.itemsize * (vocab + 2 * x.shape[1]))))
+    head = Head(w, vocab, w.dtype if autocast is None else narrow, operand, DEFAULT_CHUNK_BYTES // 32)
+    row_bytes = dtype.itemsize * (vocab + 2 * x.shape[1]) + (operand != dtype) * operand.itemsize * vocab
+    chunk = min(rows, power_of_two_below(DEFAULT_CHUNK_BYTES // row_bytes))
     z = torch.empty(chunk, vocab, dtype=dtype, device=device)
     dx = torch.empty(chunk if grads.x else 0, x.shape[1], dtype=dtype, device=device)
     with bf16_products(has_bf16_products(device) and narrow == torch.bfloat16):
