@@ -282,7 +282,7 @@ def test_the_teacher_may_require_grad() -> None:
 
 def losses(v: Values) -> list[Tensor]:
     """One of every class."""
-    labels, four = label_tensor("some ignored"), [v[k] for k in ("x", "w", "tx", "tw")]
+    labels, four = label_tensor("some ignored").to(v["x"].device), [v[k] for k in ("x", "w", "tx", "tw")]
     return [
         liger.LigerFusedLinearJSDLoss(0.4, 0.6)(*four, labels, v["bias"], v["tbias"]),
         liger.LigerFusedLinearJSD(0.3)(*four, labels),
@@ -490,6 +490,23 @@ def test_a_frozen_head_has_no_gradient() -> None:
     liger.LigerFusedLinearJSDLoss()(v["x"], v["w"], v["tx"], v["tw"], labels).backward()
     assert v["w"].grad is None
     assert v["x"].grad is not None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="NOT MEASURED ON A GPU: this machine has none")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("which", range(4))
+def test_on_a_gpu(which: int, dtype: torch.dtype) -> None:
+    v = make(dtype)
+    used = [{"x", "w", "bias"}, {"x", "w"}, {"log_p"}, {"log_p"}][which]
+    ours = leaves_of({k: t.cuda() for k, t in v.items()}, " ".join(used))
+    exact = leaves_of(v, " ".join(used), torch.float64)
+    loss, truth = losses(ours)[which], losses(exact)[which]  # on the CPU in float64: what the tests above hold
+    got, want = grads_of(loss, ours), grads_of(truth, exact)
+    for name, (a, b) in {"loss": (loss, truth), **{k: (got[k], want[k]) for k in want}}.items():
+        assert ((a.detach().double().cpu() - b.detach()).norm() / b.detach().norm()).item() < BOUNDS.get(dtype, 6e-3), (
+            name
+        )
 
 
 def test_import_is_slim() -> None:

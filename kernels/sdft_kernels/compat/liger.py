@@ -40,8 +40,8 @@ class LigerFusedLinearJSDLoss(nn.Module):
     """`liger_kernel.chunked_loss.LigerFusedLinearJSDLoss`: cross-entropy of labels plus divergence, from hidden states.
 
     loss = weight_hard_loss · hard + weight_soft_loss · soft, each a mean over the tokens whose label is not
-    ignore_index: hard is −log p(label) of the student at temperature 1, soft the divergence with both sides'
-    logits divided by temperature.
+    ignore_index: hard is −log p(label) of the student over its V_s tokens at temperature 1, soft the divergence
+    with both sides' logits divided by temperature.
 
     Where the heads have different numbers of rows, soft compares the first min(V_s, V_t) tokens; Liger gives the
     missing student tokens the logit 0, which is no small probability, and fails for V_t < V_s. A frozen head has no
@@ -103,8 +103,7 @@ class LigerFusedLinearJSDLoss(nn.Module):
         labels = _flat_labels("true_labels", true_labels, student_input)
         soft_wanted = self.weight_soft_loss != 0 or self.weight_hard_loss == 0
         hard_wanted = self.weight_hard_loss != 0
-        nothing = student_input.new_zeros((), dtype=torch.float32)
-        soft = hard = nothing
+        soft = hard = student_input.new_zeros((), dtype=torch.float32)
         if soft_wanted or self.return_soft_hard_loss:
             with torch.set_grad_enabled(soft_wanted and torch.is_grad_enabled()):
                 soft = _fused(
@@ -132,8 +131,8 @@ class LigerFusedLinearJSD(nn.Module):
 
     The mean over the tokens whose label is not ignore_index, or over all of them without labels. Heads with
     different numbers of rows compare their first min(V_s, V_t) tokens (Liger's kernel reads past the end of a row).
-    As in Liger a frozen head has no dW; unlike it, one of bf16 accumulates in fp32 whatever accum_dtype says, and
-    no chunk is smaller because V is larger than H.
+    As in Liger a frozen head has no dW. That of a bf16 head is summed in fp32 and rounded once (Liger's rounds every
+    chunk's sum unless accum_dtype says otherwise).
 
     Args:
         jsd_beta: in [0, 1], 0 forward KL, 1 reverse KL.
