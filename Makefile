@@ -60,7 +60,7 @@ bench-step-gpu:
 	@$(ON_GPU) -m bench.step --device cuda --model random-0.5b $(ARGS)
 
 test-gpu:
-	@$(ON_GPU) -m pytest -p no:cacheprovider tests/test_gpu.py $(ARGS)
+	@$(ON_GPU) -m pytest -p no:cacheprovider -m gpu tests/test_gpu.py tests/test_compat_liger.py $(ARGS)
 
 # The peers of bench-gpu, and of their needs and ours what a machine with transformers may lack.
 wheels:
