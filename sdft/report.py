@@ -173,6 +173,7 @@ def document(f: Found) -> list[Block]:
         blocks += [Heading("Accuracy after the last stage"), *_final(f)]
         blocks += [Heading("Learning and forgetting"), *_transfer(f)]
         blocks += [Heading("Each method at its best learning rate"), *_best(f), *_compared(f)]
+        blocks += [Heading("How far from the base"), *_drift(f)]
         blocks += [Heading("Stage by stage"), *_stages(f)]
         blocks += [Heading("How it trained"), *_training(f)]
         blocks += [Heading("Answers side by side"), *_answers(f)]
@@ -544,6 +545,28 @@ def _answers_of(folder: Path, name: str) -> list[dict[str, Any]]:
 
 def _short(text: str) -> str:
     return text if len(text) <= LONGEST else text[:LONGEST].rstrip() + "…"
+
+
+def _drift(f: Found) -> Iterator[Block]:
+    kinds = {"new": "prompts of the last task", "prior": "prompts of prior skills"}
+    rows = []
+    for name, row in f.best.items():
+        for kind, words in kinds.items():
+            found = [
+                stages[-1]["drift"][kind] for stages in row.complete.values() if kind in stages[-1].get("drift", {})
+            ]
+            if found:
+                keys = ("kl_to_base", "kl_from_base", "entropy", "base_entropy", "answer_tokens")
+                rows.append([name, words, str(len(found)), *(f"{mean(one[k] for one in found):.3g}" for k in keys)])
+    if not rows:
+        yield Text("Not measured.")
+        return
+    head = ["KL(model, base)", "KL(base, model)", "entropy", "base's entropy", "tokens an answer"]
+    yield Table(["method", "along answers to", "seeds", *head], rows, names=2)
+    yield Text(
+        "After the last stage, at each method's best rate, means over the seeds. Along the model's own greedy answers: "
+        "divergences and entropies in nats a token, over the whole vocabulary."
+    )
 
 
 def _cost(f: Found) -> Iterator[Block]:

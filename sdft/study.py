@@ -82,6 +82,7 @@ class Study:
     methods: tuple[Method, ...]
     keep_weights: bool = False
     harness: Harness = field(default_factory=Harness)
+    drift: int = 32  # prompts of a kind along whose answers the distance from the base is measured; 0: it is not
 
     @property
     def sets(self) -> dict[str, str]:
@@ -131,7 +132,18 @@ def load_study(path: str | Path, model: str = "", output: str = "", with_data: b
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SdftError(f"study {path}: not valid TOML: {error}") from None
     where = f"study {path}"
-    known = {"output", "seeds", "learning_rates", "grid", "keep_weights", "config", "tasks", "prior", "harness"}
+    known = {
+        "output",
+        "seeds",
+        "learning_rates",
+        "grid",
+        "keep_weights",
+        "config",
+        "tasks",
+        "prior",
+        "harness",
+        "drift",
+    }
     _only(table, known | {"methods"}, where)
     for key in ("output", "tasks", "methods", "config"):
         if not table.get(key):
@@ -151,7 +163,10 @@ def load_study(path: str | Path, model: str = "", output: str = "", with_data: b
         tuple(m for name, row in table["methods"].items() for m in _methods(name, row, shared, where)),
         bool(table.get("keep_weights", False)),
         merge(Harness(), table.get("harness", {}), f"{where}: harness"),
+        table.get("drift", 32),
     )
+    if type(study.drift) is not int or study.drift < 0:
+        raise SdftError(f"{where}: drift = {study.drift!r} must be a number of prompts, or 0")
     _check(study, where)
     if with_data:
         _check_data(study)
@@ -371,7 +386,9 @@ def run_stage(study: Study, cell: Cell, number: int) -> None:
             gc.collect()
         tokens += sum(line.get("tokens", 0) for line in _lines(output / "metrics.jsonl"))
     trained = time.perf_counter()
-    accuracy = evaluate_on_all(study, configs[-1], str(_model_of(study, cell, number)), folder / "answers")
+    model = str(_model_of(study, cell, number))
+    accuracy = evaluate_on_all(study, configs[-1], model, folder / "answers")
+    drift = drift_from_base(study, configs[-1], model, study.tasks[number])
     _write(
         folder,
         {
@@ -382,6 +399,7 @@ def run_stage(study: Study, cell: Cell, number: int) -> None:
             "task": study.tasks[number].name,
             "settings": settings_of(study, cell, number),
             "accuracy": accuracy,
+            "drift": drift,
             "tokens": tokens,
             "seconds": {"train": trained - began, "evaluate": time.perf_counter() - trained},
         },
@@ -423,13 +441,10 @@ def evaluate_on_all(study: Study, config: Config, model_name: str, answers: Path
 
     And the metrics of lm_eval's tasks, where there are some; all that it reports in answers/harness.json.
     """
-    from sdft import evaluate, models
-    from sdft.data import load_records, set_chat_template
+    from sdft import evaluate
+    from sdft.data import load_records
 
-    model_config = override(config, {"model.name": model_name}).model
-    tokenizer, stop_ids = models.load_tokenizer(model_config)
-    set_chat_template(tokenizer, config.data.chat_template)
-    model = models.load(model_config, tokenizer, stop_ids)
+    tokenizer, model = _load(config, model_name)
     answers.mkdir(parents=True, exist_ok=True)
     accuracy = {}
     for name, path in study.sets.items():
@@ -445,6 +460,46 @@ def evaluate_on_all(study: Study, config: Config, model_name: str, answers: Path
     del model
     gc.collect()
     return accuracy
+
+
+def drift_from_base(study: Study, config: Config, model_name: str, task: Task) -> dict[str, dict[str, float]]:
+    """How far a model is from the base along its own greedy answers (probe.drift): "new" to prompts of the task's
+    evaluation, "prior" to those of the prior skills, `study.drift` of each, evenly taken."""
+    from sdft import evaluate, probe
+    from sdft.config import RolloutConfig
+    from sdft.data import load_records
+
+    kinds = {"new": [study.sets[study.measure(task)]], "prior": list(study.prior.values())}
+    if not study.drift:
+        return {}
+    (tokenizer, model), (_, base) = _load(config, model_name), _load(config, study.config.model.name)
+    greedy = RolloutConfig(
+        temperature=0.0, max_new_tokens=config.eval.max_new_tokens, batch_size=config.eval.batch_size
+    )
+    found = {}
+    for kind, paths in kinds.items():
+        records = [record for path in paths for record in load_records(path)]
+        if records:
+            count = min(study.drift, len(records))
+            picked = [records[i * len(records) // count] for i in range(count)]
+            prompts = evaluate.student_prompts(tokenizer, picked, config.data.system)
+            found[kind] = probe.drift(model, base, prompts, greedy).summary()
+    print("  ".join(f"KL to the base, {kind}: {of['kl_to_base']:.3f}" for kind, of in found.items()), flush=True)
+    del model, base
+    gc.collect()
+    return found
+
+
+def _load(config: Config, name: str) -> tuple[Any, Any]:
+    from sdft import models
+    from sdft.data import set_chat_template
+
+    model_config = override(config, {"model.name": name}).model
+    tokenizer, stop_ids = models.load_tokenizer(model_config)
+    set_chat_template(tokenizer, config.data.chat_template)
+    model = models.load(model_config, tokenizer, stop_ids)
+    models.enable_packing(model, config.train.packing)
+    return tokenizer, model
 
 
 def base_result(study: Study) -> dict[str, Any]:

@@ -81,6 +81,24 @@ def test_every_stage_is_evaluated_on_everything(
     assert set(json.loads(answers[0])) >= {"prompt", "expected", "given", "correct"}
 
 
+def test_the_distance_from_the_base_is_measured(make_study: Any, tmp_path: Path) -> None:
+    """Along the stage's own answers; a model that was hardly moved is nearer than one that was."""
+    drifts = {}
+    for rate in (1e-6, 3e-2):
+        output = str(tmp_path / f"study-{rate}")
+        found = study.load_study(make_study(seeds=[0], learning_rates=[rate], output=output, drift=4))
+        study.run_study(found, ["sft"])
+        drifts[rate] = [stage["drift"] for _, stages in study.results(found) for stage in stages]
+    for near, far in zip(drifts[1e-6], drifts[3e-2], strict=True):
+        assert set(near) == set(far) == {"new", "prior"}
+        for kind in near:
+            assert -1e-6 <= near[kind]["kl_to_base"] < 0.1 * far[kind]["kl_to_base"]
+            assert near[kind]["answer_tokens"] <= 4
+    none = study.load_study(make_study(seeds=[0], learning_rates=[1e-3], drift=0))
+    study.run_study(none, ["sft"])
+    assert [stage["drift"] for _, stages in study.results(none) for stage in stages] == [{}, {}]
+
+
 def test_a_stage_starts_from_the_weights_of_the_one_before(make_study: Any, trained: list[Any], tmp_path: Path) -> None:
     found = study.load_study(make_study(seeds=[0], learning_rates=[1e-3], keep_weights=True))
     study.run_study(found)
@@ -274,6 +292,7 @@ def test_results_of_other_settings_are_refused(make_study: Any) -> None:
     ("changes", "told"),
     [
         ({"seed": [0]}, r"unknown key 'seed'; valid: .*seeds"),
+        ({"drift": -1}, "drift = -1 must be a number of prompts"),
         ({"seeds": [0, 0]}, r"seeds = \[0, 0\] must be a list of different whole numbers"),
         ({"seeds": [0.5]}, "must be a list of different whole numbers"),
         ({"learning_rates": []}, r"methods.sdft: learning_rates is missing"),
