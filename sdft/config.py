@@ -276,13 +276,17 @@ def load_config(path: str | Path) -> Config:
     Raises SdftError for a file that is missing or not TOML, an unknown key (with the nearest valid one) or a
     value of the wrong type. Ranges and required fields are left to `validate`, after the overrides.
     """
+    return from_table(read_toml(path, "config"), f"config {path}")
+
+
+def read_toml(path: str | Path, what: str) -> dict[str, Any]:
+    """The tables of a TOML file; raises SdftError, naming it as `what`, where it is missing or not TOML."""
     try:
-        table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise SdftError(f"config {path}: cannot be read ({error.strerror}); give the path of a .toml file") from None
+        raise SdftError(f"{what} {path}: cannot be read ({error.strerror}); give the path of a .toml file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise SdftError(f"config {path}: not valid TOML: {error}") from None
-    return from_table(table, f"config {path}")
+        raise SdftError(f"{what} {path}: not valid TOML: {error}") from None
 
 
 def from_table(table: dict[str, Any], where: str) -> Config:

@@ -17,7 +17,6 @@ import gc
 import json
 import math
 import time
-import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import product
@@ -26,7 +25,7 @@ from statistics import mean
 from typing import Any
 
 from sdft import SdftError, files
-from sdft.config import Config, config_keys, from_table, merge, override, validate
+from sdft.config import Config, config_keys, from_table, merge, override, read_toml, validate
 
 BASE = "{base}"  # in a method's settings: the model that the study starts from
 DECIDED = ("model.name", "optim.lr", "train.seed", "train.output", "eval.sets")  # by the study, of every run
@@ -125,26 +124,9 @@ def load_study(path: str | Path, model: str = "", output: str = "", with_data: b
     model, output: instead of the file's config.model.name and output. with_data: False checks the settings alone, for a
     study whose data are not there yet. Raises SdftError naming the file, the key and the fix.
     """
-    try:
-        table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SdftError(f"study {path}: cannot be read ({error.strerror}); give the path of a .toml file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise SdftError(f"study {path}: not valid TOML: {error}") from None
-    where = f"study {path}"
-    known = {
-        "output",
-        "seeds",
-        "learning_rates",
-        "grid",
-        "keep_weights",
-        "config",
-        "tasks",
-        "prior",
-        "harness",
-        "drift",
-    }
-    _only(table, known | {"methods"}, where)
+    where, table = f"study {path}", read_toml(path, "study")
+    known = "output seeds learning_rates grid keep_weights config tasks prior harness drift methods"
+    _only(table, {*known.split()}, where)
     for key in ("output", "tasks", "methods", "config"):
         if not table.get(key):
             raise SdftError(f"{where}: {key} is missing")

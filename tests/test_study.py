@@ -1,6 +1,7 @@
 """`sdft study` on a tiny model: what runs, in which order, from which weights, and what is never run twice."""
 
 import json
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -150,7 +151,7 @@ def test_a_preset_is_below_everything_that_is_said(make_study: Any) -> None:
                 "run": {"preset": "paper_as_run", "loss": {"mask_first": 1}},
                 "plain": {"loss": {"divergence": "jsd"}},
             },
-            config=study.tomllib.loads(make_study().read_text())["config"] | {"teacher": {"ema_alpha": 0.05}},
+            config=tomllib.loads(make_study().read_text())["config"] | {"teacher": {"ema_alpha": 0.05}},
         )
     )
     run, plain = (study.stage_configs(found, cell, 0, "start")[0] for cell in study.cells(found)[::2][:2])
@@ -254,7 +255,7 @@ def test_finished_stages_are_never_run_again(make_study: Any, trained: list[Any]
 def test_an_interrupted_run_goes_on(make_study: Any, monkeypatch: Any, tmp_path: Path) -> None:
     config = {"train": {"steps": 4, "batch_size": 2, "save_every": 1}}
     base = make_study()
-    table = {"config": study.tomllib.loads(base.read_text())["config"] | config}
+    table = {"config": tomllib.loads(base.read_text())["config"] | config}
     found = study.load_study(make_study(seeds=[0], learning_rates=[1e-3], **table))
     own, steps = train.train_step, []
 
