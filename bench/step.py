@@ -67,6 +67,7 @@ TOP_K = {"distillation_mode": "topk_logits", "distillation_alpha": 0.5}
 CONTENDERS = (
     Contender("ours", "ours", beside="TRL"),
     Contender("TRL", "trl", settings=NO_CHECKPOINTING),
+    Contender("ours, 2048 tokens", "ours", settings={"train.micro_batch_tokens": 2048}, beside="TRL"),
     Contender("ours, checkpointing", "ours", settings=CHECKPOINTING, beside="TRL, checkpointing"),
     Contender("ours, checkpointing, 1024 tokens", "ours", settings=CHECKPOINTING | MICRO, beside="TRL, checkpointing"),
     Contender("TRL, checkpointing", "trl"),
