@@ -286,7 +286,7 @@ def _assumptions(costs: Costs, work: Work) -> list[str]:
             "tensors for what the allocator cannot reuse: not measured"
         )
     elif machine.kind == "cpu":
-        said.append(f"the interpreter with a run's libraries, before any weight: {machine.runtime / MIB:.0f} MiB, measured")
+        said.append(f"the interpreter and libraries, before any weight: {machine.runtime / MIB:.0f} MiB, measured")
     return said
 
 
