@@ -515,3 +515,33 @@ def test_a_run_with_everything_offloaded(make_config: Callable[..., Any], rank: 
     assert moved[0]["teacher_tracked"] == pytest.approx(plain[0]["teacher_tracked"], rel=1e-2)
     assert len(moved) == len(plain) == 4
     train(replace(away, train=replace(away.train, resume=True)))
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+def test_decoding_by_fused_blocks(
+    kind: str, rank: int, load_tiny: Callable[..., Any], nudge: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """fp32 weights under bf16 products: the fused blocks give the hidden states of transformers' own."""
+    from sdft import decode
+    from sdft.config import LoraConfig
+    from sdft.models import add_lora
+
+    model = load_tiny(kind, device="cuda", compute_dtype="bfloat16")[1]
+    if rank:
+        add_lora(model, LoraConfig(rank=rank), 0)
+        nudge(model, size=0.3)
+    model.lm.eval()
+    ids = torch.arange(3, 39, device="cuda").view(3, 12)
+    first = torch.tensor([[4], [0], [7]], device="cuda")
+    at = torch.arange(12, device="cuda")
+    mask, position = (at >= first).long(), (at - first).clamp(min=0)
+    states = []
+    for fused in (decode.FUSED, ()):
+        monkeypatch.setattr(decode, "FUSED", fused)
+        with torch.no_grad(), model.autocast(), decode.decoder(model, 12) as start:
+            passage = start(3, 12)
+            new = [slice(0, 10), slice(10, 11), slice(11, 12)]
+            states.append(torch.stack([passage(ids[:, n], position[:, n], mask[:, : n.stop]).float() for n in new]))
+    assert type(passage) is decode.Own
+    assert (states[0] - states[1]).norm() <= 0.05 * states[1].norm()
