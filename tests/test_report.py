@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shutil
+import tomllib
 from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -433,7 +434,7 @@ def test_the_example_of_the_docs_runs(
 
 
 def test_the_other_block_of_the_docs_is_a_method(make_finished: Any) -> None:
-    found = make_finished(methods=study.tomllib.loads(blocks("toml")[1])["methods"])
+    found = make_finished(methods=tomllib.loads(blocks("toml")[1])["methods"])
     text = report.write_report(found).read_text()
     assert "- sft-then-reinvoke: SFT: cross-entropy of the student on the demonstrations. Then SDFT: " in text
 
