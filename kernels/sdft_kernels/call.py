@@ -76,6 +76,12 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
+def autocast_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype | None:
+    """What autocast would round the operands of a product in `dtype` to there; None where it leaves them alone."""
+    kind = device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) and dtype != torch.float64 else None
+
+
 def dx_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
     """dX is in x's dtype, but fp16 would underflow here, before a loss scaler's factor arrives in the backward."""
     return dtype if x.dtype == torch.float16 else x.dtype

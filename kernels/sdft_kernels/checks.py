@@ -113,6 +113,12 @@ def check_positive(field: str, value: float | None, *, none_is_off: bool = False
         raise ValueError(f"{field}={value!r} is not a finite number above 0: give one{hint}")
 
 
+def check_beta(field: str, value: object) -> None:
+    """Raise ValueError unless value is a number in [0, 1]."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise ValueError(f"{field}={value!r} is outside [0, 1]: 0 is forward KL, 1 is reverse KL")
+
+
 def make_options(
     *,
     divergence: str,
@@ -132,8 +138,7 @@ def make_options(
     """Validate the static arguments of one call; ValueError names what is wrong."""
     check_choice("divergence", divergence, DIVERGENCES)
     check_choice("reduction", reduction, REDUCTIONS)
-    if isinstance(beta, bool) or not isinstance(beta, int | float) or not 0 <= beta <= 1:
-        raise ValueError(f"beta={beta!r} is outside [0, 1]: 0 is forward KL, 1 is reverse KL")
+    check_beta("beta", beta)
     t_softcap = softcap if teacher_softcap == "same" else teacher_softcap
     t_scale = scale if teacher_scale == "same" else teacher_scale
     check_positive("temperature", temperature)
@@ -172,6 +177,16 @@ def check_matrix(field: str, value: object, like: tuple[str, Tensor] | None = No
         raise ValueError(f"{field} has dtype {value.dtype}: use one of {', '.join(map(str, FLOATS))}")
     if like is not None and value.device != like[1].device:
         raise ValueError(f"{field} is on {value.device} but {like[0]} is on {like[1].device}: move one of them")
+
+
+def check_head(field: str, w: Tensor, hidden: str, x: Tensor) -> None:
+    """Raise ValueError unless w (V, H) can project x (..., H) onto at least one token."""
+    if w.shape[1] != x.shape[-1]:
+        raise ValueError(
+            f"{field} has hidden size {w.shape[1]} but {hidden} has {x.shape[-1]}: {field} must be (V, {x.shape[-1]})"
+        )
+    if w.shape[0] == 0:
+        raise ValueError(f"{field} has no rows: give a head of at least one token")
 
 
 def check_vector(field: str, value: Tensor | None, length: int, like: tuple[str, Tensor]) -> None:

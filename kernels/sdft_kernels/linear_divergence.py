@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .call import Grads, Inputs, Result, compute_dtype, dx_dtype
+from .call import Grads, Inputs, Result, autocast_dtype, compute_dtype, dx_dtype
 from .checks import (
     DivergenceName,
     Impl,
     Options,
     Reduction,
     Same,
+    check_head,
     check_matrix,
     check_teacher,
     check_tokens,
@@ -25,7 +26,7 @@ from .checks import (
     choose_impl,
     make_options,
 )
-from .operators import fake_tokens, refuse_double_backward, register, scale_grad, token_stats, token_tuple
+from .operators import fake_tokens, hand_over, refuse_double_backward, register, token_stats, token_tuple
 from .reduce import finish, row_scales
 
 LOOPS = {"torch": ".torch_impl", "triton": ".triton_impl", "triton_no_logits": ".no_logits"}
@@ -105,11 +106,6 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 
 def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    """Scale and hand over what the forward made, once.
-
-    reduction="none" and a second backward (retain_graph=True) run the loop again: rows' upstream gradients
-    were not known before, and the buffers belong to the caller now.
-    """
     refuse_double_backward("linear_divergence")
     nothing = (None,) * (9 + len(ctx.plain))
     if grad is None:  # an undefined gradient: nothing depends on the loss
@@ -117,13 +113,10 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ..
     saved = ctx.saved_tensors  # once: under checkpointing every access would compute again
     tensors, made = saved[:8], saved[8:]
     options = Options.from_flat(*ctx.plain[4:])
-    if options.reduction == "none" or ctx.spent:
-        made = _op(*tensors, grad, *ctx.plain)[7:]
-    else:
-        ctx.spent = True
-        made = tuple(scale_grad(g, grad, options.impl) for g in made)
-    wanted = ctx.plain[:3]
-    grads = [g.to(like.dtype) if want else None for g, like, want in zip(made, tensors, wanted, strict=False)]
+    grads = hand_over(
+        ctx, grad, tensors, made, ctx.plain[:3], lambda: _op(*tensors, grad, *ctx.plain)[7:],
+        options.impl, options.reduction == "none",
+    )  # fmt: skip
     return *grads, *nothing[3:]
 
 
@@ -214,12 +207,10 @@ def linear_divergence(
         compact=compact,
         impl=choose_impl(impl, dtype, x.device),
     )
-    kind = x.device.type
-    autocast = torch.is_autocast_enabled(kind) and dtype != torch.float64
     needs = (v is not None and v.requires_grad and torch.is_grad_enabled() for v in (x, w, bias))
     loss, *rest = _op(
         x, w, bias, teacher_x, teacher_w, teacher_bias, token_weights, labels, None,
-        *needs, torch.get_autocast_dtype(kind) if autocast else None, *options.flat(),
+        *needs, autocast_dtype(x.device, dtype), *options.flat(),
     )  # fmt: skip
     return (loss, token_stats(rest[:6], labels is not None)) if return_tokens else loss
 
@@ -231,13 +222,8 @@ def _check_tensors(
     here = ("x", x)
     for field, value in (("w", w), ("teacher_x", teacher_x), ("teacher_w", teacher_w)):
         check_matrix(field, value, here)
-    for head, hidden, h, s in (("w", "x", w, x), ("teacher_w", "teacher_x", teacher_w, teacher_x)):
-        if h.shape[1] != s.shape[1]:
-            raise ValueError(
-                f"{head} has hidden size {h.shape[1]} but {hidden} has {s.shape[1]}: {head} must be (V, {s.shape[1]})"
-            )
-        if h.shape[0] == 0:
-            raise ValueError(f"{head} has no rows: give a head of at least one token")
+    check_head("w", w, "x", x)
+    check_head("teacher_w", teacher_w, "teacher_x", teacher_x)
     if teacher_x.shape[0] != x.shape[0]:
         raise ValueError(
             f"teacher_x has {teacher_x.shape[0]} rows but x has {x.shape[0]}: row n of both must predict the same token"

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+FP16_SHIFT = 2.0**10  # fp16 gradients are stored this much larger: most of them would be subnormal
 LOGITS_COLUMNS = 1024  # of an fp32 product at a time on the CPU: 6% faster than all of the vocabulary at once
 
 _bf16_lock = threading.Lock()
@@ -54,9 +55,14 @@ def has_bf16_products(device: torch.device) -> bool:
     )
 
 
+def has_narrow_products(device: torch.device) -> bool:
+    """True where a product of bf16 or fp16 operands has an fp32 result, see mm32; elsewhere they are widened."""
+    return device.type == "cuda" and torch.version.hip is None
+
+
 def mm32(a: Tensor, b: Tensor, out: Tensor, beta: float = 0.0) -> None:
     """out = a b + beta·out in out's dtype, fp32 or fp64: neither sums nor result are rounded to the operands'."""
-    if a.dtype != out.dtype and a.is_cuda and torch.version.hip is None:
+    if a.dtype != out.dtype and has_narrow_products(a.device):
         if beta == 0.0:
             torch.mm(a, b, out_dtype=out.dtype, out=out)
         else:

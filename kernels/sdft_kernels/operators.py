@@ -1,6 +1,6 @@
-"""What the two operators share: registration, per-token outputs as flat tensors, and the backward's scaling."""
+"""What the operators share: registration, per-token outputs as flat tensors, and the backward."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -70,6 +70,29 @@ def scale_grad(made: Tensor, factor: Tensor, impl: str) -> Tensor:
     if made.device.type == "cpu":
         return made if factor.item() == 1.0 else made.data.mul_(factor)
     return made.data.mul_(factor)
+
+
+def hand_over(
+    ctx: Any,
+    grad: Tensor,  # dLoss
+    tensors: Sequence[Any],  # the call's, those first that may get a gradient
+    made: Sequence[Tensor],  # by the forward
+    wanted: Sequence[bool],
+    again: Callable[[], Sequence[Tensor]],
+    impl: str = "torch",
+    rerun: bool = False,
+) -> list[Tensor | None]:
+    """The gradients that the forward made, scaled and in their tensors' dtypes, once; ctx.spent says whether they are.
+
+    With `rerun` (reduction="none") and in a second backward (retain_graph=True) the loop runs again: rows' upstream
+    gradients were not known before, and the buffers belong to the caller now.
+    """
+    if rerun or ctx.spent:
+        made = again()
+    else:
+        ctx.spent = True
+        made = [scale_grad(g, grad, impl) for g in made]
+    return [g.to(like.dtype) if want else None for g, like, want in zip(made, tensors, wanted, strict=False)]
 
 
 def refuse_double_backward(name: str) -> None:

@@ -14,13 +14,14 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from .call import Grads, compute_dtype, dx_dtype
+from .call import Grads, autocast_dtype, compute_dtype, dx_dtype
 from .checks import (
     FLOATS,
     DivergenceName,
     Options,
     Reduction,
     check_choice,
+    check_head,
     check_matrix,
     check_teacher,
     check_tokens,
@@ -30,7 +31,7 @@ from .checks import (
 )
 from .chunks import block_rows, blocks, budget_of, clear_untouched, power_of_two_below, put, take
 from .operands import Head, bf16_products, has_bf16_products
-from .operators import refuse_double_backward, register, scale_grad
+from .operators import hand_over, refuse_double_backward, register
 from .reduce import finish, row_scales
 from .rows import activate_, block_divergence_, deactivate_
 from .torch_impl import TILE_BYTES
@@ -289,20 +290,14 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 
 def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    """As linear_divergence's: scale what the forward made, once; run again for "none" and a second backward."""
     refuse_double_backward("the top-k divergence")
     nothing = (None,) * (TENSORS + len(ctx.plain))
     if grad is None:  # an undefined gradient: nothing depends on the loss
         return nothing
     saved = ctx.saved_tensors
     tensors, made = saved[: TENSORS - 1], saved[TENSORS - 1 :]
-    if Options.from_flat(*ctx.plain[6:]).reduction == "none" or ctx.spent:
-        made = _op(*tensors, grad, *ctx.plain)[5:]
-    else:
-        ctx.spent = True
-        made = tuple(scale_grad(g, grad, "torch") for g in made)
-    needs = ctx.plain[:3]
-    grads = [g.to(like.dtype) if need else None for g, like, need in zip(made, tensors, needs, strict=False)]
+    rerun = Options.from_flat(*ctx.plain[6:]).reduction == "none"
+    grads = hand_over(ctx, grad, tensors, made, ctx.plain[:3], lambda: _op(*tensors, grad, *ctx.plain)[5:], rerun=rerun)
     return *grads, *nothing[3:]
 
 
@@ -367,10 +362,7 @@ def linear_topk_divergence(
     """
     check_matrix("x", x)
     check_matrix("w", w, ("x", x))
-    if w.shape[1] != x.shape[1]:
-        raise ValueError(f"w has hidden size {w.shape[1]} but x has {x.shape[1]}: w must be (V, {x.shape[1]})")
-    if w.shape[0] == 0:
-        raise ValueError("w has no rows: give a head of at least one token")
+    check_head("w", w, "x", x)
     check_vector("bias", bias, w.shape[0], ("x", x))
     options = make_options(
         divergence=divergence,
@@ -383,8 +375,7 @@ def linear_topk_divergence(
         softcap=softcap,
         scale=scale,
     )
-    kind = x.device.type
-    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    autocast = autocast_dtype(x.device, compute_dtype(x, w))
     return _call(
         ("x", x), w, bias, teacher_ids, teacher_logprobs, token_weights, labels, autocast, tail, tail_floor, options
     )

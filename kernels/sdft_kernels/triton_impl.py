@@ -10,12 +10,11 @@ from torch import Tensor
 from .call import Grads, Inputs, Result, new_grads
 from .checks import Options
 from .chunks import Outputs, blocks, put, take
-from .operands import Head, mm32
+from .operands import FP16_SHIFT, Head, mm32
 from .row_kernels import gradient_view, launch_rows
 
 ROW_MULTIPLE = 64  # of the tokens in a chunk: GEMM tiles
 PAD = 64  # of a row of logits, in entries: every row starts on a 16-byte boundary in every dtype
-FP16_SHIFT = 2.0**10  # fp16 gradients are stored this much larger: most of them would be subnormal
 
 
 def run_linear(

@@ -9,19 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..call import Grads, Inputs, Result, compute_dtype, dx_dtype, new_grads
+from ..call import Grads, Inputs, Result, autocast_dtype, compute_dtype, dx_dtype, new_grads
 from ..checks import make_options
 from ..chunks import DEFAULT_CHUNK_BYTES, blocks, live_rows, power_of_two_below, put, take
-from ..operands import Head, bf16_products, has_bf16_products, mm32
-from ..operators import refuse_double_backward, register, scale_grad
-
-FP16_SHIFT = 2.0**10  # fp16 gradients are stored this much larger: most of them would be subnormal
-
-
-def has_narrow_products(device: torch.device) -> bool:
-    """True where a product of bf16 or fp16 operands has an fp32 result, see mm32; elsewhere they are widened."""
-    return device.type == "cuda" and torch.version.hip is None
-
+from ..operands import FP16_SHIFT, Head, bf16_products, has_bf16_products, has_narrow_products, mm32
+from ..operators import hand_over, refuse_double_backward, register
 
 SCHEMA = (
     "(Tensor x, Tensor w, Tensor? bias, Tensor labels, Tensor? upstream, SymInt ignore_index, "
@@ -128,20 +120,13 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 
 def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    """As linear_divergence's: scale what the forward made, once; run again for a second backward."""
     refuse_double_backward("the cross-entropy of hard labels")
     nothing = (None,) * 10
     if grad is None:
         return nothing
     saved = ctx.saved_tensors
     tensors, made = saved[:4], saved[4:]
-    if ctx.spent:
-        made = _op(*tensors, grad, *ctx.plain)[1:]
-    else:
-        ctx.spent = True
-        made = tuple(scale_grad(g, grad, "torch") for g in made)
-    wanted = ctx.plain[1:4]
-    grads = [g.to(like.dtype) if want else None for g, like, want in zip(made, tensors, wanted, strict=False)]
+    grads = hand_over(ctx, grad, tensors, made, ctx.plain[1:4], lambda: _op(*tensors, grad, *ctx.plain)[1:])
     return *grads, *nothing[3:]
 
 
@@ -160,8 +145,6 @@ def linear_cross_entropy(
     (), fp32 (fp64 if x or w is fp64). Gradients flow to those of x, w and bias that require them. The caller
     has checked the shapes; a label outside the vocabulary is refused by the gather.
     """
-    kind = x.device.type
-    autocast = torch.is_autocast_enabled(kind) and compute_dtype(x, w) != torch.float64
     needs = (v is not None and v.requires_grad and torch.is_grad_enabled() for v in (x, w, bias))
-    dtype = torch.get_autocast_dtype(kind) if autocast else None
-    return _op(x, w, bias, labels, None, ignore_index, *needs, dtype)[0]
+    autocast = autocast_dtype(x.device, compute_dtype(x, w))
+    return _op(x, w, bias, labels, None, ignore_index, *needs, autocast)[0]

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from ..call import compute_dtype
-from ..checks import check_choice, check_matrix, check_positive, check_vector
+from ..checks import check_beta, check_choice, check_head, check_matrix, check_positive, check_vector
 from ..linear_divergence import linear_divergence
 from .cross_entropy import linear_cross_entropy
 from .log_space import log_space_jsd, log_space_kl
@@ -252,13 +252,7 @@ def _fused(
             f"teacher_input has shape {tuple(teacher_input.shape)} but student_input has {tuple(student_input.shape)}: "
             "all sizes but the last must agree, row n of both must predict the same token"
         )
-    if teacher_weight.shape[1] != teacher_input.shape[-1]:
-        raise ValueError(
-            f"teacher_weight has hidden size {teacher_weight.shape[1]} but teacher_input has "
-            f"{teacher_input.shape[-1]}: teacher_weight must be (V, {teacher_input.shape[-1]})"
-        )
-    if teacher_weight.shape[0] == 0:
-        raise ValueError("teacher_weight has no rows: give a head of at least one token")
+    check_head("teacher_weight", teacher_weight, "teacher_input", teacher_input)
     check_vector("teacher_bias", teacher_bias, teacher_weight.shape[0], here)
     dtype = compute_dtype(student_input, student_weight, teacher_input, teacher_weight)
     return linear_divergence(
@@ -276,8 +270,7 @@ def _fused(
 
 
 def _check_options(beta: float, ignore_index: int, temperature: float = 1.0, name: str = "beta") -> None:
-    if isinstance(beta, bool) or not isinstance(beta, int | float) or not 0 <= beta <= 1:
-        raise ValueError(f"{name}={beta!r} is outside [0, 1]: 0 is forward KL, 1 is reverse KL")
+    check_beta(name, beta)
     if type(ignore_index) is not int:
         raise ValueError(f"ignore_index={ignore_index!r} is not an integer: give the label to ignore, -100 by default")
     check_positive("temperature", temperature)
@@ -291,13 +284,7 @@ def _check_hidden(field: str, value: object, like: tuple[str, Tensor] | None = N
 def _check_student(student_input: Tensor, student_weight: Tensor, student_bias: Tensor | None) -> None:
     _check_hidden("student_input", student_input)
     check_matrix("student_weight", student_weight, ("student_input", student_input))
-    if student_weight.shape[1] != student_input.shape[-1]:
-        raise ValueError(
-            f"student_weight has hidden size {student_weight.shape[1]} but student_input has "
-            f"{student_input.shape[-1]}: student_weight must be (V, {student_input.shape[-1]})"
-        )
-    if student_weight.shape[0] == 0:
-        raise ValueError("student_weight has no rows: give a head of at least one token")
+    check_head("student_weight", student_weight, "student_input", student_input)
     check_vector("student_bias", student_bias, student_weight.shape[0], ("student_input", student_input))
 
 
