@@ -87,21 +87,30 @@ def why(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keeps a second process out of a folder; the lock goes with the process, however it ends.
+def lock(folder: Path, wait: bool = False) -> Iterator[bool]:
+    """Whether this process alone is in the folder; the lock goes with the process, however it ends.
 
-    Raises SdftError where another one is in it.
+    wait: until the process that has it is through.
     """
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor, mine = os.open(folder, os.O_RDONLY), True
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
-            raise SdftError(
-                f"train.output = {str(folder)!r} is in use by another process; wait for it, or give another folder"
-            ) from None
+            mine = False
         except OSError:  # some network file systems know no locks
             pass
-        yield
+        yield mine
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps a second process out of a run's folder. Raises SdftError where another one is in it."""
+    with lock(folder) as mine:
+        if not mine:
+            raise SdftError(
+                f"train.output = {str(folder)!r} is in use by another process; wait for it, or give another folder"
+            )
+        yield

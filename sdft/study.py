@@ -309,32 +309,43 @@ def _nested(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def run_study(study: Study, only: Sequence[str] = ()) -> list[Cell]:
-    """Runs what is not finished; returns the finished cells. only: of these methods (all by default)."""
+    """Runs what is not finished; returns the finished cells. only: of these methods (all by default).
+
+    Several processes may run the same study: each takes cells that no other is at.
+    """
     unknown = set(only) - {name for m in study.methods for name in (m.name, m.family)}
     if unknown:
         names = ", ".join(m.name for m in study.methods)
         raise SdftError(f"--only {sorted(unknown)[0]}: the study has no such method; methods: {names}")
     wanted = [cell for cell in cells(study) if not only or {cell.method.name, cell.method.family} & set(only)]
     study.output.mkdir(parents=True, exist_ok=True)
-    with files.locked(study.output):
+    with files.lock(study.output, wait=True):
         if not (study.output / "base/result.json").exists():
-            print("== the model before any training", flush=True)
-            began = time.perf_counter()
-            accuracy = evaluate_on_all(study, study.config, study.config.model.name, study.output / "base/answers")
-            result = study.evaluated | {"accuracy": accuracy}
-            _write(study.output / "base", result | {"seconds": {"evaluate": time.perf_counter() - began}})
-        base_result(study)
-        waiting = [(c, n) for c in wanted for n in range(len(study.tasks)) if not finished(study, c, n)]
-        spent: dict[str, list[float]] = {}
-        for at, (cell, number) in enumerate(waiting):
-            left = remaining(spent, [c.method.name for c, _ in waiting[at:]])
-            print(
-                f"== {cell.name}, task {study.tasks[number].name}: stage {at + 1} of {len(waiting)}{left}", flush=True
-            )
-            began = time.perf_counter()
-            run_stage(study, cell, number)
-            spent.setdefault(cell.method.name, []).append(time.perf_counter() - began)
+            evaluate_base(study)
+    base_result(study)
+    total = len(_waiting(study, wanted))
+    spent: dict[str, list[float]] = {}
+    for cell in wanted:
+        if not _waiting(study, [cell]):
+            continue
+        (study.output / cell.name).mkdir(parents=True, exist_ok=True)
+        with files.lock(study.output / cell.name) as mine:
+            if not mine:
+                print(f"== {cell.name}: another process is at it", flush=True)
+                continue
+            for _, number in _waiting(study, [cell]):
+                left = [c.method.name for c, _ in _waiting(study, wanted)]
+                at = f"stage {total - len(left) + 1} of {total}{remaining(spent, left)}"
+                print(f"== {cell.name}, task {study.tasks[number].name}: {at}", flush=True)
+                began = time.perf_counter()
+                run_stage(study, cell, number)
+                spent.setdefault(cell.method.name, []).append(time.perf_counter() - began)
     return [cell for cell in cells(study) if finished(study, cell, len(study.tasks) - 1)]
+
+
+def _waiting(study: Study, wanted: Sequence[Cell]) -> list[tuple[Cell, int]]:
+    """The stages that have no result yet."""
+    return [(c, n) for c in wanted for n in range(len(study.tasks)) if not finished(study, c, n)]
 
 
 def remaining(spent: dict[str, list[float]], waiting: Sequence[str]) -> str:
@@ -348,6 +359,7 @@ def remaining(spent: dict[str, list[float]], waiting: Sequence[str]) -> str:
 
 def run_stage(study: Study, cell: Cell, number: int) -> None:
     """Trains and evaluates one stage; then drops weights that nothing needs any more."""
+    from sdft.metrics import read_metrics
     from sdft.train import train
 
     folder = stage_folder(study, cell, number)
@@ -366,11 +378,13 @@ def run_stage(study: Study, cell: Cell, number: int) -> None:
                 files.remove(output, folder)  # nothing of it can be gone on from
             train(override(config, {"train.resume": begun}))
             gc.collect()
-        tokens += sum(line.get("tokens", 0) for line in _lines(output / "metrics.jsonl"))
+        tokens += sum(line.get("tokens", 0) for line in read_metrics(output))
     trained = time.perf_counter()
-    model = str(_model_of(study, cell, number))
-    accuracy = evaluate_on_all(study, configs[-1], model, folder / "answers")
-    drift = drift_from_base(study, configs[-1], model, study.tasks[number])
+    tokenizer, model = _load(configs[-1], str(_model_of(study, cell, number)))
+    accuracy = evaluate_on_all(study, configs[-1], tokenizer, model, folder / "answers")
+    drift = drift_from_base(study, configs[-1], tokenizer, model, study.tasks[number])
+    del model
+    gc.collect()
     _write(
         folder,
         {
@@ -418,7 +432,17 @@ def finished(study: Study, cell: Cell, number: int) -> bool:
     return True
 
 
-def evaluate_on_all(study: Study, config: Config, model_name: str, answers: Path) -> dict[str, float]:
+def evaluate_base(study: Study) -> None:
+    """Writes base/result.json and answers: the model before any training."""
+    print("== the model before any training", flush=True)
+    began = time.perf_counter()
+    tokenizer, model = _load(study.config, study.config.model.name)
+    accuracy = evaluate_on_all(study, study.config, tokenizer, model, study.output / "base/answers")
+    seconds = {"evaluate": time.perf_counter() - began}
+    _write(study.output / "base", study.evaluated | {"accuracy": accuracy, "seconds": seconds})
+
+
+def evaluate_on_all(study: Study, config: Config, tokenizer: Any, model: Any, answers: Path) -> dict[str, float]:
     """Accuracy of a model on every evaluation set by greedy generation; its answers in answers/SET.jsonl.
 
     And the metrics of lm_eval's tasks, where there are some; all that it reports in answers/harness.json.
@@ -426,7 +450,6 @@ def evaluate_on_all(study: Study, config: Config, model_name: str, answers: Path
     from sdft import evaluate
     from sdft.data import load_records
 
-    tokenizer, model = _load(config, model_name)
     answers.mkdir(parents=True, exist_ok=True)
     accuracy = {}
     for name, path in study.sets.items():
@@ -439,12 +462,12 @@ def evaluate_on_all(study: Study, config: Config, model_name: str, answers: Path
     if study.harness.tasks:
         accuracy |= _on_harness(study.harness, model, tokenizer, config.eval.batch_size, answers / "harness.json")
     print("  ".join(f"{name} {value:.1%}" for name, value in accuracy.items()), flush=True)
-    del model
-    gc.collect()
     return accuracy
 
 
-def drift_from_base(study: Study, config: Config, model_name: str, task: Task) -> dict[str, dict[str, float]]:
+def drift_from_base(
+    study: Study, config: Config, tokenizer: Any, model: Any, task: Task
+) -> dict[str, dict[str, float]]:
     """How far a model is from the base along its own greedy answers (probe.drift): "new" to prompts of the task's
     evaluation, "prior" to those of the prior skills, `study.drift` of each, evenly taken."""
     from sdft import evaluate, probe
@@ -454,7 +477,7 @@ def drift_from_base(study: Study, config: Config, model_name: str, task: Task) -
     kinds = {"new": [study.sets[study.measure(task)]], "prior": list(study.prior.values())}
     if not study.drift:
         return {}
-    (tokenizer, model), (_, base) = _load(config, model_name), _load(config, study.config.model.name)
+    _, base = _load(config, study.config.model.name)
     greedy = RolloutConfig(
         temperature=0.0, max_new_tokens=config.eval.max_new_tokens, batch_size=config.eval.batch_size
     )
@@ -467,8 +490,6 @@ def drift_from_base(study: Study, config: Config, model_name: str, task: Task) -
             prompts = evaluate.student_prompts(tokenizer, picked, config.data.system)
             found[kind] = probe.drift(model, base, prompts, greedy).summary()
     print("  ".join(f"KL to the base, {kind}: {of['kl_to_base']:.3f}" for kind, of in found.items()), flush=True)
-    del model, base
-    gc.collect()
     return found
 
 
@@ -654,9 +675,3 @@ def _write(folder: Path, result: dict[str, Any]) -> None:
 def _read(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((folder / "result.json").read_text())
     return found
-
-
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    from sdft.metrics import read_metrics
-
-    yield from read_metrics(path.parent)

@@ -1,6 +1,8 @@
 """`sdft study` on a tiny model: what runs, in which order, from which weights, and what is never run twice."""
 
 import json
+import subprocess
+import sys
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +12,7 @@ import pytest
 import tomli_w
 from safetensors.torch import load_file
 
-from sdft import SdftError, flops, harness, plan, report, study, train
+from sdft import SdftError, files, flops, harness, plan, report, study, train
 from sdft.cli import main
 from sdft.config import override
 
@@ -250,6 +252,35 @@ def test_finished_stages_are_never_run_again(make_study: Any, trained: list[Any]
     study.run_study(found)
     assert len(trained) == 4
     assert len(study.run_study(found, ["sft"])) == 2
+
+
+def test_two_processes_share_the_cells(make_study: Any, trained: list[Any], capsys: Any) -> None:
+    found = study.load_study(make_study(learning_rates=[1e-3]))
+    first = study.cells(found)[0]
+    (found.output / first.name).mkdir(parents=True)
+    with files.lock(found.output / first.name) as mine:  # as the other process would have it
+        assert mine
+        done = study.run_study(found)
+        assert done == study.cells(found)[1:]
+        assert len(trained) == 6
+        assert f"== {first.name}: another process is at it" in capsys.readouterr().out
+    assert study.run_study(found) == study.cells(found)
+    assert len(trained) == 8
+
+
+@pytest.mark.slow
+def test_two_processes_at_once_train_every_stage_once(make_study: Any) -> None:
+    path = make_study()
+    command = [sys.executable, "-m", "sdft", "study", str(path)]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    told = "".join(process.communicate(timeout=300)[0] for process in both)
+    assert [process.returncode for process in both] == [0, 0]
+    found = study.load_study(path)
+    for cell in study.cells(found):
+        for task in found.tasks:
+            assert told.count(f"== {cell.name}, task {task.name}:") == 1
+    assert told.count("== the model before any training") == 1
+    assert len(study.run_study(found)) == 8
 
 
 def test_an_interrupted_run_goes_on(make_study: Any, monkeypatch: Any, tmp_path: Path) -> None:
