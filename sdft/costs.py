@@ -269,49 +269,37 @@ class Costs:
 
     # One forward and its backward.
 
-    def _inputs(self, width: int, names: Sequence[str], item: int) -> tuple[int, bool]:
-        """(bytes a token of copies that linear layers keep of an input, whether they keep the input itself).
+    def _input(self, width: int, *names: str) -> int:
+        """Bytes a token that the layers `names` keep of the input they share, and what each adapter's A makes of it.
 
-        width, item: channels and bytes of an entry of the input, which the layers `names` share.
+        width: channels of the input.
         """
-        copies, itself = 0, False
-        for name in names:
-            if name in self.adapted:
-                copies += self.rank * self.c  # what B reads
-                # peft casts to the fp32 of the factors, then autocast to its dtype: a copy for each layer.
-                if self.c < FP32:
-                    copies += width * self.c
-                else:
-                    itself = True
-            elif not self.rank:
-                if item > self.c:
-                    copies += width * self.c
-                else:
-                    itself = True
-        return copies, itself
+        adapted = sum(name in self.adapted for name in names)
+        return self.c * (self.rank * adapted + width * (not self.rank or adapted > 0))
 
     def _norm(self, width: int, rows: int, item: int) -> int:
-        """A norm keeps its input in fp32 and, to train its weight, the normalised values; rows: of statistics."""
-        return FP32 * (width + rows) + (0 if self.rank else item * width)
+        """A block's norm keeps its input and a statistic for each of `rows`."""
+        return item * width + FP32 * rows
+
+    @property
+    def final_norm(self) -> int:
+        """transformers' own keeps its input in fp32, a statistic and, to train its weight, the normalised values."""
+        return FP32 * (self.shape.hidden + 1) + (0 if self.rank else self.w * self.shape.hidden)
 
     @property
     def block_tokens(self) -> int:
         """Bytes a token that one block keeps for the backward pass."""
         s, w, c = self.shape, self.w, self.c
         kept = 2 * self._norm(s.hidden, 1, w)
-        for names in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
-            copies, itself = self._inputs(s.hidden, names, w)
-            kept += copies + itself * s.hidden * w
+        kept += self._input(s.hidden, "q_proj", "k_proj", "v_proj") + self._input(s.hidden, "gate_proj", "up_proj")
         if s.qk_norm:
             kept += self._norm(s.queries, s.heads, c) + self._norm(s.keys, s.kv_heads, c)
         # Attention keeps q, k, v, its output and the log-sum-exps; packed, it runs a sequence at a time and the
         # outputs are then laid end to end, once more.
         kept += self.attended * (2 * s.queries + 2 * s.keys) + FP32 * s.heads
-        copies, itself = self._inputs(s.queries, ("o_proj",), c)
-        kept += copies + (itself and self.packed) * s.queries * c  # widened, it is narrowed again: a copy as well
-        # The MLP keeps both factors and the gate before its activation.
-        copies, itself = self._inputs(s.inner, ("down_proj",), c)
-        return kept + 3 * s.inner * c + copies + itself * s.inner * c
+        kept += self._input(s.queries * self.packed, "o_proj")  # widened, they are narrowed again: a copy as well
+        # The MLP keeps the gate, what it is multiplied with and their product.
+        return kept + 2 * s.inner * c + self._input(s.inner, "down_proj")
 
     @property
     def block_casts(self) -> int:
@@ -336,7 +324,7 @@ class Costs:
     @property
     def stem_tokens(self) -> int:
         """Bytes a token outside the blocks: cosines and sines, ids and positions, the final norm."""
-        return 2 * self.shape.head_dim * self.w + 16 + self._norm(self.shape.hidden, 1, self.w)
+        return 2 * self.shape.head_dim * self.w + 16 + self.final_norm
 
     def saved(self, tokens: int) -> tuple[int, int]:
         """(activations, cast copies) that a student's forward leaves for the backward pass."""
@@ -347,7 +335,7 @@ class Costs:
             return tokens * (self.stem_tokens + s.layers * s.hidden * self.w), 0
         unused, casts = 0, s.layers * self.block_casts
         if self.rank:  # nothing before the first adapters trains: their inputs get no gradient, so need no weights
-            unused = tokens * FP32 * (s.hidden + 1)
+            unused = tokens * self._norm(s.hidden, 1, self.w)
             first = ("q_proj", "k_proj", "v_proj")
             if self.autocast and self.config.model.quantize == "none":
                 casts -= self.c * sum(math.prod(s.linears[name]) for name in first)
@@ -355,42 +343,45 @@ class Costs:
                 casts -= self.c * self.rank * s.hidden * sum(name in self.adapted for name in first)
         return tokens * (self.stem_tokens + s.layers * self.block_tokens) - unused, casts
 
-    def infer(self, tokens: int) -> int:
-        """Most that a forward without gradients holds at once, cast copies apart."""
+    def infer(self, tokens: int, kept: int = 0) -> int:
+        """Most that a forward without gradients holds at once, cast copies apart.
+
+        kept: bytes a token beside what the MLP would hold.
+        """
         s, w, c = self.shape, self.w, self.c
         # The embedding, the block's input, the sum after attention and its normalised values; then the gate, or both
         # factors and their product. An adapter's product stands beside its layer's, before and after scaling.
+        mlp = 3 * s.hidden * w + s.hidden * c + 3 * s.inner * c + kept
         if self.adapted:
-            mlp = 4 * s.hidden * w + 4 * s.inner * c + s.hidden * c
-        else:
-            mlp = 4 * s.hidden * w + 3 * s.inner * c + self.autocast * s.hidden * c
+            mlp += s.inner * c
         # Queries while they are turned by their positions: times the cosine, turned, times the sine.
-        attention = 3 * s.hidden * w + (s.queries + 2 * s.keys) * c + 3 * s.queries * max(w, c)
+        attention = 2 * s.hidden * w + s.hidden * c + (s.queries + 2 * s.keys) * c + 3 * s.queries * max(w, c)
         return tokens * (max(mlp, attention) + 2 * s.head_dim * w + 16) + self.one_cast
 
     def forward(self, tokens: int) -> int:
         """Most that the student's forward holds beyond what it leaves."""
         s = self.shape
         if self.checkpointing:  # its blocks leave nothing but their input; the final norm comes after them
-            left = 2 * s.hidden * self.w + self._norm(s.hidden, 1, self.w)
-            return self.infer(tokens) - tokens * left + self.cached_casts
-        if self.adapted:  # the input of down_proj, cast to fp32 for the factors, and what is added to its output
-            cast = s.inner * FP32 if self.c < FP32 else 0
-            return tokens * (cast + s.inner * self.c + s.hidden * (self.w + 3 * self.c))
+            left = 2 * s.hidden * self.w + self.final_norm
+            gate = 0 if self.adapted else s.inner * self.c  # is there beside what it becomes
+            return self.infer(tokens, gate) - tokens * left + self.cached_casts
+        if self.adapted:  # the final norm's values on their way, or the gate's in the last block
+            return tokens * max(3 * s.hidden * FP32, s.inner * self.c)
         return tokens * s.hidden * self.w
 
     def backward(self, tokens: int) -> int:
         """Most that the backward pass holds beyond what the forward left, gradients of weights apart."""
         s = self.shape
-        # Gradients of the MLP's product and of one factor (an adapter's: in fp32 on their way to its factors), of the
-        # block's output and of its sum.
-        inner = self.c + FP32 if self.adapted else 2 * self.c
-        # The final norm's tensors are gone by then.
-        extra = tokens * (inner * s.inner + 2 * s.hidden * self.w - self._norm(s.hidden, 1, self.w))
+        # Gradients of the MLP's product and of both factors, of the block's output and of its sum. The final norm's
+        # tensors are gone by then.
+        inner = self.c + FP32 if self.adapted else 3 * self.c
+        extra = tokens * (inner * s.inner + 2 * s.hidden * self.w - self.final_norm)
         if self.config.model.quantize == "4bit":  # matrices in full, one at a time, as in the forward
             extra += self.one_cast
         if self.checkpointing or self.config.model.activation_offload:
-            return extra + tokens * self.block_tokens + self.block_casts
+            # Made again, but for its input; an adapted down_proj has let go of its own by then.
+            gone = s.hidden * self.w + s.inner * self.c * bool(self.adapted)
+            return extra + tokens * (self.block_tokens - gone) + self.block_casts
         return extra
 
     # The loss.

@@ -14,11 +14,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from sdft import memory
+from sdft import lean, memory
 from sdft.models import LanguageModel, backbone
 
-# transformers' blocks that `Fused` computes: RMSNorm, rotary positions, grouped queries, gated MLP, nothing else.
-FUSED = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
+FUSED = lean.BLOCKS  # transformers' blocks that `Fused` computes
 RETURN_EVERY = 15  # blocks whose weights are laid out, before memory.return_freed
 
 

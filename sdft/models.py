@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sdft import SdftError, adapters, attention, card, files, first_line
+from sdft import SdftError, adapters, attention, card, files, first_line, lean
 from sdft.config import LoraConfig, ModelConfig
 
 SMOLLM2 = "smollm2-135m"
@@ -307,12 +307,15 @@ def load_unchecked(config: ModelConfig, tokenizer: Any, stop_ids: tuple[int, ...
         )
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_ids[0]
     disable_dropout(lm)
+    lean.install(lm)
     if config.quantize == "none":
         lm.to(device)
     else:  # the weights were put there while loading
         keep_unpacked(lm)
     if adapter is not None:
         lm = adapters.load(lm, adapter, device)
+    if compute != torch.float32:
+        lean.share_inputs(lm)
     return LanguageModel(lm, device, compute, pad, stop_ids)
 
 
@@ -477,6 +480,8 @@ def set_up_lora(model: LanguageModel, config: LoraConfig, seed: int) -> None:
 def add_lora(model: LanguageModel, config: LoraConfig, seed: int) -> None:
     """Wraps the model in a fresh LoRA adapter; everything else is frozen."""
     model.lm = adapters.add(model.lm, config, seed)
+    if model.compute_dtype != torch.float32:
+        lean.share_inputs(model.lm)
 
 
 @torch.no_grad()

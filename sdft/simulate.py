@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from sdft import lean
 from sdft.attention import attend
 from sdft.config import Config
 from sdft.models import DTYPES, LanguageModel, add_lora, disable_dropout, enable_gradient_checkpointing
@@ -186,6 +187,7 @@ def _model(lm_config: Any, config: Config, compute: torch.dtype, kind: str = "cu
             lm_config, dtype=DTYPES[config.model.weights_dtype], attn_implementation=ATTENTION
         )
         disable_dropout(lm)
+        lean.install(lm)
         model = LanguageModel(lm, torch.device("cpu"), compute, 0, (0,))
         if config.lora.rank:
             add_lora(model, config.lora, 0)
