@@ -283,9 +283,7 @@ def log_likelihoods(
     inputs = list(shared)
     total = torch.zeros(len(pairs), dtype=torch.float64)
     greedy = torch.ones(len(pairs), dtype=torch.bool)
-    training = model.lm.training
-    model.lm.eval()
-    try:
+    with model.evaluating():
         sizes = [len(context) + len(rest) for context, rest in inputs]
         for part in tqdm(micro_batches(sizes, batch_tokens, model.packed), "scoring", disable=None):
             group = [inputs[i] for i in part]
@@ -311,8 +309,6 @@ def log_likelihoods(
             total.index_add_(0, torch.tensor(owners), logprob)
             for i, same in zip(owners, top.tolist(), strict=True):
                 greedy[i] &= same
-    finally:
-        model.lm.train(training)
     return list(zip(total.tolist(), greedy.tolist(), strict=True))
 
 

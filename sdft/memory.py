@@ -13,9 +13,8 @@ from sdft import SdftError, first_line
 
 T = TypeVar("T")
 KERNELS = 64  # that oneDNN keeps; a step's distinct products at one time are fewer
-RETURNS = (
-    2  # of freed blocks in one forward pass, the last after its last block; what is given back must be faulted in again
-)
+# Of freed blocks in one forward pass, the last after its last block; what is given back must be faulted in again.
+RETURNS = 2
 # oneDNN's own cache, and the one of PyTorch's layer above it (ideep), whose every entry holds its product's too.
 CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 

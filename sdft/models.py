@@ -92,6 +92,16 @@ class LanguageModel:
         with torch.autocast(self.device.type, dtype=self.compute_dtype) if needed else contextlib.nullcontext():
             yield
 
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Within it, the model is in eval mode."""
+        training = self.lm.training
+        self.lm.eval()
+        try:
+            yield
+        finally:
+            self.lm.train(training)
+
     @property
     def weights_dtype(self) -> torch.dtype:
         return next(self.inner.parameters()).dtype
@@ -133,10 +143,8 @@ def check_head(model: LanguageModel) -> None:
 
     Models differ in what they do between hidden states and logits; four tokens tell whether `read_head` knows.
     """
-    training = model.lm.training
-    model.lm.eval()
-    got = model.head().logits(model.hidden(_few_ids(model))[0]).float()  # (4, V)
-    model.lm.train(training)
+    with model.evaluating():
+        got = model.head().logits(model.hidden(_few_ids(model))[0]).float()  # (4, V)
     if not _near(got, _few_logits(model)):
         raise SdftError(
             f"model {type(model.inner).__name__} does more between hidden states and logits than a linear head, "
@@ -149,12 +157,8 @@ def _few_ids(model: LanguageModel) -> Tensor:
 
 
 def _few_logits(model: LanguageModel) -> Tensor:
-    training = model.lm.training
-    model.lm.eval()
-    with model.autocast():
-        logits = model.inner(input_ids=_few_ids(model), use_cache=False).logits[0].float()  # (4, V)
-    model.lm.train(training)
-    return logits
+    with model.evaluating(), model.autocast():
+        return model.inner(input_ids=_few_ids(model), use_cache=False).logits[0].float()  # (4, V)
 
 
 def _near(got: Tensor, want: Tensor, bound: float = 0.05) -> bool:
@@ -444,16 +448,13 @@ def _probe_packing(model: LanguageModel) -> str:
     lengths = (5, 9, 3)
     rows = model.inner.get_input_embeddings().weight.shape[0]
     ids = [[(17 * i + 7 * n + 3) % rows for i in range(n)] for n in lengths]
-    training = model.lm.training
-    model.lm.eval()
+    row = torch.tensor([[i for x in ids for i in x]], device=model.device)  # (1, T)
     try:
-        row = torch.tensor([[i for x in ids for i in x]], device=model.device)  # (1, T)
-        packed = model.hidden(row, lengths)[0].float()  # (T, H)
-        alone = torch.cat([model.hidden(torch.tensor([x], device=model.device))[0] for x in ids]).float()  # (T, H)
+        with model.evaluating():
+            packed = model.hidden(row, lengths)[0].float()  # (T, H)
+            alone = torch.cat([model.hidden(torch.tensor([x], device=model.device))[0] for x in ids]).float()  # (T, H)
     except Exception as error:  # a model that does not know these arguments raises what its authors chose
         return first_line(error)
-    finally:
-        model.lm.train(training)
     # bf16 alone is good for about 1%; a sequence that sees its neighbour, or counts on from it, is off by tens.
     gap = ((packed - alone).norm() / alone.norm()).item()
     return "" if gap < 0.05 else f"its hidden states change by {gap:.0%}"

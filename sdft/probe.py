@@ -101,12 +101,12 @@ def _compare(
     def laid_out(side: LanguageModel) -> Batch:
         return lay_out(prompts, answers, side.pad_id, side.device, packed=side.packed)
 
-    with evaluating(model):
+    with model.evaluating():
         hidden = _rows(model, laid_out(model))  # (N, H)
         if isinstance(base, Teacher):
             base_hidden, base_head = base.hidden(laid_out(model))
         else:
-            with evaluating(base):
+            with base.evaluating():
                 base_hidden, base_head = _rows(base, laid_out(base)), base.head()
         there = _divergence("reverse_kl", hidden, model.head(), base_hidden, base_head)
         back = _divergence("forward_kl", hidden, model.head(), base_hidden, base_head)
@@ -170,14 +170,3 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
-
-
-@contextlib.contextmanager
-def evaluating(model: LanguageModel) -> Iterator[None]:
-    """Within it, the model is in eval mode."""
-    training = model.lm.training
-    model.lm.eval()
-    try:
-        yield
-    finally:
-        model.lm.train(training)

@@ -41,18 +41,13 @@ def generate(
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # like lengths together: less padding
     done: dict[int, Completion] = {}
-    training = model.lm.training
-    model.lm.eval()
-    try:
-        longest = max(map(len, prompts), default=0) + config.max_new_tokens
-        with torch.no_grad(), weights(), model.autocast(), decoder(model, longest) as start:
-            head = decoding_head(model)
-            for at in range(0, len(order), config.batch_size):
-                part = order[at : at + config.batch_size]
-                ids = _generate_batch(model, start, head, [prompts[i] for i in part], config)
-                done |= {i: _cut(row, model.stop_ids) for i, row in zip(part, ids, strict=True)}
-    finally:
-        model.lm.train(training)
+    longest = max(map(len, prompts), default=0) + config.max_new_tokens
+    with model.evaluating(), torch.no_grad(), weights(), model.autocast(), decoder(model, longest) as start:
+        head = decoding_head(model)
+        for at in range(0, len(order), config.batch_size):
+            part = order[at : at + config.batch_size]
+            ids = _generate_batch(model, start, head, [prompts[i] for i in part], config)
+            done |= {i: _cut(row, model.stop_ids) for i, row in zip(part, ids, strict=True)}
     return [done[i] for i in range(len(prompts))]
 
 

@@ -87,12 +87,8 @@ class Teacher:
     def hidden(self, batch: Batch) -> tuple[Tensor, Head]:
         """The teacher's hidden states (N, H) for the batch's completion rows, and its head; no gradient."""
         with self.weights():
-            training = self.model.lm.training
-            self.model.lm.eval()
-            try:
+            with self.model.evaluating():
                 hidden = batch.select(self.model.hidden(batch.input_ids, batch.lengths))
-            finally:
-                self.model.lm.train(training)
             head = self.model.head()
             # detach() keeps hold of the teacher's storage after the student's is back in the parameter.
             bias = None if head.bias is None else head.bias.detach()
