@@ -15,9 +15,11 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
+from sdft_kernels import linear_divergence, linear_topk_divergence
 from torch import Tensor, nn
 
 from sdft import SdftError
+from sdft.models import Head, LanguageModel, backbone, check_head, read_head
 
 TESTED = ("1.15", "1.16")  # minor versions of TRL; docs/integrations.md says how
 
@@ -31,10 +33,6 @@ except ImportError as error:
     raise ImportError(
         f"sdft.integrations.trl needs TRL {TESTED[0]} or later: pip install 'sdft[trl]' ({error})", name=error.name
     ) from error
-
-from sdft_kernels import linear_divergence, linear_topk_divergence
-
-from sdft.models import Head, LanguageModel, backbone, check_head, read_head
 
 __all__ = ["DistillationTrainer", "GKDTrainer", "SDFTTrainer", "SDPOTrainer"]
 
@@ -61,7 +59,7 @@ check_version(version("trl"))
 # Hidden states and heads to per-token losses.
 
 
-def inner(lm: nn.Module) -> Any:
+def inner(lm: Any) -> Any:
     """The causal LM without a peft wrapper around it; adapters inside stay."""
     return lm.get_base_model() if hasattr(lm, "get_base_model") else lm
 
@@ -151,8 +149,9 @@ class _Fused:
     """Refusals at construction, and a call inside the wrapper's forward."""
 
     accelerator: Any
-    model: Any
     args: Any
+    model: Any
+    processing_class: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         given = inspect.signature(super().__init__).bind(*args, **kwargs).arguments
@@ -165,12 +164,18 @@ class _Fused:
     def _refuse(self, given: dict[str, Any]) -> None:
         """Raises SdftError for arguments of the constructor that the class cannot serve, before a model loads."""
         if hasattr(given.get("processing_class"), "image_processor"):
-            raise SdftError(self._instead("processing_class is a processor of images, whose inputs it does not pass on"))
+            raise SdftError(
+                self._instead("processing_class is a processor of images, whose inputs it does not pass on")
+            )
 
     def _instead(self, what: str) -> str:
         return f"{type(self).__name__} of sdft.integrations.trl: {what}. For that, use TRL's own {type(self).__name__}"
 
     def _check_setting(self) -> None:
+        if hasattr(self.processing_class, "image_processor"):
+            raise SdftError(
+                self._instead("processing_class is a processor of images, whose inputs it does not pass on")
+            )
         for name, found in (
             ("DeepSpeed", getattr(self, "is_deepspeed_enabled", False)),
             ("FSDP", getattr(self, "is_fsdp_enabled", False)),
@@ -181,7 +186,8 @@ class _Fused:
 
     def _models(self) -> list[nn.Module]:
         teacher = getattr(self, "teacher_model", None)
-        return [self.model] if teacher is None else [self.model, self.accelerator.unwrap_model(teacher)]
+        teachers = [] if teacher is None or teacher is self.model else [self.accelerator.unwrap_model(teacher)]
+        return [self.model, *teachers]
 
     def _check_model(self, lm: Any) -> None:
         """Raises SdftError where hidden states and head are not all that the model's logits are made of."""
@@ -285,9 +291,7 @@ class _SelfDistillation(_Fused):
                 gap = logprobs.detach() - label_logprobs(teacher_x, teacher_head, labels, self.temperature)
                 values = gap * logprobs.detach()
         if args.distillation_mode == "full_logits":
-            loss, tokens = fused(
-                x, head, teacher_x, teacher_head, args.distillation_alpha, self.temperature, weights
-            )
+            loss, tokens = fused(x, head, teacher_x, teacher_head, args.distillation_alpha, self.temperature, weights)
             return loss, tokens.divergence
         if args.distillation_mode == "sampled_token":
             assert logprobs is not None
@@ -428,19 +432,20 @@ class DistillationTrainer(_Fused, trl.DistillationTrainer):
     """
 
     def _compute_loss(self, unwrapped_student: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> Any:
-        """Loss (), the student's entropy summed over tokens (), tokens (); TRL calls it inside the wrapper's forward."""
+        """Loss (), the student's entropy summed over tokens (), their number (). TRL calls it in the wrapper's forward.
+
+        In the precision that TRL gives it: 1.15 and 1.16 do not autocast here, whatever `bf16` says.
+        """
         mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)  # (B, T)
         ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
         seen = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
         teacher = self.accelerator.unwrap_model(self.teacher_model).eval()
-        with self.accelerator.autocast():
-            x = hidden_states(unwrapped_student, ids, seen, mask.shape[1])
-            with torch.no_grad():
-                teacher_x = hidden_states(teacher, ids, seen, mask.shape[1])
-            head, teacher_head = read_head(inner(unwrapped_student)), read_head(inner(teacher))
-            loss, tokens = fused(
-                x, head, teacher_x, teacher_head, self.beta, self.temperature, mask.flatten().float()
-            )
+        x = hidden_states(unwrapped_student, ids, seen, mask.shape[1])
+        with torch.no_grad():
+            teacher_x = hidden_states(teacher, ids, seen, mask.shape[1])
+        head, teacher_head = read_head(inner(unwrapped_student)), read_head(inner(teacher))
+        weights = mask.flatten().float()  # (N,)
+        loss, tokens = fused(x, head, teacher_x, teacher_head, self.beta, self.temperature, weights)
         count = mask.sum()
         loss = loss / (count.clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
         return loss, tokens.student_entropy.sum(), count
