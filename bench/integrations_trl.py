@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
@@ -59,7 +60,10 @@ def trainer(name: str, side: str, settings: dict[str, Any], folder: str) -> Any:
         common |= {"num_generations": 2}
     more = {"reward_funcs": lambda completions, **_: [0.0] * len(completions)} if name == "SDPO" else {}
     if name in ("GKD", "Distillation"):
-        more["teacher_model"] = AutoModelForCausalLM.from_pretrained(folder)
+        teacher = AutoModelForCausalLM.from_pretrained(folder)
+        for p in teacher.parameters():  # another model than the student
+            p.data.add_(torch.randn_like(p), alpha=0.02)
+        more["teacher_model"] = teacher
     return cls(
         model=folder,
         args=config(**common | settings),
@@ -99,7 +103,7 @@ def extra_bytes(row: str, side: str) -> tuple[int, float]:
     with tempfile.TemporaryDirectory() as folder:
         # SmolLM2's sizes; Qwen2 differs from its Llama by three biases a layer.
         random_qwen(
-            folder_path(folder), vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=2,
+            Path(folder), vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=2,
             num_attention_heads=9, num_key_value_heads=3,
         )  # fmt: skip
         made = trainer(name, side, settings, folder)
@@ -115,12 +119,6 @@ def extra_bytes(row: str, side: str) -> tuple[int, float]:
         found.append(loss.item())
 
     return Cpu().extra_bytes(run) or 0, found[0]
-
-
-def folder_path(folder: str) -> Any:
-    from pathlib import Path
-
-    return Path(folder)
 
 
 def main() -> None:

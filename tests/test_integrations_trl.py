@@ -1,6 +1,7 @@
 """TRL's own trainers beside ours, on the CPU: losses, gradients, weights after steps, and what is refused."""
 
 import importlib.util
+import os
 import random
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-if importlib.util.find_spec("trl") is None:
+if importlib.util.find_spec("trl") is None and not os.environ.get("CI"):  # CI must have it
     pytest.skip("NOT COMPARED WITH TRL, which is missing here: pip install 'sdft[trl]'", allow_module_level=True)
 
 import datasets
@@ -64,7 +65,8 @@ class Maker:
             rows["privileged_context"] = [word.upper() for word in WORDS]
             common |= {"max_completion_length": 6, "num_generations": 2}
         else:
-            extra["teacher_model"] = transformers.AutoModelForCausalLM.from_pretrained(self.folder("qwen3"))
+            teacher = transformers.AutoModelForCausalLM.from_pretrained(self.folder("qwen3"))
+            extra = {"teacher_model": teacher} | extra
         if name == "SDPO":
             extra["reward_funcs"] = reward
         if name == "GKD":
@@ -98,6 +100,8 @@ def batch(trainer: Any) -> dict[str, Any]:
     trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
     torch.manual_seed(0)
     made = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    if "completion_mask" in made:
+        made["completion_mask"][0, 3:] = 0  # answers of two lengths, so that a mean of means is no mean
     for p in trainer.model.parameters():
         if p.requires_grad:
             p.data.add_(torch.randn_like(p), alpha=0.03)
@@ -228,7 +232,6 @@ def test_sdpo_policy_of_sequences(make: Maker) -> None:
 def test_gkd(make: Maker, beta: float, items: int | None) -> None:
     trainer = make("GKD", beta=beta, temperature=0.7)
     inputs = batch(trainer)
-    trainer._metrics["train"]["nothing"] = [0.0]  # it logs nothing of its own
     found = losses(trainer, inputs, False, None if items is None else torch.tensor(items))
     (loss, grads, _), (want, wanted, _) = found["ours"], found["theirs"]
     torch.testing.assert_close(loss, want, rtol=1e-4, atol=1e-6)
@@ -253,6 +256,27 @@ def test_gkd_evaluation(make: Maker) -> None:
 def test_distillation(make: Maker, beta: float, temperature: float) -> None:
     trainer = make("Distillation", beta=beta, temperature=temperature)
     check_same(trainer, batch(trainer))
+
+
+@pytest.mark.parametrize("name", ["GKD", "Distillation"])
+def test_a_teacher_of_another_width(make: Maker, name: str) -> None:
+    config = transformers.AutoConfig.from_pretrained(make.folder("llama"), hidden_size=16)
+    torch.manual_seed(1)
+    trainer = make(name, extra={"teacher_model": transformers.AutoModelForCausalLM.from_config(config)})
+    assert trainer.teacher_model.get_output_embeddings().weight.shape[1] == 16
+    inputs = batch(trainer)
+    found = losses(trainer, inputs)
+    torch.testing.assert_close(found["ours"][0], found["theirs"][0], rtol=1e-4, atol=1e-6)
+
+
+def test_tokens_of_tools(make: Maker) -> None:
+    """What a tool wrote is no answer of the student's."""
+    trainer = make("Distillation")
+    inputs = batch(trainer)
+    plain = check_same(trainer, inputs)
+    inputs["tool_mask"] = torch.ones_like(inputs["completion_mask"])
+    inputs["tool_mask"][1, 1:3] = 0
+    assert (check_same(trainer, inputs) - plain).abs() > 1e-3
 
 
 @pytest.mark.parametrize("kind", ["gemma3", "granite", "phi", "gpt2", "llama-tied"])
@@ -404,11 +428,13 @@ def test_images_are_refused(make: Maker) -> None:
 # The import.
 
 
-def test_without_trl_the_import_says_what_to_install() -> None:
-    code = "import sys; sys.modules['trl'] = None; import sdft.integrations.trl"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 1
-    assert "ImportError: sdft.integrations.trl needs TRL 1.15 or later: pip install 'sdft[trl]'" in done.stderr
+@pytest.mark.parametrize("missing", ["trl", "tomli_w"])
+def test_without_the_extra_the_import_says_what_to_install(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [n for n in sys.modules if n in ("sdft.integrations.trl", "sdft.models", "sdft.config")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(ImportError, match=r"needs TRL 1\.15 or later: pip install 'sdft\[trl\]' \(.*" + missing):
+        importlib.import_module("sdft.integrations.trl")
 
 
 def test_versions() -> None:
@@ -446,7 +472,7 @@ make = Maker({folders!r}.get, Path({str(tmp_path)!r}, "out"))
 for name in THEIRS:
     ends = []
     for side in (trl, ours):
-        trainer = make(name, side, ddp_backend="gloo")
+        trainer = make(name, side, ddp_backend="gloo", max_steps=2)
         before = weights(trainer)
         random.seed(0)
         trainer.train()
@@ -457,9 +483,9 @@ for name in THEIRS:
     other = [torch.empty_like(ends[1]) for _ in range(2)]
     torch.distributed.all_gather(other, ends[1])
     assert torch.equal(*other)
-    print("same", name)
+Path({str(tmp_path)!r}, f"same-{{torch.distributed.get_rank()}}").touch()  # what two processes print may interleave
 """)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stdout.count("same ") == 8
+    assert len(list(tmp_path.glob("same-*"))) == 2

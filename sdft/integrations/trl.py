@@ -19,7 +19,6 @@ from sdft_kernels import linear_divergence, linear_topk_divergence
 from torch import Tensor, nn
 
 from sdft import SdftError
-from sdft.models import Head, LanguageModel, backbone, check_head, read_head
 
 TESTED = ("1.15", "1.16")  # minor versions of TRL; docs/integrations.md says how
 
@@ -29,6 +28,8 @@ try:
     from trl.experimental.sdft import SDFTTrainer as TrlSDFT
     from trl.experimental.sdpo import SDPOTrainer as TrlSDPO
     from trl.models.utils import _ForwardRedirection
+
+    from sdft.models import Head, LanguageModel, backbone, check_head, read_head  # it needs what the extra brings
 except ImportError as error:
     raise ImportError(
         f"sdft.integrations.trl needs TRL {TESTED[0]} or later: pip install 'sdft[trl]' ({error})", name=error.name
@@ -163,10 +164,6 @@ class _Fused:
 
     def _refuse(self, given: dict[str, Any]) -> None:
         """Raises SdftError for arguments of the constructor that the class cannot serve, before a model loads."""
-        if hasattr(given.get("processing_class"), "image_processor"):
-            raise SdftError(
-                self._instead("processing_class is a processor of images, whose inputs it does not pass on")
-            )
 
     def _instead(self, what: str) -> str:
         return f"{type(self).__name__} of sdft.integrations.trl: {what}. For that, use TRL's own {type(self).__name__}"
