@@ -10,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-harness bench bench-step bench-gpu bench-step-gpu test-gpu wheels lint clean
+.PHONY: demo test test-harness test-trl bench bench-step bench-gpu bench-step-gpu test-gpu wheels lint clean
 
 $(VENV)/installed: pyproject.toml constraints.txt Makefile
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'sdft needs Python 3.11 or later; run: make PYTHON=python3.11 ...')"
@@ -31,6 +31,11 @@ test-harness: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[train,dev,lm-eval]"
 	$(BIN)/python -m pytest tests/test_harness.py
 
+# sdft.integrations.trl beside another version of TRL than constraints.txt names: make test-trl TRL=1.15.0
+test-trl: $(VENV)/installed
+	site=$$(mktemp -d) && $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $$site \
+		trl==$(TRL) && PYTHONPATH=$$site:$$PYTHONPATH $(BIN)/python -m pytest tests/test_integrations_trl.py $(ARGS)
+
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -38,8 +43,6 @@ lint: $(VENV)/installed
 
 $(VENV)/peers: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt liger-kernel
-	# --no-deps: what the parts of TRL that are measured import is here already.
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt trl
 	touch $@
 
 bench: $(VENV)/peers

@@ -42,8 +42,9 @@ def test_wheel_has_our_two_packages_and_nothing_else(wheel: Path) -> None:
     assert {t for t in top if not t.endswith(".dist-info")} == {"sdft", "sdft_kernels"}
     assert {"sdft/py.typed", "sdft_kernels/py.typed"} <= set(names)
     modules = {p.relative_to(ROOT / "kernels").as_posix() for p in (ROOT / "kernels").rglob("*.py")}
+    modules |= {p.relative_to(ROOT).as_posix() for p in (ROOT / "sdft").rglob("*.py")}
     assert modules <= set(names), "a folder that pyproject's list of packages lacks"
-    assert "sdft_kernels/compat/liger.py" in modules
+    assert {"sdft_kernels/compat/liger.py", "sdft/integrations/trl.py"} <= modules
 
 
 def test_base_dependencies_are_torch_and_triton() -> None:
