@@ -1,7 +1,7 @@
 """Self-distillation (SDFT) in a loop of Accelerate's, with gradient accumulation and any number of processes.
 
     python examples/train_accelerate.py [--model NAME] [--steps 40]
-    accelerate launch --num_processes 2 examples/train_accelerate.py
+    torchrun --nproc-per-node 2 examples/train_accelerate.py    # without a GPU: ACCELERATE_USE_CPU=true torchrun ...
 
 Answers differ in length, so a mean of the micro-batches' means would weigh a token by its neighbours. The tokens of the
 whole step are counted first, over all processes; every backward is then of its part of the one mean.

@@ -1,7 +1,7 @@
 """Self-distillation (SDFT) in Hugging Face's Trainer: a subclass with two methods.
 
     python examples/train_hf.py [--model NAME] [--steps 40]
-    torchrun --nproc-per-node 2 examples/train_hf.py
+    torchrun --nproc-per-node 2 examples/train_hf.py    # without a GPU: ACCELERATE_USE_CPU=true torchrun ...
 
 `get_batch_samples` fetches the micro-batches of an optimizer step. There the student answers their prompts, so that the
 answers' tokens are counted, over micro-batches and processes, before the first backward. The loss that is logged and
