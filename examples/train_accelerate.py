@@ -1,0 +1,59 @@
+"""Self-distillation (SDFT) in a loop of Accelerate's, with gradient accumulation and any number of processes.
+
+    python examples/train_accelerate.py [--model NAME] [--steps 40]
+    torchrun --nproc-per-node 2 examples/train_accelerate.py    # without a GPU: ACCELERATE_USE_CPU=true torchrun ...
+
+Answers differ in length, so a mean of the micro-batches' means would weigh a token by its neighbours. The tokens of the
+whole step are counted first, over all processes; every backward is then of its part of the one mean.
+"""
+
+import copy
+import itertools
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import GradientAccumulationPlugin, set_seed
+from common import RECORDS, answer, load, parse
+from sdft_kernels import linear_divergence
+from torch.utils.data import DataLoader
+
+ACCUMULATE = 2
+
+
+def main() -> None:
+    args = parse(__doc__, steps=40)
+    # Not at the end of the data either: the records of a step are fetched before its first backward.
+    plugin = GradientAccumulationPlugin(num_steps=ACCUMULATE, sync_with_dataloader=False)
+    accelerator = Accelerator(gradient_accumulation_plugin=plugin)
+    tokenizer, student = load(args.model)
+    teacher = copy.deepcopy(student).eval().requires_grad_(False).to(accelerator.device)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, weight_decay=0.0)
+    loader = DataLoader(RECORDS, batch_size=1, shuffle=True, collate_fn=list)
+    model, optimizer, loader = accelerator.prepare(student, optimizer, loader)
+    set_seed(0, device_specific=True)  # the processes sample different answers
+    records = itertools.chain.from_iterable(itertools.repeat(loader))
+    for step in range(args.steps):
+        batches = [answer(student, tokenizer, next(records), args.max_new_tokens) for _ in range(ACCUMULATE)]
+        tokens = accelerator.reduce(sum(b["rows"].sum() for b in batches))
+        divergence = torch.zeros((), device=accelerator.device)
+        for batch in batches:
+            with accelerator.accumulate(model):
+                # Through the prepared model's forward, because DDP acts on that; of its logits one row is computed.
+                out = model(batch["input_ids"], output_hidden_states=True, logits_to_keep=1, use_cache=False)
+                with torch.no_grad():
+                    seen = teacher.base_model(batch["teacher_ids"]).last_hidden_state
+                x, teacher_x = out.hidden_states[-1][batch["rows"]], seen[batch["teacher_rows"]]  # (N, H)
+                head, teacher_head = (m.get_output_embeddings().weight for m in (student, teacher))  # (V, H)
+                total = linear_divergence(x, head, teacher_x, teacher_head, divergence="reverse_kl", reduction="sum")
+                # Accelerate divides by the micro-batches, and averages over the processes: both are taken back.
+                accelerator.backward(total * accelerator.num_processes * ACCUMULATE / tokens)
+                optimizer.step()
+                optimizer.zero_grad()
+            divergence += total.detach()
+        loss = accelerator.reduce(divergence) / tokens
+        if step % 5 == 0 or step == args.steps - 1:
+            accelerator.print(f"step {step} loss {loss.item():.6f}")
+
+
+if __name__ == "__main__":
+    main()
