@@ -37,10 +37,13 @@ def install(lm: nn.Module) -> None:
 
 
 def share_inputs(lm: nn.Module) -> None:
-    """Keeps peft from casting inputs to the fp32 of LoRA's factors, where autocast casts them back: a copy a layer."""
+    """Keeps peft from casting inputs to the fp32 of LoRA's factors, where autocast casts them back: a copy a layer.
+
+    DoRA is left alone: it takes the norms of its weights in the dtype of its input.
+    """
     module: Any
     for module in lm.modules():
-        if hasattr(module, "cast_input_dtype_enabled"):
+        if hasattr(module, "cast_input_dtype_enabled") and not module.lora_variant:
             module.cast_input_dtype_enabled = False
 
 
