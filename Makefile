@@ -6,11 +6,12 @@
 PYTHON ?= python3
 WHEELS ?= .whl
 WHEELS_PYTHON ?= 3.12
+DIST ?= dist
 VENV := .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-harness test-trl bench bench-step bench-gpu bench-step-gpu test-gpu wheels lint clean
+.PHONY: demo test test-harness test-trl bench bench-step bench-gpu bench-step-gpu test-gpu wheel wheels lint clean
 
 $(VENV)/installed: pyproject.toml constraints.txt Makefile
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'sdft needs Python 3.11 or later; run: make PYTHON=python3.11 ...')"
@@ -68,6 +69,16 @@ bench-step-gpu:
 test-gpu:
 	@$(ON_GPU) -m pytest -p no:cacheprovider -m gpu tests/test_gpu.py tests/test_compat_liger.py $(ARGS)
 
+# The wheel of the commit that is checked out, the same bytes whoever builds it, where and when: from what git holds and
+# not from this folder, with the commit's time, plain file modes, and the setuptools of constraints.txt. (pip before 25.3
+# hands that on by the first of the two variables, later by the second.)
+wheel:
+	@set -e; source=$$(mktemp -d); trap 'rm -rf "$$source"' EXIT; umask 022; \
+	git archive HEAD | tar -x -C "$$source"; \
+	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) PIP_CONSTRAINT="$$source/constraints.txt" \
+	PIP_BUILD_CONSTRAINT="$$source/constraints.txt" $(PYTHON) -m pip wheel --quiet --disable-pip-version-check --no-deps -w $(DIST) "$$source"; \
+	$(PYTHON) -m pip hash $(DIST)/sdft-*.whl
+
 # The peers of bench-gpu, and of their needs and ours what a machine with transformers may lack.
 wheels:
 	$(PYTHON) -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: -c constraints.txt \
@@ -76,4 +87,4 @@ wheels:
 	du -sh $(WHEELS)
 
 clean:
-	rm -rf $(VENV) runs build *.egg-info
+	rm -rf $(VENV) runs build dist *.egg-info

@@ -4,12 +4,16 @@ import os
 import re
 import subprocess
 import sys
+import time
 import venv
 import zipfile
 from importlib.metadata import requires
 from pathlib import Path
 
 import pytest
+import sdft_kernels
+
+import sdft
 
 ROOT = Path(__file__).parents[1]
 
@@ -45,6 +49,37 @@ def test_wheel_has_our_two_packages_and_nothing_else(wheel: Path) -> None:
     modules |= {p.relative_to(ROOT).as_posix() for p in (ROOT / "sdft").rglob("*.py")}
     assert modules <= set(names), "a folder that pyproject's list of packages lacks"
     assert {"sdft_kernels/compat/liger.py", "sdft/integrations/trl.py"} <= modules
+
+
+def test_one_version(wheel: Path) -> None:
+    assert wheel.name.split("-")[1] == sdft_kernels.__version__ == sdft.__version__
+
+
+@pytest.mark.slow
+def test_two_builds_of_a_commit_are_the_same_bytes(tmp_path: Path) -> None:
+    """`make wheel` in two clones, whose files differ in time and mode, and one of which has left-overs."""
+    epoch = int(run("git", "log", "-1", "--format=%ct", cwd=ROOT))
+    wheels = []
+    for name, umask, zone, age in (("a", 0o022, "UTC", 0), ("another", 0o077, "Asia/Tokyo", 400_000_000)):
+        clone = tmp_path / name
+        run("git", "clone", "--quiet", ROOT, clone, umask=umask)
+        for path in clone.rglob("*.py"):
+            os.utime(path, (epoch - age, epoch - age))
+        if age:
+            left = clone / "build" / "lib" / "sdft" / "gone.py"
+            left.parent.mkdir(parents=True)
+            left.write_text("")
+        environment = os.environ | {"TZ": zone}
+        run("make", "wheel", f"PYTHON={sys.executable}", "DIST=out", cwd=clone, env=environment, umask=umask)
+        wheels += list(clone.glob("out/*.whl"))
+    one, other = wheels
+    assert one.read_bytes() == other.read_bytes()
+    pinned = re.search(r"^setuptools==(.*)$", (ROOT / "constraints.txt").read_text(), re.M)
+    assert pinned is not None
+    with zipfile.ZipFile(one) as archive:
+        assert {entry.date_time for entry in archive.infolist()} == {time.gmtime(epoch - epoch % 2)[:6]}
+        about = next(name for name in archive.namelist() if name.endswith(".dist-info/WHEEL"))
+        assert f"Generator: setuptools ({pinned[1]})" in archive.read(about).decode()
 
 
 def test_base_dependencies_are_torch_and_triton() -> None:

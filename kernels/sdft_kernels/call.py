@@ -4,11 +4,12 @@ N tokens, V vocabulary, H hidden size; _s the student's, _t the teacher's.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .checks import Options, TokenStats
+from .checks import Options, TokenStats, is_sharded
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,20 @@ class Result:
     def grads(self) -> list[Tensor]:
         """Those that there are."""
         return [grad for grad in (self.dx, self.dw, self.dbias) if grad is not None]
+
+
+def unsharded(tensor: Any) -> Any:
+    """A DTensor (a parameter under FSDP2) whole, as a plain tensor; anything else as it is.
+
+    The gradient goes back averaged over the ranks of its mesh, as FSDP2 and DDP give it, and sharded again. Where the
+    ranks computed the same (tensor parallelism) the average is that same gradient. `full_tensor()` alone would keep
+    of each rank's own gradient that rank's rows.
+    """
+    if not is_sharded(tensor):
+        return tensor
+    from torch.distributed.tensor import Partial
+
+    return tensor.full_tensor(grad_placements=[Partial("avg")] * tensor.device_mesh.ndim)
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:

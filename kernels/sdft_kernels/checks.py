@@ -167,10 +167,30 @@ def make_options(
     )
 
 
-def check_matrix(field: str, value: object, like: tuple[str, Tensor] | None = None) -> None:
-    """Raise ValueError unless value is a 2-D floating tensor on the same device as `like`."""
+def is_sharded(value: object) -> bool:
+    """Whether value is a DTensor. Its module takes a second to import, of which a caller without one has no use."""
+    if value is None or type(value) in (Tensor, torch.nn.Parameter) or not torch.distributed.is_available():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(value, DTensor)
+
+
+def check_plain(field: str, value: object) -> Tensor:
+    """Return value; raise ValueError unless it is a tensor that lies whole on this rank."""
     if not isinstance(value, Tensor):
         raise ValueError(f"{field} is a {type(value).__name__}: give a tensor")
+    if is_sharded(value):
+        raise ValueError(
+            f"{field} is a DTensor, but the loss is of rows that lie whole on this rank: pass {field}.full_tensor(), "
+            f"or {field}.to_local() where it is sharded by rows"
+        )
+    return value
+
+
+def check_matrix(field: str, value: object, like: tuple[str, Tensor] | None = None) -> None:
+    """Raise ValueError unless value is a 2-D floating tensor on the same device as `like`."""
+    value = check_plain(field, value)
     if value.ndim != 2:
         raise ValueError(f"{field} has shape {tuple(value.shape)}: it must be 2-D; flatten batch and time first")
     if value.dtype not in FLOATS:
@@ -193,8 +213,7 @@ def check_vector(field: str, value: Tensor | None, length: int, like: tuple[str,
     """Raise ValueError unless value is None or a 1-D tensor of that length on the same device as `like`."""
     if value is None:
         return
-    if not isinstance(value, Tensor):
-        raise ValueError(f"{field} is a {type(value).__name__}: give a tensor")
+    value = check_plain(field, value)
     if value.shape != (length,):
         raise ValueError(f"{field} has shape {tuple(value.shape)}: it must be ({length},), one entry per row")
     if value.device != like[1].device:

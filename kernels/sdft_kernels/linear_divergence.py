@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .call import Grads, Inputs, Result, autocast_dtype, compute_dtype, dx_dtype
+from .call import Grads, Inputs, Result, autocast_dtype, compute_dtype, dx_dtype, unsharded
 from .checks import (
     DivergenceName,
     Impl,
@@ -154,7 +154,8 @@ def linear_divergence(
 
     Args:
         x: (N, H_s) student hidden states, fp32, bf16, fp16 or fp64. Flatten batch and time first.
-        w: (V_s, H_s) student head.
+        w: (V_s, H_s) student head. This, teacher_w and the biases may be DTensors (FSDP2): they are gathered
+            here, and the gradient goes back averaged over the ranks and sharded.
         teacher_x: (N, H_t) teacher hidden states; row n predicts the same token as row n of x.
         teacher_w: (V_t, H_t) teacher head. It may be w.detach().
         divergence: "reverse_kl" KL(p‖q), "forward_kl" KL(q‖p), or "jsd": β·KL(q‖m) + (1−β)·KL(p‖m) with
@@ -189,6 +190,7 @@ def linear_divergence(
         ValueError: an argument is out of its range or does not fit the others; the message names it.
         RuntimeError: an explicit impl cannot run here; or a double backward.
     """
+    w, bias, teacher_w, teacher_bias = (unsharded(t) for t in (w, bias, teacher_w, teacher_bias))
     _check_tensors(x, w, teacher_x, teacher_w, bias, teacher_bias)
     check_tokens(token_weights, labels, x.shape[0], ("x", x))
     dtype = compute_dtype(x, w, teacher_x, teacher_w)

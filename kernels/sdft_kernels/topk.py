@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from .call import Grads, autocast_dtype, compute_dtype, dx_dtype
+from .call import Grads, autocast_dtype, compute_dtype, dx_dtype, unsharded
 from .checks import (
     FLOATS,
     DivergenceName,
@@ -23,6 +23,7 @@ from .checks import (
     check_choice,
     check_head,
     check_matrix,
+    check_plain,
     check_teacher,
     check_tokens,
     check_vector,
@@ -333,7 +334,7 @@ def linear_topk_divergence(
 
     Args:
         x: (N, H) student hidden states, fp32, bf16, fp16 or fp64. Flatten batch and time first.
-        w: (V, H) student head.
+        w: (V, H) student head; it and the bias may be DTensors, as in `linear_divergence`.
         teacher_ids: (N, k) int64 or int32. Entries outside 0..vocab_size−1 (−1 by convention), and those whose
             log-probability is −inf, are not there: their mass is the tail's. Of an id given twice in a row the
             first entry counts. Values are never refused, because looking at them would make the host wait.
@@ -360,6 +361,7 @@ def linear_topk_divergence(
         ValueError: an argument is out of its range or does not fit the others; the message names it.
         RuntimeError: a double backward.
     """
+    w, bias = unsharded(w), unsharded(bias)
     check_matrix("x", x)
     check_matrix("w", w, ("x", x))
     check_head("w", w, "x", x)
@@ -450,8 +452,7 @@ def _check_topk(ids: object, logprobs: object, here: tuple[str, Tensor]) -> None
     """Validate the teacher's two (N, k) tensors; their values are not read."""
     name, x = here
     for field, value in (("teacher_ids", ids), ("teacher_logprobs", logprobs)):
-        if not isinstance(value, Tensor):
-            raise ValueError(f"{field} is a {type(value).__name__}: give a tensor")
+        value = check_plain(field, value)
         if value.ndim != 2 or value.shape[0] != x.shape[0] or value.shape[1] == 0:
             raise ValueError(
                 f"{field} has shape {tuple(value.shape)}: it must be ({x.shape[0]}, k) with k of at least 1, "

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..call import Grads, Inputs, Result, autocast_dtype, compute_dtype, dx_dtype, new_grads
+from ..call import Grads, Inputs, Result, autocast_dtype, compute_dtype, dx_dtype, new_grads, unsharded
 from ..checks import make_options
 from ..chunks import DEFAULT_CHUNK_BYTES, blocks, live_rows, power_of_two_below, put, take
 from ..operands import FP16_SHIFT, Head, bf16_products, has_bf16_products, has_narrow_products, mm32
@@ -143,8 +143,10 @@ def linear_cross_entropy(
     """Mean of −log p(labels[n]) over the rows whose label is not ignore_index, p = softmax(x Wᵀ + b); 0 if none.
 
     (), fp32 (fp64 if x or w is fp64). Gradients flow to those of x, w and bias that require them. The caller
-    has checked the shapes; a label outside the vocabulary is refused by the gather.
+    has checked the shapes; a label outside the vocabulary is refused by the gather. w and bias may be DTensors, as
+    in `linear_divergence`.
     """
+    w, bias = unsharded(w), unsharded(bias)
     needs = (v is not None and v.requires_grad and torch.is_grad_enabled() for v in (x, w, bias))
     autocast = autocast_dtype(x.device, compute_dtype(x, w))
     return _op(x, w, bias, labels, None, ignore_index, *needs, autocast)[0]

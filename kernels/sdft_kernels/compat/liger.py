@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..call import compute_dtype
-from ..checks import check_beta, check_choice, check_head, check_matrix, check_positive, check_vector
+from ..call import compute_dtype, unsharded
+from ..checks import check_beta, check_choice, check_head, check_matrix, check_plain, check_positive, check_vector
 from ..linear_divergence import linear_divergence
 from .cross_entropy import linear_cross_entropy
 from .log_space import log_space_jsd, log_space_kl
@@ -99,6 +99,7 @@ class LigerFusedLinearJSDLoss(nn.Module):
         student_input (..., H_s), student_weight (V_s, H_s), teacher_input (..., H_t), teacher_weight (V_t, H_t),
         true_labels (...) int64, student_bias (V_s,), teacher_bias (V_t,).
         """
+        student_weight, student_bias = unsharded(student_weight), unsharded(student_bias)
         _check_student(student_input, student_weight, student_bias)
         labels = _flat_labels("true_labels", true_labels, student_input)
         soft_wanted = self.weight_soft_loss != 0 or self.weight_hard_loss == 0
@@ -165,6 +166,7 @@ class LigerFusedLinearJSD(nn.Module):
     ) -> Tensor:
         """Loss (). student_input (..., H_s), student_weight (V_s, H_s), teacher_input (..., H_t), teacher_weight
         (V_t, H_t), shift_labels (...) int64 or None: already shifted, row n's own token."""
+        student_weight = unsharded(student_weight)
         _check_student(student_input, student_weight, None)
         labels = None if shift_labels is None else _flat_labels("shift_labels", shift_labels, student_input)
         return _fused(
@@ -245,6 +247,9 @@ def _fused(
 ) -> Tensor:  # fmt: skip
     """Mean divergence over the rows not ignored; the student's tensors are checked."""
     here = ("student_input", student_input)
+    teacher_weight, teacher_bias = (
+        unsharded(None if t is None else t.detach()) for t in (teacher_weight, teacher_bias)
+    )
     _check_hidden("teacher_input", teacher_input, here)
     check_matrix("teacher_weight", teacher_weight, here)
     if teacher_input.shape[:-1] != student_input.shape[:-1]:
@@ -301,8 +306,7 @@ def _check_pair(field: str, student: Tensor, other: str, teacher: Tensor) -> Non
 
 def _flat_labels(field: str, labels: Tensor, student: Tensor) -> Tensor:
     """(N,) labels of student's rows."""
-    if not isinstance(labels, Tensor):
-        raise ValueError(f"{field} is a {type(labels).__name__}: give a tensor")
+    check_plain(field, labels)
     rows = student.shape[:-1]
     if labels.shape not in (rows, (rows.numel(),)):
         raise ValueError(f"{field} has shape {tuple(labels.shape)}: it must be {tuple(rows)}, one label per row")
