@@ -15,8 +15,9 @@ like Llama's.
 """
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from sdft import SdftError
 from sdft.config import Config
@@ -35,6 +36,17 @@ class Flops:
     @property
     def total(self) -> int:
         return self.rollout + self.teacher + self.student + self.backward
+
+
+def logged(lm_config: Any, count: Callable[[ModelShape], int]) -> dict[str, int]:
+    """{"flops": count(shape)} for the metrics; nothing for a model whose operations are not counted.
+
+    lm_config: a Hugging Face config.
+    """
+    try:
+        return {"flops": count(ModelShape.from_config(lm_config))}
+    except SdftError:
+        return {}
 
 
 def step_flops(shape: ModelShape, config: Config, work: Work) -> Flops:

@@ -573,23 +573,25 @@ def _cost(f: Found) -> Iterator[Block]:
     rows = []
     for row in f.rows:
         if row.complete:
-            totals: dict[str, list[float]] = {"tokens": [], "steps": [], "train": [], "evaluate": []}
+            totals: dict[str, list[float]] = {"tokens": [], "flops": [], "steps": [], "train": [], "evaluate": []}
             for cell in [cell for cell, _ in row.cells if cell.seed in row.complete]:
                 stages = row.complete[cell.seed]
                 lines = [x for n in range(len(stages)) for run in _metrics(f.study, cell, n) for x in run]
                 spent = sum(sum(x.get("seconds", {}).values()) for x in lines)
                 totals["tokens"].append(sum(st["tokens"] for st in stages))
+                totals["flops"].append(sum(st.get("flops", math.nan) for st in stages) / 1e12)
                 totals["steps"].append(spent if lines else math.nan)
                 for key in ("train", "evaluate"):
                     totals[key].append(sum(st["seconds"][key] for st in stages))
             numbers = ["–" if math.isnan(mean(v)) else f"{mean(v):,.0f}" for v in totals.values()]
             rows.append([row.method.name, f"{row.rate:g}", str(len(row.complete)), *numbers])
-    head = ["method", "learning rate", "seeds", "answer tokens", "seconds in steps"]
+    head = ["method", "learning rate", "seeds", "answer tokens", "TFLOP", "seconds in steps"]
     yield Table([*head, "seconds of training", "seconds of evaluating"], rows)
     yield Text(
         "Of one seed through all stages, mean over the seeds. Answer tokens: sampled, or of the demonstrations trained "
-        "on. Training includes loading, evaluations on the way and saving; of a stage that was interrupted it counts "
-        "since it went on, while the seconds in steps count all of them."
+        "on. TFLOP: 1e12 operations of the training, the model's own (docs/measures.md). Training includes loading, "
+        "evaluations on the way and saving; of a stage that was interrupted it counts since it went on, while the "
+        "seconds in steps count all of them."
     )
 
 

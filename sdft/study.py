@@ -369,7 +369,7 @@ def run_stage(study: Study, cell: Cell, number: int) -> None:
         if not Path(start).exists():
             raise SdftError(f"{start} is missing; delete {Path(start).parents[1] / 'result.json'} to train it again")
     configs = stage_configs(study, cell, number, start)
-    tokens = 0
+    tokens = operations = 0
     for config in configs:
         output = Path(config.train.output)
         if not (output / "model").exists():
@@ -378,7 +378,9 @@ def run_stage(study: Study, cell: Cell, number: int) -> None:
                 files.remove(output, folder)  # nothing of it can be gone on from
             train(override(config, {"train.resume": begun}))
             gc.collect()
-        tokens += sum(line.get("tokens", 0) for line in read_metrics(output))
+        lines = read_metrics(output)
+        tokens += sum(line.get("tokens", 0) for line in lines)
+        operations += sum(line.get("flops", 0) for line in lines)
     trained = time.perf_counter()
     tokenizer, model = _load(configs[-1], str(_model_of(study, cell, number)))
     accuracy = evaluate_on_all(study, configs[-1], tokenizer, model, folder / "answers")
@@ -397,6 +399,7 @@ def run_stage(study: Study, cell: Cell, number: int) -> None:
             "accuracy": accuracy,
             "drift": drift,
             "tokens": tokens,
+            **({"flops": operations} if operations else {}),
             "seconds": {"train": trained - began, "evaluate": time.perf_counter() - trained},
         },
     )

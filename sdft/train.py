@@ -13,12 +13,13 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sdft import SdftError, card, checkpoint, evaluate, files, memory, models, offline, optim, plan
+from sdft import SdftError, card, checkpoint, costs, evaluate, files, flops, memory, models, offline, optim, plan
 from sdft.batch import lay_out, micro_batches, sequence_weights
 from sdft.config import Config, describe, get, load_config, to_toml, validate
 from sdft.data import Dataset, Example, TokenizedExample, batch_indices, load_records, tokenize
@@ -193,7 +194,12 @@ def train_step(run: Run, step: int, output: Path) -> dict[str, Any]:
     if not finite:
         on_nonfinite(run, step, examples, completions, loss.item(), norm.item(), output)
 
-    tokens = sum(len(c.ids) for c in completions)
+    work = costs.Work(
+        tuple(len(e.prompt) for e in examples),
+        tuple(len(e.teacher_prompt) for e in examples) if run.teacher else (),
+        tuple(len(c.ids) for c in completions),
+    )
+    tokens = sum(work.answers)
     seconds = run.phases.seconds()
     return {
         "loss": loss.item(),
@@ -208,6 +214,7 @@ def train_step(run: Run, step: int, output: Path) -> dict[str, Any]:
         "real_tokens": scored.real / max(1, scored.computed),
         "tokens": tokens,
         "tokens_per_second": tokens / (time.perf_counter() - began),
+        **flops.logged(run.model.inner.config, lambda shape: flops.step_flops(shape, config, work).total),
         "seconds": seconds,
         "peak_memory": peak_memory(run.model.device),
     }
@@ -505,11 +512,14 @@ def answer_offline(run: Run, output: Path) -> dict[str, Any]:
     run.offline = found.digest
     answers = [ids for samples in found.answers for ids in samples]
     tokens = sum(map(len, answers))
+    asked = [len(e.teacher_prompt) for e in run.data.examples for _ in e.samples]
+    count = partial(flops.answer_flops, prompts=asked, answers=list(map(len, answers)))
     return {
         "offline_answers": len(answers),
         "answer_tokens": tokens / len(answers),
         "truncated": sum(ids[-1] not in run.model.stop_ids for ids in answers) / len(answers),
         "tokens": tokens,
+        **flops.logged(run.model.inner.config, count),
         "seconds": {"rollout": found.seconds},
     }
 

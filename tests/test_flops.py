@@ -1,12 +1,13 @@
 """Closed forms against PyTorch's own count of the products that run."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from sdft import SdftError, flops
+from sdft import SdftError, flops, train
 from sdft.config import Config, LoraConfig, RolloutConfig, TeacherConfig, override
 from sdft.costs import ModelShape, Work
 from sdft.models import add_lora, backbone
@@ -109,6 +110,21 @@ def test_a_step_is_the_sum_of_its_parts(load_tiny: Any) -> None:
     assert other(lora__rank=4).teacher == got.teacher + adapters
     assert other(lora__rank=4, teacher__kind="base").teacher == got.teacher  # switched off
     assert other(lora__rank=4).rollout == got.rollout  # merged
+
+
+@pytest.mark.parametrize("method", ["sdft", "sft"])
+def test_a_step_says_what_it_took(method: str, make_run: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    run = make_run(**{"loss.method": method})
+    seen: list[Any] = []
+    own = train.lay_out
+    monkeypatch.setattr(train, "lay_out", lambda *a: seen.append(a) or own(*a))
+    line = train.train_step(run, 0, tmp_path)
+    sides = [(tuple(map(len, prompts)), tuple(map(len, answers))) for prompts, answers, *_ in seen]
+    (prompts, answers), shown = sides[0], [p for p, _ in sides[1:]]
+    work = Work(prompts, shown[0] if shown else (), answers)
+    assert bool(shown) == (method == "sdft")
+    shape = ModelShape.from_config(run.model.inner.config)
+    assert line["flops"] == flops.step_flops(shape, run.config, work).total
 
 
 def test_six_times_the_weights(load_tiny: Any) -> None:

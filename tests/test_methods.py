@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from sdft import SdftError, config, plan, train
+from sdft import SdftError, config, flops, plan, train
 from sdft.batch import lay_out
 from sdft.checkpoint import latest
+from sdft.costs import ModelShape
 from sdft.metrics import read_metrics
 from sdft.rollout import generate
 
@@ -103,6 +104,9 @@ def test_steps_train_on_what_was_sampled_before_them(settings: dict[str, Any], m
     line = train.answer_offline(run, tmp_path / "run")
     rows = sampled(tmp_path / "run")[1:]
     assert line["offline_answers"] == 24 == sum(len(row["ids"]) for row in rows)
+    shape = ModelShape.from_config(run.model.inner.config)
+    asked = [len(e.teacher_prompt) for e in run.data.examples for _ in e.samples]
+    assert line["flops"] == flops.answer_flops(shape, asked, [len(ids) for e in run.data.examples for ids in e.samples])
     assert [e.samples for e in run.data.examples] == [tuple(row["ids"]) for row in rows]
     examples, completions = train.answers(run, list(run.data.examples[:3]), 0)
     assert [c.ids for c in completions] == [ids for row in rows[:3] for ids in row["ids"]]

@@ -74,7 +74,7 @@ def test_every_stage_is_evaluated_on_everything(
     for _, stages in got:
         assert [s["task"] for s in stages] == ["colours", "sizes"]
         assert all(set(s["accuracy"]) == {"colours-test", "sizes-test", "known"} for s in stages)
-        assert all(s["tokens"] > 0 and s["seconds"]["train"] > 0 for s in stages)
+        assert all(s["tokens"] > 0 and s["flops"] > 0 and s["seconds"]["train"] > 0 for s in stages)
     assert [c.loss.method for c in trained] == ["sdft", "sdft", "sft", "sft"]
     assert "stage 4 of 4, about 0 min left" in out
     assert "| before | | |" in out

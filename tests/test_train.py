@@ -22,7 +22,7 @@ from sdft.train import NonFiniteError, accumulate_gradients, answers, train_step
 FIELDS = {
     "step", "loss", "grad_norm", "lr", "teacher_tracked", "token_loss", "student_entropy", "teacher_entropy",
     "student_logprob", "teacher_logprob", "top1_agree", "loss_by_position", "answer_tokens", "truncated", "real_tokens",
-    "tokens", "tokens_per_second", "seconds", "peak_memory",
+    "tokens", "tokens_per_second", "flops", "seconds", "peak_memory",
 }  # fmt: skip
 SDFT_ONLY = {
     "teacher_tracked",
