@@ -78,7 +78,7 @@ class _Norm(torch.autograd.Function):
         normed, grad = x.float() * scale, grad.float()
         both = grad * normed
         dw = both.flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None  # (H,)
-        along = (both @ weight.float())[..., None] / x.shape[-1]  # (..., 1)
+        along = both.mul_(weight).mean(-1, keepdim=True)  # (..., 1)
         dx = torch.addcmul(grad * weight, normed, along, value=-1).mul_(scale)
         return dx.to(x.dtype), dw, None, None
 
