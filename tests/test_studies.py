@@ -48,6 +48,7 @@ def test_the_papers_experiments_are_there() -> None:
     tasks = {f.stem: [t.name for t in study.load_study(f, with_data=False).tasks] for f in FILES}
     assert tasks == {
         "cpu": ["facts", "style"],
+        "cpu-why": ["style"],
         "paper-knowledge": ["knowledge"],
         "paper-medical": ["medical"],
         "paper-science": ["science"],
