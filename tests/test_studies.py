@@ -135,13 +135,14 @@ def test_memory_and_operations_are_predicted(file: Path, monkeypatch: Any) -> No
     machine = plan.this_machine(override(found.config, {"model.device": "cuda"}), 141 * plan.GIB)
     planned = study.plan_study(found, machine, prompt=500, records=1000)
     assert sum(one.runs for one in planned) == sum(len(cell.method.phases) for cell, _ in stages(found))
-    weights = ModelShape.from_config(config).parameters * (4 if file.stem == "cpu" else 2)
+    weights = ModelShape.from_config(config).parameters * (4 if file.stem.startswith("cpu") else 2)
     for one in planned:
         assert 4 * weights < one.peak < machine.memory  # weights, gradients, two moments; all fits on an H200
     peaks = {one.name.split(",")[0]: one.peak for one in planned}
     flops = {one.name.split(",")[0]: one.flops / one.steps for one in planned}
-    assert peaks["sdft"] > peaks["sft"]
-    assert flops["sdft"] > flops["sft"]
+    if file.stem != "cpu-why":  # is SDFT alone
+        assert peaks["sdft"] > peaks["sft"]
+        assert flops["sdft"] > flops["sft"]
 
 
 def test_plan_of_a_study_without_its_data(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
