@@ -303,23 +303,19 @@ class Costs:
 
     @property
     def block_casts(self) -> int:
-        """Cast copies of one block's matrices."""
-        factors = sum(self.rank * sum(self.shape.linears[n]) for n in self.adapted) if self.c < FP32 else 0
-        base = self.shape.block if self.autocast and self.config.model.quantize == "none" else 0
-        return self.c * (base + factors)
+        """Cast copies that autocast keeps of one block's adapters; of matrices, lean.linear keeps none."""
+        return self.c * sum(self.rank * sum(self.shape.linears[n]) for n in self.adapted) if self.c < FP32 else 0
 
     @property
     def cached_casts(self) -> int:
-        """Of all blocks, the copies that autocast keeps to its end: those of weights that train."""
-        if self.rank:
-            return self.c * (self.adapters - self.whole) if self.c < FP32 else 0
-        return self.shape.layers * self.block_casts
+        """Of all blocks, the copies that autocast keeps to its end."""
+        return self.c * (self.adapters - self.whole) if self.rank and self.c < FP32 else 0
 
     @property
     def one_cast(self) -> int:
-        """The largest copy of a frozen matrix, made for one product and dropped."""
-        frozen = self.rank and (self.autocast or self.config.model.quantize == "4bit")
-        return self.c * max(o * i for o, i in self.shape.linears.values()) if frozen else 0
+        """The largest copy of a matrix, made for one product and dropped."""
+        cast = self.autocast or self.config.model.quantize == "4bit"
+        return self.c * max(o * i for o, i in self.shape.linears.values()) if cast else 0
 
     @property
     def stem_tokens(self) -> int:
@@ -337,8 +333,6 @@ class Costs:
         if self.rank:  # nothing before the first adapters trains: their inputs get no gradient, so need no weights
             unused = tokens * self._norm(s.hidden, 1, self.w)
             first = ("q_proj", "k_proj", "v_proj")
-            if self.autocast and self.config.model.quantize == "none":
-                casts -= self.c * sum(math.prod(s.linears[name]) for name in first)
             if self.c < FP32:
                 casts -= self.c * self.rank * s.hidden * sum(name in self.adapted for name in first)
         return tokens * (self.stem_tokens + s.layers * self.block_tokens) - unused, casts
@@ -372,11 +366,14 @@ class Costs:
     def backward(self, tokens: int) -> int:
         """Most that the backward pass holds beyond what the forward left, gradients of weights apart."""
         s = self.shape
-        # Gradients of the MLP's product and of both factors, of the block's output and of its sum. The final norm's
-        # tensors are gone by then.
-        inner = self.c + FP32 if self.adapted else 3 * self.c
-        extra = tokens * (inner * s.inner + 2 * s.hidden * self.w - self.final_norm)
-        if self.config.model.quantize == "4bit":  # matrices in full, one at a time, as in the forward
+        # Gradients of the MLP's product and of both factors; or, of few tokens, of the product and of down_proj's
+        # weight before it is cast back, beside its copy. Then those of the block's output and of its sum. The final
+        # norm's tensors are gone by then.
+        inner = tokens * s.inner * (self.c + FP32 if self.adapted else 3 * self.c)
+        if self.autocast and not self.rank:
+            inner = max(inner, tokens * s.inner * self.c + 2 * self.one_cast)
+        extra = inner + tokens * (2 * s.hidden * self.w - self.final_norm)
+        if self.rank:  # matrices in the compute dtype, or unpacked, one at a time
             extra += self.one_cast
         if self.checkpointing or self.config.model.activation_offload:
             # Made again, but for its input; an adapted down_proj has let go of its own by then.
@@ -416,7 +413,7 @@ class Costs:
         """What glibc's heap holds, in the update, of what the backward pass has freed since memory.return_freed."""
         if self.machine.kind != "cpu":
             return {}
-        return {"transient": sum(self.saved(one.student)) // RETURNS}
+        return {"transient": sum(self.saved(one.student)) // RETURNS[1]}
 
     # Sampling.
 
@@ -485,17 +482,19 @@ class Costs:
         # First the head's gradient, cast to its dtype. One that is not tied is added to what is there, and gone.
         cast = head if self.item < FP32 else 0
         handed = saved | {"gradients": before + self.head_gradient + cast, "transient": self.rows(one)}
-        waits = head * (self.shape.tied or not again)
+        # An fp32 embedding adds its rows to what its parameter holds (lean.scatter_gradient). One of less makes V x H
+        # at the last, for which a tied head's gradient has waited, as autograd adds up before it stores.
+        scatters = self.item == FP32
+        waits = head * (not again or (self.shape.tied and not scatters))
         start = saved | {"gradients": before + waits, "transient": self.backward(one.student) + self.rows(one)}
         if self.rank:
             return [handed, start]
-        # At the last, the embedding's gradient; a tied head's has waited for it, as autograd adds up before it stores.
-        # What an earlier micro-batch left is there besides.
         embedding = self.w * self.shape.head
-        late = embedding * (again + self.shape.tied)
+        late = 0 if scatters else embedding * (again + self.shape.tied)
+        there = scatters and (self.shape.tied or again)  # before the last
         end = {"gradients": self.gradients + late, "transient": one.student * self.shape.hidden * self.w}
         block = {  # the first block's backward: all gradients but its own and the embedding's
-            "gradients": self.gradients + late - embedding - self.w * self.shape.block,
+            "gradients": self.gradients + late - embedding * (not there) - self.w * self.shape.block,
             "activations": (activations + casts) // self.shape.layers,
             "transient": self.backward(one.student),
         }
@@ -557,7 +556,7 @@ class SimulatedCosts(Costs):
         return [{"gradients": self.gradients, "activations": max(0, most - self.gradients)}]
 
     def unreturned(self, one: Pass) -> dict[str, int]:
-        return {"transient": self.peak("student", one.student) // RETURNS} if self.machine.kind == "cpu" else {}
+        return {"transient": self.peak("student", one.student) // RETURNS[1]} if self.machine.kind == "cpu" else {}
 
     def rollout(self, prompts: int, prompt: int, new: int) -> dict[str, int]:
         parts = super().rollout(prompts, prompt, new)

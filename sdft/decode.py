@@ -207,19 +207,21 @@ def decoding_weights(model: LanguageModel) -> Iterator[None]:
     """Within it, the model's linear layers hold their weights as decoding wants them."""
     # The embedding's dtype is that of the residual stream, and the head has a way of its own (rollout.decoding_head).
     kept = (model.inner.get_input_embeddings().weight, model.head().weight)
-    changed: list[nn.Module] = []
+    changed: list[tuple[nn.Module, Any]] = []  # and what it ran before, where that was its own (lean.install)
     within: set[nn.Module] = set()  # parts of merged layers, which come after them and are never asked
     try:
         for m in model.inner.modules():
             weight = None if m in within else decoding_weight(m, model.weights_dtype)
             if weight is not None and all(weight is not w for w in kept):
+                changed.append((m, m.__dict__.get("forward")))
                 m.forward = linear(weight, getattr(m, "bias", None), model)
-                changed.append(m)
                 within.update(m.modules())
         yield
     finally:
-        for m in changed:
+        for m, before in changed:
             del m.__dict__["forward"]
+            if before is not None:
+                m.forward = before
 
 
 def decoding_weight(module: nn.Module, dtype: torch.dtype) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""Norms and MLPs of Llama-like blocks that keep less for the backward pass than transformers' own.
+"""Norms, MLPs and linear layers of Llama-like blocks that keep less for the backward pass than transformers' own.
 
 What they compute is the same to rounding. Of what a block of SmolLM2 keeps for each token in full fine-tuning, 34 KB of
 transformers', they keep 23 (docs/memory.md):
@@ -6,9 +6,13 @@ transformers', they keep 23 (docs/memory.md):
 - a norm keeps its input, which the residual stream has anyway, and one statistic a token; not the normalised values too
 - its output has the dtype that products want: autocast would cast it once for every layer that reads it
 - the MLP keeps its gate and not the same after its activation
+- a linear layer keeps its weight and not the copy of it that autocast multiplies by, which is made again for the
+  gradient: one layer's copy at a time, in memory that is still warm
 - LoRA layers that share an input share what is kept of it
 
-Legend: B rows, T tokens, H hidden size, I size of the MLP.
+An embedding of any model adds its gradient to the rows that were looked up and makes none of the whole vocabulary.
+
+Legend: B rows, T tokens, H hidden size, I size of the MLP, V vocabulary.
 """
 
 from functools import partial
@@ -25,6 +29,7 @@ BLOCKS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen
 def install(lm: nn.Module) -> None:
     """Puts the functions of this module in the place of the blocks' own; other models stay as they are."""
     block: Any
+    module: Any
     for block in lm.modules():
         if type(block).__name__ not in BLOCKS:
             continue
@@ -32,6 +37,9 @@ def install(lm: nn.Module) -> None:
         of_heads = [getattr(block.self_attn, name) for name in names if hasattr(block.self_attn, name)]
         for module in (block.input_layernorm, block.post_attention_layernorm, *of_heads):
             module.forward = partial(norm, module)
+        for module in block.modules():
+            if type(module) is nn.Linear:
+                module.forward = partial(linear, module)  # type: ignore[method-assign]
         if type(block.mlp.act_fn).__name__ in ("SiLU", "SiLUActivation"):
             block.mlp.forward = partial(mlp, block.mlp)
 
@@ -47,11 +55,60 @@ def share_inputs(lm: nn.Module) -> None:
             module.cast_input_dtype_enabled = False
 
 
+def scatter_gradient(embedding: Any) -> None:
+    """Makes an embedding add its gradient to the parameter's, row by row, when it comes.
+
+    PyTorch's is (V, H) and zero but for the rows that were looked up; with a tied head it comes last, beside the
+    head's, which has waited for it: the peak of a small model's backward pass. Weights of less than fp32 are left
+    alone: a row that is looked up often would be rounded each time.
+    """
+    if scatters(embedding):
+        embedding.forward = partial(look_up, embedding)
+
+
+def scatters(embedding: Any) -> bool:
+    """Whether scatter_gradient changes this embedding."""
+    if type(embedding) is not nn.Embedding or embedding.max_norm is not None or embedding.scale_grad_by_freq:
+        return False
+    return embedding.weight.requires_grad and embedding.weight.dtype == torch.float32
+
+
+def look_up(module: Any, ids: Tensor) -> Tensor:
+    """Rows (B, T, H) of an embedding (V, H); a backward() adds to weight.grad behind autograd's back."""
+    weight: nn.Parameter = module.weight
+    x = nn.functional.embedding(ids, weight.detach())
+    if torch.is_grad_enabled():
+
+        def scatter(grad: Tensor) -> None:
+            if weight.grad is None:
+                weight.grad = torch.zeros_like(weight)
+            if module.padding_idx is not None:  # whose row PyTorch does not train either
+                grad = grad.masked_fill((ids == module.padding_idx)[..., None], 0)
+            weight.grad.index_put_((ids,), grad.to(weight.dtype), accumulate=True)  # in the same order every time
+
+        x.requires_grad_().register_hook(scatter)
+    return x
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """Autocast's dtype, where there is one, else that of x."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def linear(module: Any, x: Tensor) -> Tensor:
+    """x W^T + b, (..., H) -> (..., I), in autocast's dtype where there is one."""
+    dtype, weight, bias = autocast_dtype(x), module.weight, module.bias
+    if weight.dtype == dtype:
+        return nn.functional.linear(x, weight, bias)
+    if not torch.is_grad_enabled():
+        return nn.functional.linear(x.to(dtype), weight.to(dtype), bias)
+    return _Linear.apply(x.to(dtype), weight, bias)
+
+
 def norm(module: Any, x: Tensor) -> Tensor:
     """RMSNorm (..., H) in fp32; the result in autocast's dtype, where there is one, else in that of x."""
-    kind = x.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    return _Norm.apply(x, module.weight, module.variance_epsilon, dtype)
+    return _Norm.apply(x, module.weight, module.variance_epsilon, autocast_dtype(x))
 
 
 def mlp(module: Any, x: Tensor) -> Tensor:
@@ -59,6 +116,26 @@ def mlp(module: Any, x: Tensor) -> Tensor:
     if not torch.is_grad_enabled():  # the gate is gone before its product with the other factor is there
         return module.down_proj(nn.functional.silu(module.gate_proj(x)) * module.up_proj(x))
     return module.down_proj(_Gated.apply(module.gate_proj(x), module.up_proj(x)))
+
+
+class _Linear(torch.autograd.Function):
+    """x W^T + b in the dtype of x, whatever W's."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        rows = grad.flatten(0, -2)  # (T, I)
+        dx = grad @ weight.to(grad.dtype) if needs_x else None
+        dw = (rows.T @ x.flatten(0, -2)).to(weight.dtype) if needs_weight else None
+        return dx, dw, rows.sum(0).to(ctx.bias_dtype) if needs_bias else None
 
 
 class _Norm(torch.autograd.Function):

@@ -4,6 +4,7 @@ import ctypes
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -13,8 +14,9 @@ from sdft import SdftError, first_line
 
 T = TypeVar("T")
 KERNELS = 64  # that oneDNN keeps; a step's distinct products at one time are fewer
-# Of freed blocks in one forward pass, the last after its last block; what is given back must be faulted in again.
-RETURNS = 2
+# Of freed blocks in a forward pass, the last after its last block, and in its backward pass, the first before it; what
+# is given back must be faulted in again.
+RETURNS = (2, 6)
 # oneDNN's own cache, and the one of PyTorch's layer above it (ideep), whose every entry holds its product's too.
 CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 
@@ -37,7 +39,7 @@ def return_freed(device: torch.device) -> None:
 
 
 def return_freed_within(lm: nn.Module, device: torch.device) -> None:
-    """return_freed RETURNS times in every forward pass that keeps activations, and in its backward pass.
+    """return_freed a few times (RETURNS) in every forward pass that keeps activations, and in its backward pass.
 
     Tensors that a block frees lie between those it keeps, and glibc's heap grows around the holes: 8% of the peak of
     SmolLM2's full fine-tuning, 10% with LoRA.
@@ -47,17 +49,19 @@ def return_freed_within(lm: nn.Module, device: torch.device) -> None:
     def give_back(*_: Any) -> None:
         return_freed(device)
 
-    def after(block: nn.Module, args: Any, output: Any) -> None:
+    def after(forward: bool, backward: bool, block: nn.Module, args: Any, output: Any) -> None:
         hidden: Tensor = output[0] if isinstance(output, tuple) else output  # (B, T, H)
         if hidden.requires_grad:
-            give_back()
-            hidden.register_hook(give_back)
+            if forward:
+                give_back()
+            if backward:
+                hidden.register_hook(give_back)
 
     blocks = [m for m in lm.modules() if isinstance(m, GradientCheckpointingLayer)] if device.type == "cpu" else []
-    chosen = {len(blocks) * i // RETURNS for i in range(1, RETURNS + 1)}
+    forward, backward = ({len(blocks) * i // n for i in range(1, n + 1)} for n in RETURNS)
     for i, block in enumerate(blocks, start=1):
-        if i in chosen:
-            block.register_forward_hook(after)
+        if i in forward | backward:
+            block.register_forward_hook(partial(after, i in forward, i in backward))
 
 
 def ran_out(error: BaseException) -> bool:

@@ -102,9 +102,11 @@ def simulate(
     with FakeTensorMode(allow_non_fake_inputs=False):
         _fill(model.lm)
         existing = [*model.lm.parameters(), *model.lm.buffers()]
-        _accumulate_in_place(model.trainable().values())
+        sums = _accumulate_in_place(model.trainable().values())
         with LiveBytes(existing) as live:
             for _ in range(micro_batches):
+                for parameter in sums:
+                    parameter.grad = None
                 peaks = _micro_batch(model, live, student, teacher, rows, packed)
     return peaks
 
@@ -146,7 +148,8 @@ def _micro_batch(
     head = model.inner.get_output_embeddings().weight
     # Autograd keeps a tied head's gradient until the embedding's comes, and adds it in place. Under a dispatch mode it
     # would add out of place: the gradient is kept here instead.
-    tied = head is model.inner.get_input_embeddings().weight
+    embedding = model.inner.get_input_embeddings()
+    tied = head is embedding.weight and not lean.scatters(embedding)
     loss, dw = _FusedLoss.apply(x, head, tied)
     in_loss = live.take_peak()
     if tied:
@@ -160,20 +163,21 @@ def _micro_batch(
     return Peaks(infer, saved, most, in_loss, live.take_peak(), live.now)
 
 
-def _accumulate_in_place(parameters: Iterable[nn.Parameter]) -> None:
-    """Gradients of a later micro-batch are dropped when they come, as if added to the earlier ones in place.
+def _accumulate_in_place(parameters: Iterable[nn.Parameter]) -> dict[nn.Parameter, Tensor]:
+    """Gradients that autograd stores, the sums of all micro-batches; those of a later one are dropped when they come.
 
-    That is what autograd does with plain tensors; fake ones it would add out of place.
+    That is as if added in place, what autograd does with plain tensors; fake ones it would add out of place, so no
+    parameter may hold a sum when a micro-batch begins.
     """
     sums: dict[nn.Parameter, Tensor] = {}
 
     def keep(parameter: nn.Parameter) -> None:
         assert parameter.grad is not None
-        sums.setdefault(parameter, parameter.grad)
-        parameter.grad = None
+        parameter.grad = sums.setdefault(parameter, parameter.grad)
 
     for parameter in parameters:
         parameter.register_post_accumulate_grad_hook(keep)
+    return sums
 
 
 def _model(lm_config: Any, config: Config, compute: torch.dtype, kind: str = "cuda") -> LanguageModel:
@@ -191,6 +195,7 @@ def _model(lm_config: Any, config: Config, compute: torch.dtype, kind: str = "cu
         model = LanguageModel(lm, torch.device("cpu"), compute, 0, (0,))
         if config.lora.rank:
             add_lora(model, config.lora, 0)
+        lean.scatter_gradient(lm.get_input_embeddings())
     if config.model.gradient_checkpointing:
         enable_gradient_checkpointing(model)
     model.lm.train()

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from sdft import SdftError, card, checkpoint, costs, evaluate, files, flops, memory, models, offline, optim, plan
+from sdft import SdftError, card, checkpoint, costs, evaluate, files, flops, lean, memory, models, offline, optim, plan
 from sdft.batch import lay_out, micro_batches, sequence_weights
 from sdft.config import Config, describe, get, load_config, to_toml, validate
 from sdft.data import Dataset, Example, TokenizedExample, batch_indices, load_records, tokenize
@@ -444,6 +444,7 @@ def set_up(config: Config, output: Path) -> Run:
     models.set_up_lora(model, config.lora, config.train.seed)
     if config.model.gradient_checkpointing:
         models.enable_gradient_checkpointing(model)
+    lean.scatter_gradient(model.inner.get_input_embeddings())
     memory.return_freed_within(model.lm, model.device)
     model.lm.train()
     other = other_weights(config, model) if config.teacher.model else None

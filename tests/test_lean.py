@@ -1,4 +1,4 @@
-"""Norms and MLPs that keep less for the backward pass: values and gradients as transformers' own, fewer bytes."""
+"""Norms, MLPs and linear layers that keep less for the backward pass: values as transformers' own, fewer bytes."""
 
 import copy
 from typing import Any
@@ -10,6 +10,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from sdft import lean
+from sdft.simulate import LiveBytes
 
 KINDS = ("llama", "mistral", "qwen2", "qwen3")
 MODES = {  # weights, autocast
@@ -70,7 +71,7 @@ def test_less_is_kept(kind: str, mode: str, share: float) -> None:
     assert kept(ours, autocast) < share * kept(own, autocast)
 
 
-def kept(model: nn.Module, autocast: torch.dtype | None) -> int:
+def kept(model: nn.Module, autocast: torch.dtype | None, tokens: int = 400) -> int:
     """Bytes that a forward pass leaves for its backward, weights apart."""
     storages: dict[int, Tensor] = {}  # the tensors themselves, so that no storage is used again
 
@@ -78,7 +79,7 @@ def kept(model: nn.Module, autocast: torch.dtype | None) -> int:
         storages.setdefault(tensor.untyped_storage().data_ptr(), tensor)
         return tensor
 
-    ids = torch.zeros(1, 400, dtype=torch.int64)  # many tokens, so that cast copies of weights count little
+    ids = torch.zeros(1, tokens, dtype=torch.int64)  # of many, cast copies of weights count little
     with saved_tensors_hooks(pack, lambda t: t):
         with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
             hidden = model(input_ids=ids, use_cache=False).last_hidden_state
@@ -86,6 +87,79 @@ def kept(model: nn.Module, autocast: torch.dtype | None) -> int:
         total = sum(t.untyped_storage().nbytes() for at, t in storages.items() if at not in own)
     assert hidden.requires_grad
     return total
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_copy_of_a_weight_is_kept(kind: str) -> None:
+    """Of few tokens the cast copies of the weights are nearly all that transformers' blocks keep under autocast."""
+    own = tiny(kind)
+    ours = copy.deepcopy(own)
+    lean.install(ours)
+    matrices = sum(m.weight.numel() for m in own.modules() if type(m) is nn.Linear)
+    tokens = 8
+    assert kept(own, torch.bfloat16, tokens) > 2 * matrices
+    assert kept(own, torch.bfloat16, tokens) - kept(ours, torch.bfloat16, tokens) > 2 * matrices
+
+
+def test_a_linear_layer_makes_only_the_gradients_that_are_asked_for() -> None:
+    block: Any = tiny("qwen2").layers[0]  # type: ignore[index]
+    lean.install(nn.ModuleList([block]))
+    layer = block.self_attn.q_proj  # with a bias
+    layer.weight.requires_grad_(False)
+    x = torch.randn(2, 9, 48, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(x).float().sum().backward()
+        assert layer.weight.grad is None
+        torch.testing.assert_close(layer.bias.grad, torch.full_like(layer.bias, 18))
+        torch.testing.assert_close(x.grad[0, 0], layer.weight.sum(0), rtol=0.02, atol=0.02)  # type: ignore[index]
+        layer.weight.requires_grad_(True)
+        layer(x.detach()).float().sum().backward()
+    torch.testing.assert_close(layer.weight.grad[0], x.detach().sum((0, 1)), rtol=0.02, atol=0.05)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("padding", [None, 2])
+def test_an_embedding_adds_its_gradient_where_the_parameter_holds_it(tied: bool, padding: int | None) -> None:
+    torch.manual_seed(0)
+    own = nn.Embedding(50, 8, padding_idx=padding)
+    head = nn.Linear(8, 50, bias=False)
+    if tied:
+        head.weight = own.weight
+    found = []
+    for change in (lambda e: None, lean.scatter_gradient):
+        embedding, out = copy.deepcopy((own, head))
+        change(embedding)
+        for step in range(2):  # two micro-batches
+            ids = torch.randint(0, 6, (2, 20), generator=torch.Generator().manual_seed(step))  # each often
+            out(embedding(ids).tanh()).square().mean().backward()
+        found.append([embedding.weight.grad, out.weight.grad])
+        assert embedding.weight.grad[:6].abs().min() > 0 or padding is not None
+        with torch.no_grad():
+            assert not embedding(ids).requires_grad
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("scatter", [True, False])
+def test_an_embeddings_gradient_is_not_of_the_whole_vocabulary(scatter: bool) -> None:
+    embedding = nn.Embedding(1000, 64)
+    if scatter:
+        lean.scatter_gradient(embedding)
+    loss = nn.functional.linear(embedding(torch.arange(5)).tanh(), embedding.weight).square().mean()
+    with LiveBytes([embedding.weight]) as live:
+        loss.backward()
+    whole = 4 * embedding.weight.numel()
+    assert whole < live.peak < 1.6 * whole if scatter else live.peak > 2 * whole  # the head's alone, or both
+
+
+@pytest.mark.parametrize("changes", [{"dtype": torch.bfloat16}, {"max_norm": 1.0}, {"scale_grad_by_freq": True}])
+def test_embeddings_that_are_left_alone(changes: dict[str, Any]) -> None:
+    embedding = nn.Embedding(10, 4, **changes)
+    lean.scatter_gradient(embedding)
+    assert "forward" not in embedding.__dict__
+    frozen = nn.Embedding(10, 4).requires_grad_(False)
+    lean.scatter_gradient(frozen)
+    assert "forward" not in frozen.__dict__
 
 
 @pytest.mark.parametrize("mode", MODES)

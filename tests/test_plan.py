@@ -343,7 +343,8 @@ def test_advice_leads_to_a_run_that_fits() -> None:
     # No token budget makes room for weights, gradients, moments and teacher: five times the weights.
     short = plan.advice(shape, c, w, Machine("cuda", plain.phases["update"]["weights"] * 4, 0))
     assert not short[0].startswith("train.micro_batch_tokens")
-    assert short[-1].startswith("together these fit: rollout.batch_size = 7, optim.name = ")
+    first = ("rollout.batch_size = 7", "model.gradient_checkpointing = true", 'optim.name = "adamw_8bit"')
+    assert short[-1].startswith("together these fit: " + ", ".join(first))
     settings = dict(part.split(" = ") for part in short[-1].removeprefix("together these fit: ").split(", "))
     changed = override(c, {key: json.loads(value) for key, value in settings.items()})
     assert plan.predict(shape, changed, w, Machine("cuda", plain.phases["update"]["weights"] * 4, 0)).fits
