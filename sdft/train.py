@@ -166,7 +166,6 @@ def train_step(run: Run, step: int, output: Path) -> dict[str, Any]:
             lambda: halve_rollout(run),
             lambda: memory_advice(config),
         )
-        memory.return_freed(run.model.device)
     scored = memory.within(
         run.model.device,
         f"step {step + 1}, gradients",
