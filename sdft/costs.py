@@ -17,7 +17,6 @@ from sdft_kernels.chunks import CACHE_BYTES, DEFAULT_CHUNK_BYTES, power_of_two_b
 from sdft_kernels.torch_impl import TILE_BYTES
 
 from sdft import SdftError
-from sdft.attention import WIDEN_UP_TO
 from sdft.batch import micro_batches
 from sdft.config import Config
 from sdft.loss import CE_ROWS
@@ -175,21 +174,17 @@ class Machine:
 class Costs:
     """The closed forms: bytes of one model under one config.
 
-    longest: tokens of the longest sequence. w, c: bytes of a weight and of an operand of the matrix products; where c
+    w, c: bytes of a weight and of an operand of the matrix products; where c
     is less, autocast casts the weights.
     """
 
-    def __init__(
-        self, shape: ModelShape, config: Config, machine: Machine, packed: bool, longest: int = WIDEN_UP_TO + 1
-    ) -> None:
+    def __init__(self, shape: ModelShape, config: Config, machine: Machine, packed: bool) -> None:
         self.shape, self.config, self.machine, self.packed = shape, config, machine, packed
         self.w = BF16 if config.model.weights_dtype == "bfloat16" else FP32
         wanted = config.model.compute_dtype
         bf16 = wanted == "bfloat16" or self.w == BF16 or (wanted == "auto" and machine.bf16)
         self.c = BF16 if bf16 else FP32
         self.autocast = self.c < self.w  # of the weights; fp32 factors beside bf16 weights are cast as well
-        widened = packed and machine.kind == "cpu" and longest <= WIDEN_UP_TO  # attention.attend
-        self.attended = FP32 if widened else self.c  # bytes of an entry of what attention keeps
         self.rank = config.lora.rank
         self.checkpointing = config.model.gradient_checkpointing
         names = shape.linears
@@ -296,8 +291,8 @@ class Costs:
             kept += self._norm(s.queries, s.heads, c) + self._norm(s.keys, s.kv_heads, c)
         # Attention keeps q, k, v, its output and the log-sum-exps; packed, it runs a sequence at a time and the
         # outputs are then laid end to end, once more.
-        kept += self.attended * (2 * s.queries + 2 * s.keys) + FP32 * s.heads
-        kept += self._input(s.queries * self.packed, "o_proj")  # widened, they are narrowed again: a copy as well
+        kept += c * (2 * s.queries + 2 * s.keys) + FP32 * s.heads
+        kept += self._input(s.queries * self.packed, "o_proj")
         # The MLP keeps the gate, what it is multiplied with and their product.
         return kept + 2 * s.inner * c + self._input(s.inner, "down_proj")
 
@@ -576,8 +571,7 @@ def costs_of(shape: ModelShape, config: Config, work: Work, machine: Machine) ->
         and {*config.lora.targets, *config.lora.modules_to_save} <= {*names}
     )
     if known and plain:
-        longest = max(p + a - 1 for p, a in zip(work.prompts, work.answers, strict=True))
-        return Costs(shape, config, machine, packed, longest)
+        return Costs(shape, config, machine, packed)
     return SimulatedCosts(shape, config, machine, packed, work)
 
 

@@ -121,7 +121,7 @@ def test_saved_activations_are_exact(
     lm, shape, c, compute = set_up(family, dtypes, rank, checkpointing)
     peaks = simulate(lm, c, compute, LENGTHS, (), ROWS, packed, kind)
     tokens = sum(LENGTHS) if packed else len(LENGTHS) * max(LENGTHS)
-    mine = Costs(shape, c, Machine(kind, GIB, 0), packed, max(LENGTHS))
+    mine = Costs(shape, c, Machine(kind, GIB, 0), packed)
     # Padded sequences share their cosines, sines and positions; the plan counts them for each.
     shared = 0 if packed else (len(LENGTHS) - 1) * max(LENGTHS) * (2 * shape.head_dim * mine.w + 8)
     around = 16 * tokens + 8 * ROWS  # ids and row numbers, which only some of the cases keep
