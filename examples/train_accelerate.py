@@ -53,6 +53,8 @@ def main() -> None:
         loss = accelerator.reduce(divergence) / tokens
         if step % 5 == 0 or step == args.steps - 1:
             accelerator.print(f"step {step} loss {loss.item():.6f}")
+    accelerator.wait_for_everyone()
+    accelerator.end_training()  # processes that still talk while Python shuts down may abort
 
 
 if __name__ == "__main__":

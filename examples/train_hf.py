@@ -57,3 +57,5 @@ if __name__ == "__main__":
         max_new_tokens=args.max_new_tokens,
     )  # fmt: skip
     trainer.train()
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()  # processes that still talk while Python shuts down may abort

@@ -57,3 +57,6 @@ if __name__ == "__main__":
     )  # fmt: skip
     loader = DataLoader(RECORDS, batch_size=1, shuffle=True, collate_fn=list)
     trainer.fit(SelfDistillation(args.model, args.lr, args.max_new_tokens), loader)
+    if torch.distributed.is_initialized():  # processes that still talk while Python shuts down may abort
+        trainer.strategy.barrier()
+        torch.distributed.destroy_process_group()

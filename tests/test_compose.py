@@ -500,6 +500,7 @@ def run_rank(rank: int, folder: Path) -> None:
         dist.barrier()
     if rank == 0:
         torch.save(found, folder / "found.pt")
+    dist.barrier()
     dist.destroy_process_group()
 
 

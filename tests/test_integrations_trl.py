@@ -483,7 +483,10 @@ for name in THEIRS:
     other = [torch.empty_like(ends[1]) for _ in range(2)]
     torch.distributed.all_gather(other, ends[1])
     assert torch.equal(*other)
-Path({str(tmp_path)!r}, f"same-{{torch.distributed.get_rank()}}").touch()  # what two processes print may interleave
+rank = torch.distributed.get_rank()
+torch.distributed.barrier()  # gloo's threads take the GIL to free tensors: none may be left when Python shuts down
+torch.distributed.destroy_process_group()
+Path({str(tmp_path)!r}, f"same-{{rank}}").touch()  # what two processes print may interleave
 """)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
