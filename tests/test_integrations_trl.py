@@ -467,6 +467,7 @@ import random, sys
 from pathlib import Path, PosixPath
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 import torch
+from ranks import check_threads, leave_group
 from test_integrations_trl import Maker, THEIRS, ours, trl, weights
 make = Maker({folders!r}.get, Path({str(tmp_path)!r}, "out"))
 for name in THEIRS:
@@ -484,8 +485,9 @@ for name in THEIRS:
     torch.distributed.all_gather(other, ends[1])
     assert torch.equal(*other)
 rank = torch.distributed.get_rank()
-torch.distributed.barrier()  # gloo's threads take the GIL to free tensors: none may be left when Python shuts down
-torch.distributed.destroy_process_group()
+del trainer
+leave_group()
+check_threads()
 Path({str(tmp_path)!r}, f"same-{{rank}}").touch()  # what two processes print may interleave
 """)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
