@@ -525,12 +525,35 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
     return torch.load(folder / "found.pt", weights_only=True)
 
 
+def table() -> dict[str, dict[str, str]]:
+    """The docs' cells by row and column."""
+    lines = [[c.strip(" `") for c in line.split("|")[1:-1]] for line in section().splitlines() if line.startswith("|")]
+    return {line[0]: dict(zip(lines[0][1:], line[1:], strict=True)) for line in lines[2:]}
+
+
 def cell(row: str, loss: str) -> str:
     """What the docs' table says there."""
-    lines = [[c.strip(" `") for c in line.split("|")[1:-1]] for line in section().splitlines() if line.startswith("|")]
-    header, rows = lines[0], {line[0]: line[1:] for line in lines[2:]}
     column = loss if loss in TABLE else "divergence" if COLUMNS[loss].from_logits else "compat.liger"
-    return rows[row.removesuffix(", tied")][header.index(column) - 1]
+    return table()[row.removesuffix(", tied")][column]
+
+
+ONE_PROCESS = {  # the table's other rows, whose tests pass where the cell says yes
+    "torch.compile(fullgraph=True)": test_torch_compile_of_the_whole_forward,
+    "gradient checkpointing, `use_reentrant` or not": test_gradient_checkpointing_around_body_head_and_loss,
+    "autocast to bf16": test_autocast_to_bf16,
+    "tied embeddings": test_plain_and_tied,
+    "peft, LoRA on the head": test_lora_on_the_head,
+    "peft, head in `modules_to_save": test_a_head_in_modules_to_save,
+}
+
+
+def test_every_cell_of_the_docs_has_a_test() -> None:
+    assert list(table()) == [*ONE_PROCESS, *(name for name in SETUPS if not name.endswith("tied"))]
+    for row, cells in table().items():
+        assert tuple(cells) == TABLE
+        if row in ONE_PROCESS:
+            assert set(cells.values()) == {"yes"}
+            assert every_loss.mark in ONE_PROCESS[row].pytestmark  # type: ignore[attr-defined]
 
 
 @every_loss
