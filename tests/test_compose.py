@@ -214,7 +214,8 @@ def test_autocast_to_bf16(loss: str) -> None:
     """Against the truth of the hidden states and head rounded to bf16: what is left is our own rounding."""
     column, student = COLUMNS[loss], Student()
     b = make_batch().to(torch.bfloat16).to(torch.float32)  # a teacher that autocast leaves as it is
-    x = student(b, None).detach().requires_grad_()
+    shift = 0.0 if column.from_logits else 9.0  # far from 0 rounding is coarse, and leaving it out shows
+    x = (student(b, None) + shift).detach().requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = student.loss(x, b, column)
     assert got.dtype == torch.float32
@@ -224,6 +225,10 @@ def test_autocast_to_bf16(loss: str) -> None:
     want.backward()
     # Ready logits arrive rounded to bf16 by the head's own product.
     tolerance = 2e-2 if column.from_logits else 5e-3
+    if not column.from_logits:  # where the loss itself rounds
+        plain = column.dense(x.detach().double() @ student.head.weight.detach().double().T, b.to(torch.float64))
+        assert abs(plain - want) > 3e-4 * want, "as little as no rounding at all: the next line would not see it"
+        assert got.item() == pytest.approx(want.item(), rel=1e-4)
     grads, exact = ({"x": p.grad, "w": q.grad} for p, q in ((x, student.head.weight), (exact_x, exact_w)))
     same((got.item(), grads), (want.item(), exact), tolerance)
 
