@@ -439,6 +439,7 @@ def test_without_the_extra_the_import_says_what_to_install(missing: str, monkeyp
 
 
 def test_versions() -> None:
+    assert ".".join(trl.__version__.split(".")[:2]) in ours.TESTED
     with pytest.raises(ImportError, match=r"needs TRL 1\.15 or later, not 1\.9\.2"):
         ours.check_version("1.9.2")
     with pytest.warns(UserWarning, match=r"not with 1\.17\.0: .* pip install 'trl==1\.16\.\*'"):
