@@ -38,7 +38,9 @@ test-harness: $(VENV)/installed
 # sdft.integrations.trl beside another version of TRL than constraints.txt names: make test-trl TRL=1.15.0
 test-trl: $(VENV)/installed
 	site=$$(mktemp -d) && $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $$site \
-		trl==$(TRL) && PYTHONPATH=$$site:$$PYTHONPATH $(BIN)/python -m pytest tests/test_integrations_trl.py $(ARGS)
+		trl==$(TRL) && export PYTHONPATH=$$site:$$PYTHONPATH && \
+		$(BIN)/python -c "import trl; assert trl.__version__ == '$(TRL)', trl.__file__; print('TRL', trl.__version__)" && \
+		$(BIN)/python -m pytest tests/test_integrations_trl.py $(ARGS)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -5,9 +5,11 @@ distill_external.py, distill_topk.py.
 """
 
 import argparse
+import gc
 from typing import Any
 
 import torch
+import torch.distributed.nn  # before there is a process group: it keeps one that it finds, and its threads
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
@@ -60,6 +62,18 @@ def check_head(lm: Any) -> None:
     plain = out.hidden_states[-1] @ lm.get_output_embeddings().weight.T  # (1, 4, V)
     if not torch.allclose(plain, out.logits, rtol=1e-2, atol=1e-2):
         raise SystemExit(f"{type(lm).__name__}: pass bias=, softcap= or scale= of its head to linear_divergence")
+
+
+def leave_group() -> None:
+    """Where one of several processes is done: they part together, and the threads of gloo end.
+
+    One that still frees a tensor while Python shuts down aborts its process ("terminate called without an active
+    exception"). Trainers, and models in DDP, hold the group: let them go before.
+    """
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+        gc.collect()
 
 
 def chat_ids(tokenizer: Any, *turns: str) -> Tensor:

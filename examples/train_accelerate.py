@@ -3,8 +3,8 @@
     python examples/train_accelerate.py [--model NAME] [--steps 40]
     torchrun --nproc-per-node 2 examples/train_accelerate.py    # without a GPU: ACCELERATE_USE_CPU=true torchrun ...
 
-Answers differ in length, so a mean of the micro-batches' means would weigh a token by its neighbours. The tokens of the
-whole step are counted first, over all processes; every backward is then of its part of the one mean.
+Answers differ in length, and a mean of micro-batches' means would weigh a token by its neighbours: the tokens of a step
+are counted first, over all processes, and every backward is of its part of the one mean.
 """
 
 import copy
@@ -13,17 +13,16 @@ import itertools
 import torch
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, set_seed
-from common import RECORDS, answer, load, parse
+from common import RECORDS, answer, leave_group, load, parse
 from sdft_kernels import linear_divergence
 from torch.utils.data import DataLoader
-
-ACCUMULATE = 2
 
 
 def main() -> None:
     args = parse(__doc__, steps=40)
+    accumulate = 2
     # Not at the end of the data either: the records of a step are fetched before its first backward.
-    plugin = GradientAccumulationPlugin(num_steps=ACCUMULATE, sync_with_dataloader=False)
+    plugin = GradientAccumulationPlugin(num_steps=accumulate, sync_with_dataloader=False)
     accelerator = Accelerator(gradient_accumulation_plugin=plugin)
     tokenizer, student = load(args.model)
     teacher = copy.deepcopy(student).eval().requires_grad_(False).to(accelerator.device)
@@ -33,7 +32,7 @@ def main() -> None:
     set_seed(0, device_specific=True)  # the processes sample different answers
     records = itertools.chain.from_iterable(itertools.repeat(loader))
     for step in range(args.steps):
-        batches = [answer(student, tokenizer, next(records), args.max_new_tokens) for _ in range(ACCUMULATE)]
+        batches = [answer(student, tokenizer, next(records), args.max_new_tokens) for _ in range(accumulate)]
         tokens = accelerator.reduce(sum(b["rows"].sum() for b in batches))
         divergence = torch.zeros((), device=accelerator.device)
         for batch in batches:
@@ -46,7 +45,7 @@ def main() -> None:
                 head, teacher_head = (m.get_output_embeddings().weight for m in (student, teacher))  # (V, H)
                 total = linear_divergence(x, head, teacher_x, teacher_head, divergence="reverse_kl", reduction="sum")
                 # Accelerate divides by the micro-batches, and averages over the processes: both are taken back.
-                accelerator.backward(total * accelerator.num_processes * ACCUMULATE / tokens)
+                accelerator.backward(total * accelerator.num_processes * accumulate / tokens)
                 optimizer.step()
                 optimizer.zero_grad()
             divergence += total.detach()
@@ -57,3 +56,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave_group()

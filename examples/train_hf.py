@@ -3,9 +3,8 @@
     python examples/train_hf.py [--model NAME] [--steps 40]
     torchrun --nproc-per-node 2 examples/train_hf.py    # without a GPU: ACCELERATE_USE_CPU=true torchrun ...
 
-`get_batch_samples` fetches the micro-batches of an optimizer step. There the student answers their prompts, so that the
-answers' tokens are counted, over micro-batches and processes, before the first backward. The loss that is logged and
-differentiated is the mean over them all.
+`get_batch_samples` fetches a step's micro-batches. There the student answers, and the answers' tokens are counted over
+micro-batches and processes before the first backward: the loss, logged and differentiated, is the mean over them all.
 """
 
 import copy
@@ -13,7 +12,7 @@ import tempfile
 from typing import Any
 
 import torch
-from common import RECORDS, answer, load, parse
+from common import RECORDS, answer, leave_group, load, parse
 from sdft_kernels import linear_divergence
 from transformers import Trainer, TrainingArguments
 
@@ -51,9 +50,9 @@ if __name__ == "__main__":
         gradient_accumulation_steps=2, logging_steps=5, logging_first_step=True, report_to="none", save_strategy="no",
         remove_unused_columns=False, disable_tqdm=True, seed=0,
     )  # fmt: skip
-    trainer = SelfDistillationTrainer(
+    SelfDistillationTrainer(
         student, settings, train_dataset=RECORDS, data_collator=lambda records: {"records": records},
         processing_class=tokenizer, teacher=copy.deepcopy(student).eval().requires_grad_(False),
         max_new_tokens=args.max_new_tokens,
-    )  # fmt: skip
-    trainer.train()
+    ).train()  # fmt: skip
+    leave_group()

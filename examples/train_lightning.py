@@ -2,16 +2,15 @@
 
     python examples/train_lightning.py [--model NAME] [--steps 40]    # after: pip install lightning
 
-Answers are sampled in `training_step`, so nobody knows how many tokens a step will have. It returns a sum, and
-`on_before_optimizer_step`, which runs before clipping, divides the gradient by the tokens of all micro-batches and
-processes: exactly the mean, at any accumulation.
+Answers are sampled in `training_step`, which returns a sum; `on_before_optimizer_step`, which runs before clipping,
+divides the gradient by the tokens of all micro-batches and processes: exactly the mean, at any accumulation.
 """
 
 import copy
 
 import lightning
 import torch
-from common import RECORDS, answer, load, parse
+from common import RECORDS, answer, leave_group, load, parse
 from sdft_kernels import linear_divergence
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -51,9 +50,9 @@ class SelfDistillation(lightning.LightningModule):
 
 if __name__ == "__main__":
     args = parse(__doc__, steps=40)
-    trainer = lightning.Trainer(
+    loader = DataLoader(RECORDS, batch_size=1, shuffle=True, collate_fn=list)
+    lightning.Trainer(
         max_steps=args.steps, accumulate_grad_batches=2, gradient_clip_val=1.0, logger=False,
         enable_progress_bar=False, enable_checkpointing=False, enable_model_summary=False,
-    )  # fmt: skip
-    loader = DataLoader(RECORDS, batch_size=1, shuffle=True, collate_fn=list)
-    trainer.fit(SelfDistillation(args.model, args.lr, args.max_new_tokens), loader)
+    ).fit(SelfDistillation(args.model, args.lr, args.max_new_tokens), loader)  # fmt: skip
+    leave_group()

@@ -10,7 +10,7 @@ def main() -> None:
     except ModuleNotFoundError as error:
         print(
             f"sdft: the trainer needs more than the loss ({error.name} is missing); "
-            "run: pip install 'sdft[train]' (from a checkout: pip install '.[train]')",
+            "run: pip install '.[train]' in a checkout (the sdft of PyPI is another project)",
             file=sys.stderr,
         )
         raise SystemExit(2) from None

@@ -23,7 +23,7 @@ from sdft.config import RolloutConfig
 from sdft.models import LanguageModel
 from sdft.rollout import generate
 
-INSTALL = "pip install 'sdft[lm-eval]' (from a checkout: pip install '.[train,lm-eval]')"
+INSTALL = "pip install '.[train,lm-eval]' in a checkout (the sdft of PyPI is another project)"
 DEFAULT_WINDOW = 2048  # of a model whose config states no longest sequence; lm_eval's own default
 DEFAULT_NEW_TOKENS = 256  # where a task states none; lm_eval's own default
 ROWS = 512  # whose logits exist at once

@@ -214,7 +214,8 @@ def test_autocast_to_bf16(loss: str) -> None:
     """Against the truth of the hidden states and head rounded to bf16: what is left is our own rounding."""
     column, student = COLUMNS[loss], Student()
     b = make_batch().to(torch.bfloat16).to(torch.float32)  # a teacher that autocast leaves as it is
-    x = student(b, None).detach().requires_grad_()
+    shift = 0.0 if column.from_logits else 9.0  # far from 0 rounding is coarse, and leaving it out shows
+    x = (student(b, None) + shift).detach().requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = student.loss(x, b, column)
     assert got.dtype == torch.float32
@@ -224,6 +225,10 @@ def test_autocast_to_bf16(loss: str) -> None:
     want.backward()
     # Ready logits arrive rounded to bf16 by the head's own product.
     tolerance = 2e-2 if column.from_logits else 5e-3
+    if not column.from_logits:  # where the loss itself rounds
+        plain = column.dense(x.detach().double() @ student.head.weight.detach().double().T, b.to(torch.float64))
+        assert abs(plain - want) > 3e-4 * want, "as little as no rounding at all: the next line would not see it"
+        assert got.item() == pytest.approx(want.item(), rel=1e-4)
     grads, exact = ({"x": p.grad, "w": q.grad} for p, q in ((x, student.head.weight), (exact_x, exact_w)))
     same((got.item(), grads), (want.item(), exact), tolerance)
 
@@ -481,6 +486,7 @@ OTHERS = (
 def run_rank(rank: int, folder: Path) -> None:
     """Everything, in one order on both ranks. Rank 0 saves what came out, or the error, by name."""
     import torch.distributed as dist
+    from ranks import leave_group  # beside this file, which runs as a script here
 
     where = f"file://{folder / 'rendezvous'}"
     dist.init_process_group("gloo", init_method=where, rank=rank, world_size=RANKS, timeout=timedelta(seconds=120))
@@ -500,7 +506,7 @@ def run_rank(rank: int, folder: Path) -> None:
         dist.barrier()
     if rank == 0:
         torch.save(found, folder / "found.pt")
-    dist.destroy_process_group()
+    leave_group()
 
 
 @pytest.fixture(scope="module")
@@ -524,12 +530,35 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
     return torch.load(folder / "found.pt", weights_only=True)
 
 
+def table() -> dict[str, dict[str, str]]:
+    """The docs' cells by row and column."""
+    lines = [[c.strip(" `") for c in line.split("|")[1:-1]] for line in section().splitlines() if line.startswith("|")]
+    return {line[0]: dict(zip(lines[0][1:], line[1:], strict=True)) for line in lines[2:]}
+
+
 def cell(row: str, loss: str) -> str:
     """What the docs' table says there."""
-    lines = [[c.strip(" `") for c in line.split("|")[1:-1]] for line in section().splitlines() if line.startswith("|")]
-    header, rows = lines[0], {line[0]: line[1:] for line in lines[2:]}
     column = loss if loss in TABLE else "divergence" if COLUMNS[loss].from_logits else "compat.liger"
-    return rows[row.removesuffix(", tied")][header.index(column) - 1]
+    return table()[row.removesuffix(", tied")][column]
+
+
+ONE_PROCESS = {  # the table's other rows, whose tests pass where the cell says yes
+    "torch.compile(fullgraph=True)": test_torch_compile_of_the_whole_forward,
+    "gradient checkpointing, `use_reentrant` or not": test_gradient_checkpointing_around_body_head_and_loss,
+    "autocast to bf16": test_autocast_to_bf16,
+    "tied embeddings": test_plain_and_tied,
+    "peft, LoRA on the head": test_lora_on_the_head,
+    "peft, head in `modules_to_save": test_a_head_in_modules_to_save,
+}
+
+
+def test_every_cell_of_the_docs_has_a_test() -> None:
+    assert list(table()) == [*ONE_PROCESS, *(name for name in SETUPS if not name.endswith("tied"))]
+    for row, cells in table().items():
+        assert tuple(cells) == TABLE
+        if row in ONE_PROCESS:
+            assert set(cells.values()) == {"yes"}
+            assert every_loss.mark in ONE_PROCESS[row].pytestmark  # type: ignore[attr-defined]
 
 
 @every_loss

@@ -305,11 +305,15 @@ def test_is_short(example: str) -> None:
 
 
 def main(example: str, file: str) -> None:
+    from ranks import check_threads  # beside this file, which runs as a script here
+
     if example == "train_lightning":  # a GPU machine's `devices="auto"` is two here
         import lightning
 
         lightning.Trainer = functools.partial(lightning.Trainer, accelerator="cpu", devices=2)
     run = execute(example, "--steps", "2")
+    assert not torch.distributed.is_initialized(), "the example leaves its process group to the end of Python"
+    check_threads()
     torch.save({"steps": [vars(step) for step in run.steps], "losses": run.losses}, file)
 
 

@@ -166,7 +166,7 @@ def test_scores_are_named_as_lm_eval_names_them() -> None:
 def test_without_the_package(monkeypatch: pytest.MonkeyPatch, model_folder: Any, capsys: Any) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     harness._manager.cache_clear()
-    words = "lm-evaluation-harness is not installed (lm_eval.tasks is missing); run: pip install 'sdft[lm-eval]'"
+    words = "lm-evaluation-harness is not installed (lm_eval.tasks is missing); run: pip install '.[train,lm-eval]'"
     for name in [n for n in sys.modules if n.startswith("lm_eval.")]:
         monkeypatch.delitem(sys.modules, name)
     with pytest.raises(SystemExit) as exit_:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 if importlib.util.find_spec("trl") is None and not os.environ.get("CI"):  # CI must have it
-    pytest.skip("NOT COMPARED WITH TRL, which is missing here: pip install 'sdft[trl]'", allow_module_level=True)
+    pytest.skip("NOT COMPARED WITH TRL, which is missing here: pip install '.[trl]'", allow_module_level=True)
 
 import datasets
 import peft
@@ -433,14 +433,16 @@ def test_without_the_extra_the_import_says_what_to_install(missing: str, monkeyp
     for name in [n for n in sys.modules if n in ("sdft.integrations.trl", "sdft.models", "sdft.config")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, missing, None)
-    with pytest.raises(ImportError, match=r"needs TRL 1\.15 or later: pip install 'sdft\[trl\]' \(.*" + missing):
+    message = r"needs TRL 1\.15 or later: pip install '\.\[trl\]' in a checkout \(.*" + missing
+    with pytest.raises(ImportError, match=message):
         importlib.import_module("sdft.integrations.trl")
 
 
 def test_versions() -> None:
+    assert ".".join(trl.__version__.split(".")[:2]) in ours.TESTED
     with pytest.raises(ImportError, match=r"needs TRL 1\.15 or later, not 1\.9\.2"):
         ours.check_version("1.9.2")
-    with pytest.warns(UserWarning, match=r"not with 1\.17\.0"):
+    with pytest.warns(UserWarning, match=r"not with 1\.17\.0: .* pip install 'trl==1\.16\.\*'"):
         ours.check_version("1.17.0")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -467,6 +469,7 @@ import random, sys
 from pathlib import Path, PosixPath
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 import torch
+from ranks import check_threads, leave_group
 from test_integrations_trl import Maker, THEIRS, ours, trl, weights
 make = Maker({folders!r}.get, Path({str(tmp_path)!r}, "out"))
 for name in THEIRS:
@@ -483,7 +486,11 @@ for name in THEIRS:
     other = [torch.empty_like(ends[1]) for _ in range(2)]
     torch.distributed.all_gather(other, ends[1])
     assert torch.equal(*other)
-Path({str(tmp_path)!r}, f"same-{{torch.distributed.get_rank()}}").touch()  # what two processes print may interleave
+rank = torch.distributed.get_rank()
+del trainer
+leave_group()
+check_threads()
+Path({str(tmp_path)!r}, f"same-{{rank}}").touch()  # what two processes print may interleave
 """)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True)

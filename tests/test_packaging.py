@@ -129,5 +129,5 @@ except ImportError:
         [python.with_name("sdft"), "train", "x.toml"], capture_output=True, text=True, env=environment
     )
     assert done.returncode == 2
-    assert "sdft[train]" in done.stderr
+    assert "pip install '.[train]' in a checkout" in done.stderr
     assert "Traceback" not in done.stderr

@@ -119,6 +119,12 @@ def check_beta(field: str, value: object) -> None:
         raise ValueError(f"{field}={value!r} is outside [0, 1]: 0 is forward KL, 1 is reverse KL")
 
 
+def check_flag(field: str, value: object) -> None:
+    """Raise ValueError unless value is True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{field}={value!r} is not a bool: give True or False")
+
+
 def make_options(
     *,
     divergence: str,
@@ -139,6 +145,8 @@ def make_options(
     check_choice("divergence", divergence, DIVERGENCES)
     check_choice("reduction", reduction, REDUCTIONS)
     check_beta("beta", beta)
+    check_flag("return_tokens", return_tokens)
+    check_flag("compact", compact)
     t_softcap = softcap if teacher_softcap == "same" else teacher_softcap
     t_scale = scale if teacher_scale == "same" else teacher_scale
     check_positive("temperature", temperature)
@@ -185,6 +193,8 @@ def check_plain(field: str, value: object) -> Tensor:
             f"{field} is a DTensor, but the loss is of rows that lie whole on this rank: pass {field}.full_tensor(), "
             f"or {field}.to_local() where it is sharded by rows"
         )
+    if value.layout != torch.strided:
+        raise ValueError(f"{field} has layout {value.layout}: pass {field}.to_dense()")
     return value
 
 
@@ -218,6 +228,13 @@ def check_vector(field: str, value: Tensor | None, length: int, like: tuple[str,
         raise ValueError(f"{field} has shape {tuple(value.shape)}: it must be ({length},), one entry per row")
     if value.device != like[1].device:
         raise ValueError(f"{field} is on {value.device} but {like[0]} is on {like[1].device}: move one of them")
+
+
+def check_bias(field: str, value: Tensor | None, vocab: int, like: tuple[str, Tensor]) -> None:
+    """Raise ValueError unless value is None or a floating (V,) tensor on the same device as `like`."""
+    check_vector(field, value, vocab, like)
+    if value is not None and value.dtype not in FLOATS:
+        raise ValueError(f"{field} has dtype {value.dtype}: use one of {', '.join(map(str, FLOATS))}")
 
 
 def check_tokens(token_weights: Tensor | None, labels: Tensor | None, rows: int, like: tuple[str, Tensor]) -> None:

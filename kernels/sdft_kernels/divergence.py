@@ -18,6 +18,7 @@ from .checks import (
     Options,
     Reduction,
     TokenStats,
+    check_flag,
     check_matrix,
     check_teacher,
     check_tokens,
@@ -184,6 +185,7 @@ def divergence(
             raise ValueError(f"{field} has no columns: give logits of at least one token")
     check_teacher(teacher_logits=teacher_logits)
     check_tokens(token_weights, labels, rows, here)
+    check_flag("inplace", inplace)
     if inplace and reduction == "none":
         raise ValueError(
             "inplace=True cannot serve reduction='none', whose backward reads the logits: use inplace=False"

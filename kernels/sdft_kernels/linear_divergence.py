@@ -17,11 +17,11 @@ from .checks import (
     Options,
     Reduction,
     Same,
+    check_bias,
     check_head,
     check_matrix,
     check_teacher,
     check_tokens,
-    check_vector,
     check_vocab,
     choose_impl,
     make_options,
@@ -161,7 +161,7 @@ def linear_divergence(
         divergence: "reverse_kl" KL(p‖q), "forward_kl" KL(q‖p), or "jsd": β·KL(q‖m) + (1−β)·KL(p‖m) with
             m = βq + (1−β)p; p is the student. No τ² factor.
         beta: for "jsd", in [0, 1]. 0 is forward KL and 1 is reverse KL, exactly.
-        bias, teacher_bias: (V_s,) and (V_t,). −inf forbids a token. A teacher that forbids what the student
+        bias, teacher_bias: (V_s,) and (V_t,), floating. −inf forbids a token. A teacher that forbids what the student
             allows gives +inf reverse KL (the other way round for forward KL); that row's gradient is 0.
         temperature: divides both sides' logits, above 0.
         softcap, teacher_softcap: tanh cap of the logits, None for none; "same" is the student's.
@@ -230,8 +230,8 @@ def _check_tensors(
         raise ValueError(
             f"teacher_x has {teacher_x.shape[0]} rows but x has {x.shape[0]}: row n of both must predict the same token"
         )
-    check_vector("bias", bias, w.shape[0], here)
-    check_vector("teacher_bias", teacher_bias, teacher_w.shape[0], here)
+    check_bias("bias", bias, w.shape[0], here)
+    check_bias("teacher_bias", teacher_bias, teacher_w.shape[0], here)
     check_teacher(teacher_x=teacher_x, teacher_w=teacher_w, teacher_bias=teacher_bias)
 
 

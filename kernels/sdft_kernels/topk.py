@@ -20,13 +20,13 @@ from .checks import (
     DivergenceName,
     Options,
     Reduction,
+    check_bias,
     check_choice,
     check_head,
     check_matrix,
     check_plain,
     check_teacher,
     check_tokens,
-    check_vector,
     check_vocab,
     make_options,
 )
@@ -346,7 +346,7 @@ def linear_topk_divergence(
             gradient, and mass that the student holds there is not seen.
         tail_floor: in [0, 1), for "bucket": the least mass that the teacher's tail is taken to have. Rounding of
             log-probabilities leaves about 1e-7 of it unknown, and 0 would make reverse KL infinite.
-        bias: (V,). −inf forbids a token. A student that forbids a token that the teacher gives mass has
+        bias: (V,), floating. −inf forbids a token. A student that forbids a token that the teacher gives mass has
             infinite forward KL; under "renormalise" one that forbids all named tokens has any of them infinite.
             Such a row keeps the value; its gradient is 0.
         temperature, softcap, scale: of the student's logits, as in `linear_divergence`.
@@ -365,7 +365,7 @@ def linear_topk_divergence(
     check_matrix("x", x)
     check_matrix("w", w, ("x", x))
     check_head("w", w, "x", x)
-    check_vector("bias", bias, w.shape[0], ("x", x))
+    check_bias("bias", bias, w.shape[0], ("x", x))
     options = make_options(
         divergence=divergence,
         beta=beta,

@@ -32,7 +32,9 @@ try:
     from sdft.models import Head, LanguageModel, backbone, check_head, read_head  # it needs what the extra brings
 except ImportError as error:
     raise ImportError(
-        f"sdft.integrations.trl needs TRL {TESTED[0]} or later: pip install 'sdft[trl]' ({error})", name=error.name
+        f"sdft.integrations.trl needs TRL {TESTED[0]} or later: pip install '.[trl]' in a checkout "
+        f"(the sdft of PyPI is another project; {error})",
+        name=error.name,
     ) from error
 
 __all__ = ["DistillationTrainer", "GKDTrainer", "SDFTTrainer", "SDPOTrainer"]
@@ -49,7 +51,7 @@ def check_version(found: str) -> None:
     if minor > newest:
         warnings.warn(
             f"sdft.integrations.trl was tested with TRL {' and '.join(TESTED)}, not with {found}: "
-            "compare the first losses with TRL's own, or pip install 'sdft[trl]'",
+            f"compare the first losses with TRL's own, or pip install 'trl=={TESTED[-1]}.*'",
             stacklevel=3,
         )
 

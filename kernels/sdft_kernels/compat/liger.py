@@ -26,7 +26,16 @@ import torch
 from torch import Tensor, nn
 
 from ..call import compute_dtype, unsharded
-from ..checks import check_beta, check_choice, check_head, check_matrix, check_plain, check_positive, check_vector
+from ..checks import (
+    check_beta,
+    check_bias,
+    check_choice,
+    check_flag,
+    check_head,
+    check_matrix,
+    check_plain,
+    check_positive,
+)
 from ..linear_divergence import linear_divergence
 from .cross_entropy import linear_cross_entropy
 from .log_space import log_space_jsd, log_space_kl
@@ -230,6 +239,7 @@ class LigerKLDIVLoss(nn.KLDivLoss):
         if isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 <= eps < math.inf:
             raise ValueError(f"eps={eps!r} is not a finite number of at least 0: give one, 1e-10 for example")
         check_choice("reduction", self.reduction, KL_REDUCTIONS)
+        check_flag("log_target", self.log_target)
         self.eps = eps
 
     def forward(self, y_pred: Tensor, y_true: Tensor) -> Tensor:
@@ -248,7 +258,7 @@ def _fused(
     """Mean divergence over the rows not ignored; the student's tensors are checked."""
     here = ("student_input", student_input)
     teacher_weight, teacher_bias = (
-        unsharded(None if t is None else t.detach()) for t in (teacher_weight, teacher_bias)
+        unsharded(t.detach() if isinstance(t, Tensor) else t) for t in (teacher_weight, teacher_bias)
     )
     _check_hidden("teacher_input", teacher_input, here)
     check_matrix("teacher_weight", teacher_weight, here)
@@ -258,7 +268,7 @@ def _fused(
             "all sizes but the last must agree, row n of both must predict the same token"
         )
     check_head("teacher_weight", teacher_weight, "teacher_input", teacher_input)
-    check_vector("teacher_bias", teacher_bias, teacher_weight.shape[0], here)
+    check_bias("teacher_bias", teacher_bias, teacher_weight.shape[0], here)
     dtype = compute_dtype(student_input, student_weight, teacher_input, teacher_weight)
     return linear_divergence(
         student_input.flatten(0, -2),
@@ -290,7 +300,7 @@ def _check_student(student_input: Tensor, student_weight: Tensor, student_bias: 
     _check_hidden("student_input", student_input)
     check_matrix("student_weight", student_weight, ("student_input", student_input))
     check_head("student_weight", student_weight, "student_input", student_input)
-    check_vector("student_bias", student_bias, student_weight.shape[0], ("student_input", student_input))
+    check_bias("student_bias", student_bias, student_weight.shape[0], ("student_input", student_input))
 
 
 def _check_pair(field: str, student: Tensor, other: str, teacher: Tensor) -> None:
