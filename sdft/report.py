@@ -211,13 +211,8 @@ def _missing(f: Found) -> Iterator[Block]:
             "cells alone, but for the Pareto picture of a stage, which holds what has finished that stage. Run "
             "`sdft study` again to go on. Missing:"
         )
-        ends = {cell.name: why for cell in wanted if (why := study.failure(s, cell))}
-        yield Items(
-            [
-                f"{name}: {stages.get(name, 0)} of {len(s.tasks)} stages" + f"; {ends[name]}" * (name in ends)
-                for name in lacking
-            ]
-        )
+        ends = {cell.name: f"; {why}" for cell in wanted if (why := study.failure(s, cell))}
+        yield Items([f"{name}: {stages.get(name, 0)} of {len(s.tasks)} stages{ends.get(name, '')}" for name in lacking])
 
 
 def _pareto(f: Found) -> Iterator[Block]:
