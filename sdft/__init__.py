@@ -13,6 +13,10 @@ class SdftError(Exception):
     """
 
 
+class FruitlessError(SdftError):
+    """A run has ended without a model, and would again with the same settings."""
+
+
 def first_line(error: BaseException) -> str:
     """What another library's error says, as far as it fits into one line of ours; its kind where it says nothing."""
     lines = str(error).strip().splitlines()

@@ -120,6 +120,14 @@ class EvalArgs:
     """Answers to print."""
     output: str = ""
     """Write every answer to this .jsonl file."""
+    samples: int = 0
+    """Also draw so many answers to each record: pass@k, the chance that one of k is right."""
+    temperature: float = 1.0
+    """Of the samples; 1 is the model's own distribution."""
+    top_p: float = 1.0
+    """Nucleus sampling, of the samples."""
+    seed: int = 0
+    """Of the samples."""
     harness: str = ""
     """Tasks or groups of lm-evaluation-harness, or task .yaml files, with commas between them."""
     limit: int | None = None
@@ -433,7 +441,8 @@ def study_command(args: list[str]) -> None:
     if a.list:
         for cell in study.cells(found):
             done = sum(study.finished(found, cell, number) for number in range(len(found.tasks)))
-            print(f"{cell.name}: {done} of {len(found.tasks)} stages")
+            why = study.failure(found, cell)
+            print(f"{cell.name}: {done} of {len(found.tasks)} stages" + f"; {why}" * bool(why))
         return
     if not a.report:
         study.run_study(found, a.only)
@@ -459,6 +468,10 @@ def eval_command(args: list[str]) -> None:
     from sdft import evaluate, harness
     from sdft.data import load_records
 
+    if a.samples < 0 or (a.samples and a.temperature <= 0):
+        raise SdftError(
+            f"--samples {a.samples} --temperature {a.temperature:g}: give 1 sample or more, at a temperature above 0"
+        )
     examples = load_records(a.data) if a.data else []
     evaluate.check_evaluable(examples, a.data)
     if a.harness:
@@ -498,6 +511,16 @@ def eval_records(a: EvalArgs, tokenizer: Any, model: Any, examples: list[Any], s
         write_jsonl(Path(a.output), [asdict(answer) for answer in result.answers])
     right = sum(answer.correct for answer in result.answers)
     print(f"accuracy {result.accuracy:.1%} ({right} of {len(result.answers)})")
+    if a.samples:
+        from sdft import probe
+        from sdft.config import RolloutConfig
+
+        sampling = RolloutConfig(
+            temperature=a.temperature, top_p=a.top_p, max_new_tokens=a.max_new_tokens, batch_size=a.batch_size
+        )
+        drawn = probe.sample_answers(model, tokenizer, examples, prompts, a.samples, sampling, a.seed)
+        found = "  ".join(f"pass@{k} {drawn.pass_at(k):.1%}" for k in drawn.powers())
+        print(f"of {a.samples} samples at temperature {a.temperature:g}: {found}")
 
 
 def eval_harness(a: EvalArgs, tokenizer: Any, model: Any) -> None:

@@ -69,6 +69,10 @@ def read_rows(source: Path) -> Iterator[tuple[str, Any]]:
             yield f"{source}:{number}", row
 
 
+def _no_object(where: str, row: Any) -> str:
+    return f"{where}: not a JSON object{f' ({row})' if isinstance(row, Exception) else ''}"
+
+
 def as_jsonl(records: list[Record]) -> str:
     """Records one a line."""
     return "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
@@ -217,13 +221,14 @@ def read_sciknoweval(source: Path, domain: str = "", level: str = "") -> Convert
     does. A field `demonstration` of your own may hold a worked answer; without it, the demonstration is the letter
     and the text of the right choice. `domain` ("Chemistry") and `level` ("L3") take only those questions.
     """
-    found = Converted()
+    found, there = Converted(), set()
     for where, row in read_rows(source):
         if not isinstance(row, dict):
-            found.left_out.append(f"{where}: not a JSON object{f' ({row})' if isinstance(row, Exception) else ''}")
+            found.left_out.append(_no_object(where, row))
             continue
         details = row.get("details")
         of_level = details.get("level") if isinstance(details, dict) else None
+        there.add(f"{row.get('domain')} {of_level}")
         if (domain and row.get("domain") != domain) or (level and of_level != level):
             continue
         try:
@@ -233,7 +238,10 @@ def read_sciknoweval(source: Path, domain: str = "", level: str = "") -> Convert
             continue
         found.add(record, " ".join(row["question"].split()).casefold(), where)
     if not found.records and not found.left_out:
-        raise SdftError(f"{source}: no questions of domain {domain or 'any'} and level {level or 'any'} in it")
+        raise SdftError(
+            f"{source}: no questions of domain {domain or 'any'} and level {level or 'any'} in it; there are: "
+            f"{', '.join(sorted(there)) or 'none at all'}"
+        )
     return found
 
 
@@ -281,7 +289,9 @@ def read_knowledge(source: Path) -> dict[str, Converted]:
     left_out = files["train"].left_out
     others: list[tuple[str, str, Record]] = []  # where, article, a rephrased question as a record
     for where, row in read_rows(source):
-        if not isinstance(row, dict) or not all(isinstance(row.get(k), str) for k in ("title", "article")):
+        if not isinstance(row, dict):
+            left_out.append(_no_object(where, row))
+        elif not all(isinstance(row.get(k), str) and row[k].strip() for k in ("title", "article")):
             left_out.append(f"{where}: needs a 'title' and an 'article'")
         elif not isinstance(row.get("questions"), list) or not row["questions"]:
             left_out.append(f"{where}: needs a list of 'questions'")

@@ -17,7 +17,8 @@ from sdft.measures import Array, pareto_front
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LINES = ("-", "--", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)))
-SIDES = ((6, 5), (6, -11), (-6, 5), (-6, -11))  # where a point's label goes, in points of print
+# Where a point's label may go, in points of print; a method's own is one of the first four.
+SIDES = ((6, 5), (6, -11), (-6, 5), (-6, -11), (6, 14), (-6, 14), (6, -20), (-6, -20))
 DPI = 150
 Point = tuple[float, float]
 P = ParamSpec("P")
@@ -36,7 +37,7 @@ class Style:
 def styles(methods: Sequence[str]) -> dict[str, Style]:
     """By name; the combinations of colour, marker and line repeat after 210 methods."""
     return {
-        name: Style(COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)], LINES[i % len(LINES)], SIDES[i % len(SIDES)])
+        name: Style(COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)], LINES[i % len(LINES)], SIDES[i % 4])
         for i, name in enumerate(methods)
     }
 
@@ -83,12 +84,12 @@ def pareto(planes: Sequence[Plane], look: Mapping[str, Style]) -> bytes:
                 *_percent(where), color=style.color, linestyle=style.line, marker=style.marker, markersize=6,
                 linewidth=2, label=name, zorder=3,
             )  # fmt: skip
-            for (rate, _, _), x, y in zip(curve, *_percent(where), strict=True):
-                axis.annotate(
-                    f"{rate:g}", (x, y), xytext=style.label_at, textcoords="offset points", fontsize=7,
-                    color=style.color, ha="left" if style.label_at[0] > 0 else "right", zorder=5,
-                    path_effects=[withStroke(linewidth=1.8, foreground="white")],
-                )  # fmt: skip
+        for (name, rate, at), side in label_sides(plane, look).items():
+            axis.annotate(
+                f"{rate:g}", (100 * at[0], 100 * at[1]), xytext=side, textcoords="offset points", fontsize=7,
+                color=look[name].color, ha="left" if side[0] > 0 else "right", zorder=5,
+                path_effects=[withStroke(linewidth=1.8, foreground="white")],
+            )  # fmt: skip
         front = [points[i] for i in pareto_front(points)]
         axis.plot(*_percent(front), color="0.45", linestyle=":", linewidth=1.2, zorder=2)
         axis.plot(
@@ -103,6 +104,36 @@ def pareto(planes: Sequence[Plane], look: Mapping[str, Style]) -> bytes:
         axis.grid(alpha=0.25)
     _legend(figure, axes.flat[0])
     return _png(figure)
+
+
+PANEL = (300, 250)  # of a Pareto plane's axes without their margins, in points of print, about
+MARK, LETTER = 5, (4.5, 8)  # half a marker's width, and a small letter's width and height, likewise
+
+
+def label_sides(plane: Plane, look: Mapping[str, Style]) -> dict[tuple[str, float, Point], tuple[int, int]]:
+    """Where each point's learning rate is written, by (method, rate, point): at its method's side, or at the one of
+    SIDES where it covers the fewest other points and labels."""
+    marks = [(name, rate, (x, y)) for name, curve in plane.curves.items() for rate, x, y in curve]
+    at = np.array([plane.base, *(point for _, _, point in marks)])  # (points, 2), the base first
+    spans = np.ptp(at, axis=0)
+    at = (at - at.min(axis=0)) / np.where(spans > 0, spans, 1.0) * PANEL
+    taken = [(x - MARK, x + MARK, y - MARK, y + MARK) for x, y in at]  # left, right, bottom, top
+
+    def box(i: int, side: tuple[int, int]) -> tuple[float, float, float, float]:
+        left, bottom = at[i] + side
+        wide = LETTER[0] * len(f"{marks[i - 1][1]:g}")
+        return left - wide * (side[0] < 0), left + wide * (side[0] > 0), bottom, bottom + LETTER[1]
+
+    def covered(one: tuple[float, float, float, float]) -> int:
+        return sum(one[0] < r and left < one[1] and one[2] < t and b < one[3] for left, r, b, t in taken)
+
+    found = {}
+    for i, mark in enumerate(marks, start=1):
+        own = look[mark[0]].label_at
+        side = min((own, *SIDES), key=lambda side: covered(box(i, side)))
+        taken.append(box(i, side))
+        found[mark] = side
+    return found
 
 
 @_plain

@@ -136,6 +136,10 @@ class Samples:
         """Mean over prompts of the chance that one of k samples is correct; raises SdftError for k above n."""
         return float(measures.pass_at_k(self.n, list(self.correct), k).mean())
 
+    def powers(self) -> list[int]:
+        """The powers of two up to n, and n: the k that are shown."""
+        return sorted({2**i for i in range(self.n.bit_length())} | {self.n})
+
 
 def sample_answers(
     model: LanguageModel,

@@ -100,6 +100,7 @@ class Row:
 class Found:
     study: Study
     base: dict[str, Any]  # accuracy by set
+    base_pass: dict[str, dict[str, float]]  # pass@k by set, where it was measured
     rows: list[Row]
     best: dict[str, Row]  # method -> its best learning rate; without methods of which no cell is complete
 
@@ -131,14 +132,14 @@ class Found:
 
 def collect(s: Study) -> Found:
     """Everything that is finished. Raises SdftError where the base is not, or where results are of other settings."""
-    base = study.base_result(s)["accuracy"]
+    before = study.base_result(s)
     done = study.results(s)
     rows = []
     for method in s.methods:
         for rate in sorted(method.learning_rates):
             cells = [(c, st) for c, st in done if (c.method.name, c.learning_rate) == (method.name, rate)]
             rows.append(Row(method, rate, cells, {c.seed: st for c, st in cells if len(st) == len(s.tasks)}))
-    found = Found(s, base, rows, {})
+    found = Found(s, before["accuracy"], before.get("pass_at", {}), rows, {})
     for method in s.methods:
         own = [row for row in rows if row.method.name == method.name]
         most = max(len(row.complete) for row in own)
@@ -210,7 +211,8 @@ def _missing(f: Found) -> Iterator[Block]:
             "cells alone, but for the Pareto picture of a stage, which holds what has finished that stage. Run "
             "`sdft study` again to go on. Missing:"
         )
-        yield Items([f"{name}: {stages.get(name, 0)} of {len(s.tasks)} stages" for name in lacking])
+        ends = {cell.name: f"; {why}" for cell in wanted if (why := study.failure(s, cell))}
+        yield Items([f"{name}: {stages.get(name, 0)} of {len(s.tasks)} stages{ends.get(name, '')}" for name in lacking])
 
 
 def _pareto(f: Found) -> Iterator[Block]:
@@ -285,6 +287,30 @@ def _final(f: Found) -> Iterator[Block]:
     if beside:
         yield Text("The tasks' other evaluation sets:")
         yield _accuracies(f, beside)
+    if f.study.samples:
+        yield from _pass_at(f)
+
+
+def _pass_at(f: Found) -> Iterator[Block]:
+    """pass@k after the last stage, of every task's accuracy set."""
+
+    def last(stages: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
+        return stages[-1].get("pass_at", {})  # not there where `samples` was added later
+
+    for name in [f.study.measure(task) for task in f.study.tasks]:
+        counts = {k for row in f.rows for st in row.complete.values() for k in last(st).get(name, {})}
+        ks = sorted(counts, key=int)
+        rows = []
+        if name in f.base_pass:
+            rows.append(["base", "", "", *(_percent(f.base_pass[name].get(k, math.nan)) for k in ks)])
+        for row in f.rows:
+            found = [last(st)[name] for st in row.complete.values() if last(st).get(name, {}).keys() == counts]
+            if found and ks:
+                values = [_interval([one[k] for one in found]) for k in ks]
+                rows.append([row.method.name, f"{row.rate:g}", str(len(found)), *values])
+        if ks:
+            yield Text(f"Of {ks[-1]} sampled answers to each prompt of {name}, the chance that one of k is right:")
+            yield Table(["method", "learning rate", "seeds", *(f"pass@{k}" for k in ks)], rows)
 
 
 def _accuracies(f: Found, columns: Sequence[str]) -> Table:
@@ -548,7 +574,8 @@ def _short(text: str) -> str:
 
 
 def _drift(f: Found) -> Iterator[Block]:
-    kinds = {"new": "prompts of the last task", "prior": "prompts of prior skills"}
+    kinds = {"new": "prompts of the last task"}
+    kinds["prior"] = "prompts of nothing learned" if f.study.drift_on else "prompts of prior skills"
     rows = []
     for name, row in f.best.items():
         for kind, words in kinds.items():

@@ -10,7 +10,8 @@ behind:
                                           run/               as `sdft train` writes it; run-2/ of a second phase
     OUTPUT/base/result.json                                 the same of the model before any training
 
-A stage with a result.json is never run again; an interrupted one goes on from its newest checkpoint.
+A stage with a result.json is never run again; an interrupted one goes on from its newest checkpoint. One that ended
+without a model (NaN, or a guard that nothing respects) leaves failed.json: its cell is over, the study goes on.
 """
 
 import gc
@@ -18,15 +19,16 @@ import json
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from sdft import SdftError, files
+from sdft import FruitlessError, SdftError, files
 from sdft.config import Config, config_keys, from_table, merge, override, read_toml, validate
 
+RESULT, FAILED = "result.json", "failed.json"  # of a stage
 BASE = "{base}"  # in a method's settings: the model that the study starts from
 DECIDED = ("model.name", "optim.lr", "train.seed", "train.output", "eval.sets")  # by the study, of every run
 
@@ -81,7 +83,9 @@ class Study:
     methods: tuple[Method, ...]
     keep_weights: bool = False
     harness: Harness = field(default_factory=Harness)
+    samples: int = 0  # answers drawn to each prompt of a task's accuracy, for pass@k; 0: none
     drift: int = 32  # prompts of a kind along whose answers the distance from the base is measured; 0: it is not
+    drift_on: str = ""  # records whose prompts have nothing to do with the tasks; without it, those of `prior`
 
     @property
     def sets(self) -> dict[str, str]:
@@ -125,7 +129,7 @@ def load_study(path: str | Path, model: str = "", output: str = "", with_data: b
     study whose data are not there yet. Raises SdftError naming the file, the key and the fix.
     """
     where, table = f"study {path}", read_toml(path, "study")
-    known = "output seeds learning_rates grid keep_weights config tasks prior harness drift methods"
+    known = "output seeds learning_rates grid keep_weights config tasks prior harness drift drift_on samples methods"
     _only(table, {*known.split()}, where)
     for key in ("output", "tasks", "methods", "config"):
         if not table.get(key):
@@ -145,10 +149,14 @@ def load_study(path: str | Path, model: str = "", output: str = "", with_data: b
         tuple(m for name, row in table["methods"].items() for m in _methods(name, row, shared, where)),
         bool(table.get("keep_weights", False)),
         merge(Harness(), table.get("harness", {}), f"{where}: harness"),
-        table.get("drift", 32),
+        **{key: table[key] for key in ("samples", "drift", "drift_on") if key in table},
     )
-    if type(study.drift) is not int or study.drift < 0:
-        raise SdftError(f"{where}: drift = {study.drift!r} must be a number of prompts, or 0")
+    for key, what in (("drift", "prompts"), ("samples", "answers to each prompt")):
+        value = getattr(study, key)
+        if type(value) is not int or value < 0:
+            raise SdftError(f"{where}: {key} = {value!r} must be a number of {what}, or 0")
+    if not isinstance(study.drift_on, str):
+        raise SdftError(f"{where}: drift_on = {study.drift_on!r} must be a file with records, such as prior.jsonl")
     _check(study, where)
     if with_data:
         _check_data(study)
@@ -247,7 +255,7 @@ def _check_data(study: Study) -> None:
     from sdft.data import load_records
     from sdft.evaluate import check_evaluable
 
-    for path in {task.train for task in study.tasks}:
+    for path in {task.train for task in study.tasks} | ({study.drift_on} - {""}):
         load_records(path)
     for path in study.sets.values():
         check_evaluable(load_records(path), path)
@@ -311,7 +319,8 @@ def _nested(settings: dict[str, Any]) -> dict[str, Any]:
 def run_study(study: Study, only: Sequence[str] = ()) -> list[Cell]:
     """Runs what is not finished; returns the finished cells. only: of these methods (all by default).
 
-    Several processes may run the same study: each takes cells that no other is at.
+    A cell whose run ends without a model, such as at a learning rate that is too high, does not keep the others from
+    being run. Several processes may run the same study: each takes cells that no other is at.
     """
     unknown = set(only) - {name for m in study.methods for name in (m.name, m.family)}
     if unknown:
@@ -325,6 +334,8 @@ def run_study(study: Study, only: Sequence[str] = ()) -> list[Cell]:
     base_result(study)
     total = len(_waiting(study, wanted))
     spent: dict[str, list[float]] = {}
+    for cell, stages in results(study):  # of an earlier start, too: the first line already tells the time left
+        spent.setdefault(cell.method.name, []).extend(sum(stage["seconds"].values()) for stage in stages)
     for cell in wanted:
         if not _waiting(study, [cell]):
             continue
@@ -338,14 +349,21 @@ def run_study(study: Study, only: Sequence[str] = ()) -> list[Cell]:
                 at = f"stage {total - len(left) + 1} of {total}{remaining(spent, left)}"
                 print(f"== {cell.name}, task {study.tasks[number].name}: {at}", flush=True)
                 began = time.perf_counter()
-                run_stage(study, cell, number)
+                try:
+                    run_stage(study, cell, number)
+                except FruitlessError as error:
+                    settings = settings_of(study, cell, number)
+                    _write(stage_folder(study, cell, number), {"error": str(error), "settings": settings}, FAILED)
+                    print(f"{cell.name} ends here, the study goes on: {error}", flush=True)
+                    break
                 spent.setdefault(cell.method.name, []).append(time.perf_counter() - began)
     return [cell for cell in cells(study) if finished(study, cell, len(study.tasks) - 1)]
 
 
 def _waiting(study: Study, wanted: Sequence[Cell]) -> list[tuple[Cell, int]]:
-    """The stages that have no result yet."""
-    return [(c, n) for c in wanted for n in range(len(study.tasks)) if not finished(study, c, n)]
+    """The stages that have no result yet, without those of cells that failed."""
+    stages = range(len(study.tasks))
+    return [(c, n) for c in wanted if not failure(study, c) for n in stages if not finished(study, c, n)]
 
 
 def remaining(spent: dict[str, list[float]], waiting: Sequence[str]) -> str:
@@ -385,6 +403,7 @@ def run_stage(study: Study, cell: Cell, number: int) -> None:
     tokenizer, model = _load(configs[-1], str(_model_of(study, cell, number)))
     accuracy = evaluate_on_all(study, configs[-1], tokenizer, model, folder / "answers")
     drift = drift_from_base(study, configs[-1], tokenizer, model, study.tasks[number])
+    passed = pass_at(study, configs[-1], tokenizer, model)
     del model
     gc.collect()
     _write(
@@ -398,6 +417,7 @@ def run_stage(study: Study, cell: Cell, number: int) -> None:
             "settings": settings_of(study, cell, number),
             "accuracy": accuracy,
             "drift": drift,
+            **({"pass_at": passed} if passed else {}),
             "tokens": tokens,
             **({"flops": operations} if operations else {}),
             "seconds": {"train": trained - began, "evaluate": time.perf_counter() - trained},
@@ -435,14 +455,32 @@ def finished(study: Study, cell: Cell, number: int) -> bool:
     return True
 
 
+def failure(study: Study, cell: Cell) -> str:
+    """Why a cell can go no further, with the file that says so; empty where it can."""
+    for number in range(len(study.tasks)):
+        folder = stage_folder(study, cell, number)
+        if (folder / FAILED).exists():
+            found = _read(folder, FAILED)
+            _same(found, {"settings": settings_of(study, cell, number)}, folder, FAILED)
+            return f"{found['error']} (delete {folder / FAILED} to run it again)"
+    return ""
+
+
 def evaluate_base(study: Study) -> None:
     """Writes base/result.json and answers: the model before any training."""
     print("== the model before any training", flush=True)
     began = time.perf_counter()
     tokenizer, model = _load(study.config, study.config.model.name)
-    accuracy = evaluate_on_all(study, study.config, tokenizer, model, study.output / "base/answers")
-    seconds = {"evaluate": time.perf_counter() - began}
-    _write(study.output / "base", study.evaluated | {"accuracy": accuracy, "seconds": seconds})
+    answers = study.output / "base/answers"
+    if study.harness.tasks:  # an item of each: data, a package or a metric that is missing shows now, not in hours
+        print("one item of each of lm_eval's tasks, to see that they run", flush=True)
+        answers.mkdir(parents=True, exist_ok=True)
+        first = replace(study.harness, limit=1)
+        _on_harness(first, model, tokenizer, study.config.eval.batch_size, answers / "harness.json")
+    accuracy = evaluate_on_all(study, study.config, tokenizer, model, answers)
+    passed = pass_at(study, study.config, tokenizer, model)
+    result: dict[str, Any] = {"accuracy": accuracy, "seconds": {"evaluate": time.perf_counter() - began}}
+    _write(study.output / "base", study.evaluated | result | ({"pass_at": passed} if passed else {}))
 
 
 def evaluate_on_all(study: Study, config: Config, tokenizer: Any, model: Any, answers: Path) -> dict[str, float]:
@@ -472,12 +510,15 @@ def drift_from_base(
     study: Study, config: Config, tokenizer: Any, model: Any, task: Task
 ) -> dict[str, dict[str, float]]:
     """How far a model is from the base along its own greedy answers (probe.drift): "new" to prompts of the task's
-    evaluation, "prior" to those of the prior skills, `study.drift` of each, evenly taken."""
+    evaluation, "prior" to those of `study.drift_on` or the prior skills, `study.drift` of each, evenly taken."""
     from sdft import evaluate, probe
     from sdft.config import RolloutConfig
     from sdft.data import load_records
 
-    kinds = {"new": [study.sets[study.measure(task)]], "prior": list(study.prior.values())}
+    kinds = {
+        "new": [study.sets[study.measure(task)]],
+        "prior": [study.drift_on] if study.drift_on else list(study.prior.values()),
+    }
     if not study.drift:
         return {}
     _, base = _load(config, study.config.model.name)
@@ -493,6 +534,26 @@ def drift_from_base(
             prompts = evaluate.student_prompts(tokenizer, picked, config.data.system)
             found[kind] = probe.drift(model, base, prompts, greedy).summary()
     print("  ".join(f"KL to the base, {kind}: {of['kl_to_base']:.3f}" for kind, of in found.items()), flush=True)
+    return found
+
+
+def pass_at(study: Study, config: Config, tokenizer: Any, model: Any) -> dict[str, dict[str, float]]:
+    """{set: {k: pass@k}} of every task's accuracy set, of `study.samples` answers at temperature 1 to each prompt."""
+    from sdft import evaluate, probe
+    from sdft.config import RolloutConfig
+    from sdft.data import load_records
+
+    if not study.samples:
+        return {}
+    drawing = RolloutConfig(max_new_tokens=config.eval.max_new_tokens, batch_size=config.eval.batch_size)
+    found = {}
+    for name in [study.measure(task) for task in study.tasks]:
+        records = load_records(study.sets[name])
+        prompts = evaluate.student_prompts(tokenizer, records, config.data.system)
+        drawn = probe.sample_answers(model, tokenizer, records, prompts, study.samples, drawing)
+        found[name] = {str(k): drawn.pass_at(k) for k in drawn.powers()}
+    told = ((name, *list(of.items())[-1]) for name, of in found.items())
+    print("  ".join(f"{name} pass@{k} {value:.1%}" for name, k, value in told), flush=True)
     return found
 
 
@@ -664,17 +725,17 @@ def _model_of(study: Study, cell: Cell, number: int) -> Path:
     return _outputs(study, cell, number)[-1] / "model"
 
 
-def _same(found: dict[str, Any], wanted: dict[str, Any], folder: Path) -> None:
+def _same(found: dict[str, Any], wanted: dict[str, Any], folder: Path, name: str = RESULT) -> None:
     for key, value in wanted.items():
         if found.get(key) != value:
-            raise SdftError(f"{folder}/result.json is of another {key}; give another output, or delete {folder}")
+            raise SdftError(f"{folder}/{name} is of another {key}; give another output, or delete {folder}")
 
 
-def _write(folder: Path, result: dict[str, Any]) -> None:
+def _write(folder: Path, result: dict[str, Any], name: str = RESULT) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    files.write_text(folder / "result.json", json.dumps(result, indent=1) + "\n")
+    files.write_text(folder / name, json.dumps(result, indent=1) + "\n")
 
 
-def _read(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "result.json").read_text())
+def _read(folder: Path, name: str = RESULT) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / name).read_text())
     return found

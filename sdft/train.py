@@ -19,7 +19,22 @@ from typing import Any
 
 import torch
 
-from sdft import SdftError, card, checkpoint, costs, evaluate, files, flops, lean, memory, models, offline, optim, plan
+from sdft import (
+    FruitlessError,
+    SdftError,
+    card,
+    checkpoint,
+    costs,
+    evaluate,
+    files,
+    flops,
+    lean,
+    memory,
+    models,
+    offline,
+    optim,
+    plan,
+)
 from sdft.batch import lay_out, micro_batches, sequence_weights
 from sdft.config import Config, describe, get, load_config, to_toml, validate
 from sdft.data import Dataset, Example, TokenizedExample, batch_indices, load_records, tokenize
@@ -73,7 +88,7 @@ class Run:
     offline: str = ""  # digest of the answers sampled before the first step
 
 
-class NonFiniteError(SdftError):
+class NonFiniteError(FruitlessError):
     """NaN or inf in a loss or gradient; weights untouched, batch saved."""
 
 
@@ -687,7 +702,7 @@ def judge(run: Run, step: int) -> dict[str, Any]:
 def back_to_best(run: Run, output: Path, bar: ProgressBar) -> None:
     """After eval.guard has stopped the run: takes the best checkpoint that respects its limit.
 
-    Raises SdftError where there is none: the start would be a model that was never trained.
+    Raises FruitlessError where there is none: the start would be a model that was never trained.
     """
     config, stopped = run.config.eval, run.guard["stopped"]
     said = (
@@ -695,7 +710,7 @@ def back_to_best(run: Run, output: Path, bar: ProgressBar) -> None:
         f"points below the {run.guard['baseline']:.1%} of the start, and eval.max_drop = {config.max_drop:g}."
     )
     if not run.best:
-        raise SdftError(
+        raise FruitlessError(
             f"{said} No checkpoint after the start respects that, so {output / 'model'} is not written. Lower "
             "optim.lr or eval.every in another run"
         )

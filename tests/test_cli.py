@@ -174,6 +174,25 @@ def test_eval(model_folder: Any, skill: Path, tmp_path: Path, capsys: pytest.Cap
     assert "accuracy 0.0% (0 of 13)" in told
 
 
+def test_eval_of_samples(model_folder: Any, skill: Path, capsys: pytest.CaptureFixture[str], refused: Any) -> None:
+    """Beside the greedy accuracy; every sample that stands for something is right half of the time here."""
+    rows = [{"prompt": "say", "answer": "(?s)^.{0,3}$", "check": "regex"}]  # true of short answers
+    skill.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = [str(model_folder("llama")), str(skill), "--max-new-tokens", "4", "--compute-dtype", "float32"]
+
+    def told(*options: str) -> str:
+        main(["eval", *arguments, "--samples", "6", *options])
+        return capsys.readouterr().out
+
+    first = told()
+    assert re.search(r"of 6 samples at temperature 1: pass@1 \S+  pass@2 \S+  pass@4 \S+  pass@6 \S+\n", first)
+    values = [float(v) for v in re.findall(r"pass@\d (\S+)%", first)]
+    assert values == sorted(values)
+    assert told() == first
+    assert "give 1 sample or more, at a temperature above 0" in refused("eval", *arguments, "--samples", "-2")
+    assert "--temperature 0:" in refused("eval", *arguments, "--samples", "2", "--temperature", "0")
+
+
 def test_eval_of_a_configs_model(
     config_file: Any, model_folder: Any, skill: Path, tmp_path: Path, refused: Any
 ) -> None:

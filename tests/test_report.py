@@ -374,6 +374,20 @@ def test_methods_differ_without_colour() -> None:
     assert len({(s.marker, str(s.line)) for s in look.values()}) == 30
 
 
+def test_labels_do_not_cover_each_other() -> None:
+    """A lone point keeps its method's side; those that lie on each other are told apart as long as there is room."""
+    look = pictures.styles(["a", "b", "c", "d"])
+    apart = {"a": [(1e-5, 0.1, 0.9), (2e-5, 0.9, 0.9)], "b": [(1e-5, 0.9, 0.1)]}
+    plane = pictures.Plane("", "", (0.0, 0.0), apart, {})
+    for (name, _, _), side in pictures.label_sides(plane, look).items():
+        assert side == look[name].label_at
+    crowd = {name: [(1e-5, 0.5, 0.5), (2e-5, 0.505, 0.5)] for name in look}
+    sides = list(pictures.label_sides(pictures.Plane("", "", (0.0, 0.0), crowd, {}), look).values())
+    assert len(sides) == len(set(sides)) == 8
+    one = pictures.Plane("", "", (0.5, 0.5), {"a": [(1e-5, 0.5, 0.5)]}, {})  # no span to measure by
+    assert list(pictures.label_sides(one, look).values()) == [look["a"].label_at]
+
+
 # The command.
 
 

@@ -1,6 +1,7 @@
 """The files in studies/: every run of theirs is valid, the first step of every method runs, memory is predicted."""
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,14 @@ CONFIGS = {
         vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
         num_key_value_heads=4, tie_word_embeddings=False,
     ),
+    "Qwen/Qwen2.5-3B-Instruct": transformers.Qwen2Config(
+        vocab_size=151936, hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16,
+        num_key_value_heads=2, tie_word_embeddings=True,
+    ),
+    "Qwen/Qwen2.5-14B-Instruct": transformers.Qwen2Config(
+        vocab_size=152064, hidden_size=5120, intermediate_size=13824, num_hidden_layers=48, num_attention_heads=40,
+        num_key_value_heads=8, tie_word_embeddings=False,
+    ),
     "allenai/Olmo-3-7B-Think": transformers.Olmo3Config(vocab_size=100278),
 }  # fmt: skip
 TINY = {"smollm2-135m": "llama-tied", "Qwen/Qwen2.5-7B-Instruct": "qwen2", "allenai/Olmo-3-7B-Think": "olmo3"}
@@ -48,6 +57,7 @@ def test_the_papers_experiments_are_there() -> None:
     tasks = {f.stem: [t.name for t in study.load_study(f, with_data=False).tasks] for f in FILES}
     assert tasks == {
         "cpu": ["facts", "style"],
+        "cpu-rates": ["style"],
         "cpu-why": ["style"],
         "paper-knowledge": ["knowledge"],
         "paper-medical": ["medical"],
@@ -62,6 +72,9 @@ def test_the_papers_experiments_are_there() -> None:
 def test_the_papers_grid(file: Path) -> None:
     found = study.load_study(file, with_data=False)
     assert found.seeds == (0, 1, 2)
+    assert found.config.eval.max_new_tokens == found.config.rollout.max_new_tokens
+    assert found.drift
+    assert found.drift_on.endswith("prior.jsonl")  # the KL to the base on unrelated prompts too
     assert list(found.harness.tasks) == ["hellaswag", "humaneval", "ifeval", "mmlu", "truthfulqa_mc1", "winogrande"]
     assert {c.learning_rate for c in study.cells(found)} == {5e-6, 1e-5, 5e-5}
     runs = {}
@@ -102,7 +115,7 @@ def test_the_first_step_of_every_method(file: Path, tmp_path: Path, model_folder
     rows = [{"prompt": f"say {i}", "demonstration": f"It is {i}.", "answer": str(i)} for i in range(4)]
     text = "".join(json.dumps(row) + "\n" for row in rows)
     named = {c.data.train for cell, n in stages(found) for c in study.stage_configs(found, cell, n, "start")}
-    for path in named | set(found.sets.values()):
+    for path in named | set(found.sets.values()) | ({found.drift_on} - {""}):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text(text)
     monkeypatch.setattr(harness, "check", lambda *args: None)  # the extra lm-eval need not be installed here
@@ -133,16 +146,35 @@ def test_memory_and_operations_are_predicted(file: Path, monkeypatch: Any) -> No
     if file.stem == "paper-thinking":  # is simulated, which takes its time
         found = replace(found, methods=tuple(replace(m, name=m.family, point={}) for m in found.methods))
     machine = plan.this_machine(override(found.config, {"model.device": "cuda"}), 141 * plan.GIB)
-    planned = study.plan_study(found, machine, prompt=500, records=1000)
+    # The sizes of the file's own command.
+    sizes = dict(re.findall(r"--((?:teacher-)?prompt-tokens|records) (\d+)", file.read_text()))
+    prompt, shown, records = (int(sizes.get(k, 0)) for k in ("prompt-tokens", "teacher-prompt-tokens", "records"))
+    planned = study.plan_study(found, machine, prompt or 500, shown, records or 1000)
     assert sum(one.runs for one in planned) == sum(len(cell.method.phases) for cell, _ in stages(found))
     weights = ModelShape.from_config(config).parameters * (4 if file.stem.startswith("cpu") else 2)
     for one in planned:
         assert 4 * weights < one.peak < machine.memory  # weights, gradients, two moments; all fits on an H200
     peaks = {one.name.split(",")[0]: one.peak for one in planned}
     flops = {one.name.split(",")[0]: one.flops / one.steps for one in planned}
-    if file.stem != "cpu-why":  # is SDFT alone
+    if not file.stem.startswith("cpu-"):  # are of one method
         assert peaks["sdft"] > peaks["sft"]
         assert flops["sdft"] > flops["sft"]
+
+
+@pytest.mark.parametrize(
+    ("model", "lean", "gib"), [("3B", False, 43), ("14B", False, 203), ("14B", True, 124), ("7B", True, 64)]
+)
+def test_other_sizes_take_what_the_files_say(model: str, lean: bool, gib: int, monkeypatch: Any) -> None:
+    file = next(f for f in FILES if f.stem == "paper-science")
+    name = f"Qwen/Qwen2.5-{model}-Instruct"
+    monkeypatch.setattr(plan, "shape_of", lambda c: ModelShape.from_config(CONFIGS[c.model.name]))
+    found = study.load_study(file, name, with_data=False)
+    changed = {"optim.name": "adamw_8bit", "teacher.offload": True} if lean else {}
+    sdft = [replace(m, phases=({**m.phases[0], **changed},)) for m in found.methods if m.family == "sdft"]
+    machine = plan.this_machine(override(found.config, {"model.device": "cuda"}), 141 * plan.GIB)
+    planned = study.plan_study(replace(found, methods=tuple(sdft)), machine, prompt=500, records=4000)
+    assert round(max(one.peak for one in planned) / plan.GIB) == gib
+    assert f"{gib} GiB" in " ".join(file.read_text().replace("\n#", "").split())
 
 
 def test_plan_of_a_study_without_its_data(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:

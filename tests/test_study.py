@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import tomli_w
+import torch
 from safetensors.torch import load_file
 
-from sdft import SdftError, files, flops, harness, plan, report, study, train
+from sdft import SdftError, evaluate, files, flops, harness, plan, probe, report, study, train
 from sdft.cli import main
 from sdft.config import override
 
@@ -100,6 +101,51 @@ def test_the_distance_from_the_base_is_measured(make_study: Any, tmp_path: Path)
     none = study.load_study(make_study(seeds=[0], learning_rates=[1e-3], drift=0))
     study.run_study(none, ["sft"])
     assert [stage["drift"] for _, stages in study.results(none) for stage in stages] == [{}, {}]
+
+
+def test_the_distance_along_unrelated_prompts(make_study: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    """drift_on takes the place of the prior skills' records, also where there are none."""
+    one: dict[str, Any] = {"seeds": [0], "learning_rates": [1e-2], "methods": {"sft": {"loss": {"method": "sft"}}}}
+    asked, own = [], evaluate.student_prompts
+
+    def watched(tokenizer: Any, examples: Any, system: str) -> Any:
+        asked.append(examples[0].messages[-1]["content"])
+        return own(tokenizer, examples, system)
+
+    monkeypatch.setattr(evaluate, "student_prompts", watched)
+    path = make_study(prior={}, drift_on=str(tmp_path / "known.jsonl"), drift=4, **one)
+    found = study.load_study(path)
+    study.run_study(found)
+    drifts = [stage["drift"] for _, stages in study.results(found) for stage in stages]
+    assert [set(drift) for drift in drifts] == [{"new", "prior"}] * 2
+    assert asked.count("known 0?") == 2  # it is not evaluated on, no prior skill
+    assert "prompts of nothing learned" in report.write_report(found).read_text()
+    with pytest.raises(SdftError, match=r"gone.jsonl: cannot be read"):
+        study.load_study(make_study(drift_on=str(tmp_path / "gone.jsonl")))
+
+
+def test_pass_at_k_of_every_stage(make_study: Any, monkeypatch: Any, capsys: Any) -> None:
+    """Of the tasks' accuracy sets, the base's too, by probe.sample_answers of the stage's own weights."""
+    one: dict[str, Any] = {"seeds": [0], "learning_rates": [1e-2], "methods": {"sft": {"loss": {"method": "sft"}}}}
+    drawn = []
+
+    def sample(model: Any, tokenizer: Any, examples: Any, prompts: Any, n: int, sampling: Any) -> Any:
+        drawn.append((examples[0].messages[-1]["content"], len(prompts), n, sampling.temperature))
+        return probe.Samples(n, (len(drawn) % 4, 0, 0, 0, 0, 0))
+
+    monkeypatch.setattr(probe, "sample_answers", sample)
+    found = study.load_study(make_study(samples=3, **one))
+    study.run_study(found)
+    assert drawn == [("colours 0?", 6, 3, 1.0), ("sizes 0?", 6, 3, 1.0)] * 3
+    (_, (first, last)), base = study.results(found)[0], study.base_result(found)
+    assert base["pass_at"]["colours-test"] == pytest.approx({"1": 1 / 18, "2": 2 / 18, "3": 1 / 6})
+    assert first["pass_at"]["colours-test"] == pytest.approx({"1": 1 / 6, "2": 1 / 6, "3": 1 / 6})  # 3 of 3 right
+    assert last["pass_at"]["sizes-test"] == pytest.approx({"1": 2 / 18, "2": 1 / 6, "3": 1 / 6})
+    told = report.write_report(found).read_text()
+    assert "| method | learning rate | seeds | pass@1 | pass@2 | pass@3 |" in told
+    assert "| base |  |  | 5.6 | 11.1 | 16.7 |" in told
+    assert "| sft | 0.01 | 1 | 11.1 | 16.7 | 16.7 |" in told
+    assert "pass@3 16.7%" in capsys.readouterr().out
 
 
 def test_a_stage_starts_from_the_weights_of_the_one_before(make_study: Any, trained: list[Any], tmp_path: Path) -> None:
@@ -215,8 +261,9 @@ def test_prior_skills_by_lm_eval(make_study: Any, tmp_path: Path, monkeypatch: A
     path = make_study(harness=given, **changes)
     found = study.load_study(path)
     study.run_study(found)
-    assert asked[0][0] == ["hellaswag"]
-    assert asked[0][1] == {
+    assert [tasks for tasks, _ in asked] == [["hellaswag"]] * 4
+    assert [options["limit"] for _, options in asked] == [1, 8, 8, 8]  # first one item of each, to see that they run
+    assert asked[1][1] == {
         "limit": 8, "include_path": "", "chat": True, "allow_code": False, "num_fewshot": None, "batch_size": 64
     }  # fmt: skip
     base = json.loads((tmp_path / "study/base/result.json").read_text())["accuracy"]
@@ -229,8 +276,11 @@ def test_prior_skills_by_lm_eval(make_study: Any, tmp_path: Path, monkeypatch: A
     with pytest.raises(SdftError, match=r"base/result.json is of another harness"):
         study.run_study(study.load_study(make_study(harness=given | {"limit": 9}, **changes)))
     other = make_study(harness={"tasks": {"mmlu": "f1"}}, output=str(tmp_path / "other"), **changes)
+    asked.clear()
+    monkeypatch.setattr(evaluate, "evaluate", None)  # nothing is generated before that is told
     with pytest.raises(SdftError, match=r"harness.tasks.mmlu = 'f1': .* it has: acc, acc_norm"):
         study.run_study(study.load_study(other))
+    assert [options["limit"] for _, options in asked] == [1]
 
 
 def test_finished_stages_are_never_run_again(make_study: Any, trained: list[Any], monkeypatch: Any) -> None:
@@ -252,6 +302,42 @@ def test_finished_stages_are_never_run_again(make_study: Any, trained: list[Any]
     study.run_study(found)
     assert len(trained) == 4
     assert len(study.run_study(found, ["sft"])) == 2
+
+
+def test_a_cell_that_fails_does_not_end_the_study(
+    make_study: Any, trained: list[Any], monkeypatch: Any, capsys: Any, tmp_path: Path
+) -> None:
+    """Its error is kept, listed and reported; it is not run again until failed.json is deleted."""
+    path = make_study(seeds=[0], learning_rates=[1e-3, 2e-3], methods={"sft": {"loss": {"method": "sft"}}})
+    found, step = study.load_study(path), train.train_step
+
+    def broken(run: Any, *args: Any, **kwargs: Any) -> Any:
+        if run.config.optim.lr == 1e-3 and "2-sizes" in run.config.train.output:
+            with torch.no_grad():
+                next(run.model.lm.parameters()).fill_(float("nan"))
+        return step(run, *args, **kwargs)
+
+    monkeypatch.setattr(train, "train_step", broken)
+    low, high = study.cells(found)
+    assert study.run_study(found) == [high]
+    assert len(trained) == 4
+    assert f"{low.name} ends here, the study goes on: step 1: loss nan" in capsys.readouterr().out
+    kept = found.output / low.name / "2-sizes/failed.json"
+    assert "loss nan" in json.loads(kept.read_text())["error"]
+    main(["study", str(path), "--list"])
+    listed = capsys.readouterr().out.splitlines()
+    assert listed[0].startswith(f"{low.name}: 1 of 2 stages; step 1: loss nan")
+    assert listed[0].endswith(f"(delete {kept} to run it again)")
+    assert listed[1] == f"{high.name}: 2 of 2 stages"
+    told = report.write_report(found).read_text()
+    assert "1 of 2 cells are finished" in told
+    assert "1 of 2 stages; step 1: loss nan" in told
+    assert study.run_study(found) == [high]
+    assert len(trained) == 4
+    monkeypatch.setattr(train, "train_step", step)
+    kept.unlink()
+    assert study.run_study(found) == [low, high]
+    assert len(trained) == 5
 
 
 def test_two_processes_share_the_cells(make_study: Any, trained: list[Any], capsys: Any) -> None:
@@ -344,6 +430,9 @@ def test_results_of_other_settings_are_refused(make_study: Any) -> None:
             {"grid": {"train.batch_size": [0]}},
             r"sdft/train.batch_size-0/lr-0.001/seed-0, task colours: train.batch_size",
         ),
+        ({"samples": -1}, r"samples = -1 must be a number of answers to each prompt, or 0"),
+        ({"drift": True}, r"drift = True must be a number of prompts, or 0"),
+        ({"drift_on": 3}, r"drift_on = 3 must be a file"),
         ({"harness": ["mmlu"]}, r"harness = \['mmlu'\] must be a table, \[harness\]"),
         ({"harness": {"task": {"mmlu": "acc"}}}, r"harness: unknown key 'task'"),
         ({"harness": {"tasks": {"known": "acc"}}}, "'known' is an evaluation file and a task of lm_eval"),
@@ -390,6 +479,19 @@ def test_the_plan_reads_the_data(make_study: Any) -> None:
         assert one.flops == steps + drawn
         assert (len(works), len(asked)) == (2, 0 if cell.method.name == "sdft" else 6)
         assert one.peak == max(plan.predict(shape, config, work, machine).peak for work in works)
+
+
+def test_the_estimate_counts_what_an_earlier_start_finished(make_study: Any, monkeypatch: Any, capsys: Any) -> None:
+    changes: dict[str, Any] = {"seeds": [0], "learning_rates": [1e-3], "methods": {"sft": {"loss": {"method": "sft"}}}}
+    found = study.load_study(make_study(keep_weights=True, **changes))
+    study.run_study(found)
+    assert "stage 1 of 2\n" in capsys.readouterr().out
+    first, second = (study.stage_folder(found, study.cells(found)[0], n) for n in range(2))
+    result = json.loads((first / "result.json").read_text())
+    (first / "result.json").write_text(json.dumps(result | {"seconds": {"train": 300.0, "evaluate": 60.0}}))
+    (second / "result.json").unlink()
+    study.run_study(found)
+    assert "stage 1 of 1, about 6 min left\n" in capsys.readouterr().out
 
 
 def test_the_estimate_is_by_method() -> None:

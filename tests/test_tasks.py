@@ -176,7 +176,7 @@ def test_sciknoweval(tmp_path: Path, lines: bool) -> None:
     assert not {r["prompt"] for r in task.files["train"]} & {r["prompt"] for r in task.files["eval"]}
     some = tasks.sciknoweval(source, domain="Chemistry", level="L3", held_out=0).files["train"]
     assert len(some) == sum(i % 2 == 1 and i % 3 > 0 for i in range(40))
-    with pytest.raises(SdftError, match="no questions of domain Physics and level any"):
+    with pytest.raises(SdftError, match=r"of domain Physics and level any in it; there are: .*Chemistry L3"):
         tasks.sciknoweval(source, domain="Physics")
 
 
@@ -255,7 +255,8 @@ def test_knowledge_names_what_it_leaves_out(tmp_path: Path) -> None:
         {"question": "Q4?", "answer": "b", "response": "b", "facts": ["b", "c"]},
         {"question": "Q5?", "answer": "e", "rephrased": ["Q1?", "Q6?", 3]},
     ]
-    rows = [{"title": "T", "article": "A", "questions": questions}, {"title": "T"}, {"title": "T", "article": "A"}]
+    rows: list[Any] = [{"title": "T", "article": "A", "questions": questions}, {"title": "T"}]
+    rows += [{"title": "T", "article": "A"}, {"title": " ", "article": "A", "questions": questions}, "text"]
     task = tasks.knowledge(source := save(tmp_path / "articles.jsonl", rows, lines=True))
     assert [r["prompt"] for r in task.files["train"]] == ["Q1?", "Q5?"]
     assert [r["prompt"] for r in task.files["ood"]] == ["Q6?"]
@@ -265,6 +266,8 @@ def test_knowledge_names_what_it_leaves_out(tmp_path: Path) -> None:
         "1: question 3: the demonstration 'b' is not right by check 'contains_all'",
         "2: needs a 'title' and an 'article'",
         "3: needs a list of 'questions'",
+        "4: needs a 'title' and an 'article'",
+        "5: not a JSON object",
         "1: question 4: 'rephrased' repeats the trained question 'Q1?'",
         "1: question 4: 'prompt' must be a non-empty string, not 3",
     ]
