@@ -181,8 +181,9 @@ def storage_bytes() -> int:
     gc.collect()
     storages = {}
     for found in gc.get_objects():
-        # By type: the fake tensors that other tests leave behind have no storage.
-        if type(found) in (torch.Tensor, torch.nn.Parameter) and found.device.type == "cpu":
+        # By type and layout: the fake and sparse tensors that other tests leave behind have no storage.
+        plain = type(found) in (torch.Tensor, torch.nn.Parameter) and found.layout == torch.strided
+        if plain and found.device.type == "cpu":
             storage = found.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
