@@ -60,8 +60,8 @@ def attend(
 
     if lengths is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    narrow = query.is_cpu and autocast_dtype(query) == torch.bfloat16 and torch.is_grad_enabled()
-    narrow = narrow and not options.get("dropout")
+    kept = torch.is_grad_enabled() and not options.get("dropout")
+    narrow = kept and query.is_cpu and autocast_dtype(query) == torch.bfloat16  # then `Causal`
     if narrow:
         query, key, value = query.bfloat16(), key.bfloat16(), value.bfloat16()
     parts = []
