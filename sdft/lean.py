@@ -1,7 +1,7 @@
 """Norms, MLPs and linear layers of Llama-like blocks that keep less for the backward pass than transformers' own.
 
 What they compute is the same to rounding. Of what a block of SmolLM2 keeps for each token in full fine-tuning, 34 KB of
-transformers', they keep 23 (docs/memory.md):
+transformers', they keep 20 with what attention keeps (docs/memory.md):
 
 - a norm keeps its input, which the residual stream has anyway, and one statistic a token; not the normalised values too
 - its output has the dtype that products want: autocast would cast it once for every layer that reads it
@@ -101,8 +101,6 @@ def linear(module: Any, x: Tensor) -> Tensor:
     dtype, weight, bias = autocast_dtype(x), module.weight, module.bias
     if weight.dtype == dtype:
         return nn.functional.linear(x, weight, bias)
-    if not torch.is_grad_enabled():
-        return nn.functional.linear(x.to(dtype), weight.to(dtype), bias)
     return _Linear.apply(x.to(dtype), weight, bias)
 
 

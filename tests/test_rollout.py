@@ -190,16 +190,16 @@ def test_finished_rows_are_dropped(
 
 
 def state(model: Any) -> list[Any]:
-    modules = [(m, "forward" in m.__dict__) for m in model.lm.modules()]
+    modules = [(m, m.__dict__.get("forward")) for m in model.lm.modules()]
     return [modules, [(p, p.data_ptr(), p.dtype) for p in model.lm.parameters()], model.lm.training]
 
 
 @pytest.mark.parametrize("compute", ["float32", "bfloat16"])
-@pytest.mark.parametrize("rank", [0, 2])
-def test_the_model_is_left_as_it_was(rank: int, compute: str, load_tiny: Any) -> None:
+@pytest.mark.parametrize(("rank", "dora"), [(0, False), (2, False), (2, True)])  # DoRA runs transformers' blocks
+def test_the_model_is_left_as_it_was(rank: int, dora: bool, compute: str, load_tiny: Any) -> None:
     model = load_tiny("llama-tied", compute_dtype=compute)[1]
     if rank:
-        add_lora(model, LoraConfig(rank=rank), 0)
+        add_lora(model, LoraConfig(rank=rank, dora=dora), 0)
     before = state(model)
     generate(model, PROMPTS, greedy())
     assert state(model) == before
