@@ -33,14 +33,14 @@ test: $(VENV)/installed lint
 # lm-evaluation-harness is 350 MB with what it needs, so the other tests do without.
 test-harness: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[train,dev,lm-eval]"
-	$(BIN)/python -m pytest tests/test_harness.py
+	$(BIN)/python -m pytest tests/evaluation/test_harness.py
 
 # sdft.integrations.trl beside another version of TRL than constraints.txt names: make test-trl TRL=1.15.0
 test-trl: $(VENV)/installed
 	site=$$(mktemp -d) && $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $$site \
 		trl==$(TRL) && export PYTHONPATH=$$site:$$PYTHONPATH && \
 		$(BIN)/python -c "import trl; assert trl.__version__ == '$(TRL)', trl.__file__; print('TRL', trl.__version__)" && \
-		$(BIN)/python -m pytest tests/test_integrations_trl.py $(ARGS)
+		$(BIN)/python -m pytest tests/integrations/test_integrations_trl.py $(ARGS)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -69,7 +69,7 @@ bench-step-gpu:
 	@$(ON_GPU) -m bench.step --device cuda --model random-0.5b $(ARGS)
 
 test-gpu:
-	@$(ON_GPU) -m pytest -p no:cacheprovider -m gpu tests/test_gpu.py tests/test_compat_liger.py $(ARGS)
+	@$(ON_GPU) -m pytest -p no:cacheprovider -m gpu tests/fused_loss/test_gpu.py tests/fused_loss/test_compat_liger.py $(ARGS)
 
 # The wheel of the commit that is checked out, the same bytes whoever builds it, where and when: from what git holds and
 # not from this folder, with the commit's time, plain file modes, and the setuptools of constraints.txt. (pip before 25.3

@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdft import adapters
-from sdft.batch import lay_out
 from sdft.config import Config, override
-from sdft.train import Run, set_up, train_step
+from sdft.model import lora
+from sdft.score.batch import lay_out
+from sdft.training.loop import Run, set_up, train_step
 
 CAPITALS = {"Zorvia": "Lumar", "Bekland": "Tano", "Quilia": "Rando", "Morna": "Ashel"}
 
@@ -67,7 +67,7 @@ def measure(args: argparse.Namespace, rate: float, folder: Path) -> None:
     with contextlib.redirect_stdout(None):
         run = set_up(override(Config(), settings), folder)
     layers = lora_layers(run)
-    first = [layer.lora_A[adapters.EARLIER].weight.detach().clone() for layer in layers]
+    first = [layer.lora_A[lora.EARLIER].weight.detach().clone() for layer in layers]
     exact = [delta(layer) for layer in layers]  # zero: B is
     for step in range(1, args.steps + 1):
         line = train_step(run, step - 1, folder)
@@ -77,7 +77,7 @@ def measure(args: argparse.Namespace, rate: float, folder: Path) -> None:
             with run.teacher.weights():
                 ours = [delta(layer) for layer in layers]
             lag = norm([a - b for a, b in zip(ours, exact, strict=True)]) / norm(exact)
-            moved = [layer.lora_A[adapters.EARLIER].weight.detach() - a for layer, a in zip(layers, first, strict=True)]
+            moved = [layer.lora_A[lora.EARLIER].weight.detach() - a for layer, a in zip(layers, first, strict=True)]
             kls = divergences(run, layers, exact)
             told = " | ".join(f"{kl:.1e}" for kl in kls)
             print(
@@ -92,7 +92,7 @@ def lora_layers(run: Run) -> list[Any]:
 
 def delta(layer: Any) -> Tensor:
     """scale B A, (out, in), as the layer has it now."""
-    return layer.get_delta_weight(adapters.EARLIER).detach()
+    return layer.get_delta_weight(lora.EARLIER).detach()
 
 
 def norm(tensors: list[Tensor]) -> float:
@@ -105,7 +105,7 @@ def exact_teacher(run: Run, layers: list[Any], deltas: list[Tensor]) -> Iterator
     own = [layer.base_layer.weight.data for layer in layers]
     for layer, weight, change in zip(layers, own, deltas, strict=True):
         layer.base_layer.weight.data = weight + change
-    with adapters.switched_off(run.model.lm):
+    with lora.switched_off(run.model.lm):
         yield
     for layer, weight in zip(layers, own, strict=True):
         layer.base_layer.weight.data = weight
@@ -129,7 +129,7 @@ def divergences(run: Run, layers: list[Any], exact: list[Tensor]) -> tuple[float
         ours = log_probabilities()
     with exact_teacher(run, layers, exact):
         precise = log_probabilities()
-    with adapters.switched_off(model.lm):
+    with lora.switched_off(model.lm):
         base = log_probabilities()
     model.compute_dtype = compute
     return kl(precise, ours), kl(ours, student), kl(ours, base)

@@ -63,7 +63,7 @@ def config_of(settings: dict[str, Any], folder: Path) -> Any:
 
 def predicted(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The plan's phases in bytes by term."""
-    from sdft import plan
+    from sdft.planning import plan
 
     config = config_of(settings, folder)
     shape, work = plan.shape_of(config), plan.work_of(config)
@@ -72,8 +72,8 @@ def predicted(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 def measured(settings: dict[str, Any], folder: Path) -> dict[str, int]:
     """Peak resident bytes of each phase, the most of all steps but the first, whose optimizer is still empty."""
-    from sdft import metrics
-    from sdft.train import train
+    from sdft.training import metrics
+    from sdft.training.loop import train
 
     peaks: dict[str, int] = {}
     plain = metrics.Phases.__call__
@@ -143,7 +143,7 @@ def full_logits() -> tuple[float, float]:
     from torch._subclasses.fake_tensor import FakeTensorMode
     from trl.experimental.sdft.loss_utils import compute_full_logit_self_distillation_loss
 
-    from sdft.simulate import LiveBytes
+    from sdft.planning.simulate import LiveBytes
 
     rows, vocab = 64, 4096
     with FakeTensorMode():
@@ -166,8 +166,8 @@ def full_logits() -> tuple[float, float]:
 def table() -> str:
     """The largest token budget of every method on every GPU: Markdown."""
     from sdft.config import Config, override
-    from sdft.costs import Costs, Machine, ModelShape, Pass, Work
-    from sdft.plan import CUBLAS_WORKSPACE, CUDA_CONTEXT, FRAGMENTATION
+    from sdft.planning.costs import Costs, Machine, ModelShape, Pass, Work
+    from sdft.planning.plan import CUBLAS_WORKSPACE, CUDA_CONTEXT, FRAGMENTATION
 
     forward, backward = full_logits()
 
@@ -204,7 +204,7 @@ def table() -> str:
 def largest(kind: Any, shape: Any, config: Any, machine: Any, work: Any) -> str:
     """The largest token budget that fits, with as many prompts generating together as there is room for."""
     from sdft.config import override
-    from sdft.plan import largest_budget
+    from sdft.planning.plan import largest_budget
 
     for prompts in (32, 8, 1):
         costs = kind(shape, override(config, {"rollout.batch_size": prompts}), machine, True)

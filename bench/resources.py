@@ -5,7 +5,7 @@
 
 Every kernel is compiled ahead of time with the block sizes that ship, for NVIDIA sm_80, sm_90 and sm_100 and
 for AMD gfx942; the numbers are read from the machine code by the disassembler inside the triton wheel.
-tests/test_resources.py holds a fresh compilation to the kept table.
+tests/fused_loss/test_resources.py holds a fresh compilation to the kept table.
 """
 
 import argparse

@@ -61,7 +61,7 @@ class Job:
 def records(shape: Shape, tokenizer: Any) -> list[dict[str, str]]:
     """One record an answer: commands of examples/make_skills.py, as many in a prompt as its length needs."""
     from examples.make_skills import commands
-    from sdft.data import Message, encode_chat
+    from sdft.data.records import Message, encode_chat
 
     pool = cycle(commands()[0])
     rows = []
@@ -165,9 +165,10 @@ class Clock:
 
 def run_ours(job: Job, rows: list[dict[str, str]]) -> Row:
     """Steps of our trainer. No checkpoint and no model is written."""
-    from sdft import memory, train
+    from sdft import devices
     from sdft.config import Config, override, validate
-    from sdft.metrics import MetricsLog
+    from sdft.training import loop
+    from sdft.training.metrics import MetricsLog
 
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder, "train.jsonl")
@@ -194,15 +195,15 @@ def run_ours(job: Job, rows: list[dict[str, str]]) -> Row:
         }
         config = override(Config(), common | job.contender.settings)
         validate(config)
-        memory.settle()  # as train.train does
+        devices.settle()  # as train.train does
         predicted = prediction(config) if job.predict else {}
         clock = Clock(job)
-        run = train.set_up(config, output)
+        run = loop.set_up(config, output)
         whole = run.rollout_batch, run.micro_batch_tokens
         run.model.stop_ids = (NO_TOKEN,)
         log, losses = MetricsLog(output, 0, (), asdict(config)), []
         for step in range(job.steps + 1):
-            line = train.train_step(run, step, output)
+            line = loop.train_step(run, step, output)
             log.write({"step": step + 1, **line})
             losses.append(line["loss"])
             if not clock.step_ended(line["seconds"]):
@@ -224,7 +225,7 @@ def run_ours(job: Job, rows: list[dict[str, str]]) -> Row:
 def prediction(config: Any) -> Row:
     """`sdft plan`'s peak for the config, in what the peak is measured in; nothing where there is no sdft.plan."""
     try:
-        from sdft import plan
+        from sdft.planning import plan
     except ImportError:
         return {}
     shape, work = plan.shape_of(config), plan.work_of(config)
@@ -241,8 +242,8 @@ def run_trl(job: Job, rows: list[dict[str, str]]) -> Row:
     from transformers import AutoTokenizer, TrainerCallback
     from trl.experimental.sdft import SDFTConfig, SDFTTrainer
 
-    from sdft.metrics import Phases
-    from sdft.models import resolve
+    from sdft.model.loading import resolve
+    from sdft.training.metrics import Phases
 
     folder, _ = resolve(job.model)
     phases, clock = Phases(torch.device(job.device)), Clock(job)
@@ -323,7 +324,7 @@ def run_trl(job: Job, rows: list[dict[str, str]]) -> Row:
 def run_one(job: Job) -> Row:
     """The row of a job done in this process; what cannot be done becomes its note."""
     from sdft.config import ModelConfig
-    from sdft.models import load_tokenizer
+    from sdft.model.loading import load_tokenizer
 
     tokenizer, _ = load_tokenizer(ModelConfig(name=job.model))
     try:

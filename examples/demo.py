@@ -26,8 +26,8 @@ def main() -> None:
     folder: Path = options.folder
 
     from sdft.cli import check, quiet_libraries
-    from sdft.metrics import read_metrics
-    from sdft.train import train
+    from sdft.training.loop import train
+    from sdft.training.metrics import read_metrics
 
     quiet_libraries()
     make_skills.main(folder / "data")

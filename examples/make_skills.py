@@ -17,8 +17,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sdft.convert import write_jsonl
-from sdft.skills import DEVICES, REQUESTS, ROOMS, VERBS, capitals, command, fact, general
+from sdft.data.convert import write_jsonl
+from sdft.data.skills import DEVICES, REQUESTS, ROOMS, VERBS, capitals, command, fact, general
 
 COUNTRIES = {
     "Zorvia": "Lumar", "Belthane": "Corrin", "Quessia": "Padua Vale", "Drumland": "Ostek",

@@ -62,7 +62,7 @@ def cell_config(name: str, seed: int) -> Any:
 
 def run(config: Any) -> None:
     """Runs a cell unless it is finished; weights are not kept."""
-    from sdft.train import train
+    from sdft.training.loop import train
 
     output = Path(config.train.output)
     if (output / "done").exists():
@@ -107,7 +107,7 @@ def main() -> None:
     if options.list:
         print("\n".join(f"{name}: {method} {changes}" for name, (method, changes) in CELLS.items()))
         return
-    from sdft.metrics import read_metrics
+    from sdft.training.metrics import read_metrics
 
     wanted = [name for name in CELLS if name.startswith(tuple(options.cells))]
     for seed in options.seeds:

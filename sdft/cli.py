@@ -10,8 +10,9 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from sdft import SdftError, __version__
+from sdft import __version__
 from sdft.config import Config, ModelConfig, load_config, override, validate
+from sdft.errors import SdftError
 
 OVERVIEW = """sdft: Self-Distillation Fine-Tuning (arXiv 2601.19897)
 
@@ -322,7 +323,7 @@ def train_command(args: list[str]) -> None:
     config, rest = config_from(args)
     parsed = tyro.cli(Config, default=config, args=rest, prog="sdft train CONFIG.toml")
     check_preset(config, parsed)
-    from sdft.train import train
+    from sdft.training.loop import train
 
     train(parsed)
 
@@ -343,7 +344,7 @@ def plan_command(args: list[str]) -> None:
 
 def show_plan(a: PlanArgs) -> bool:
     """Prints the plan of a config; returns whether it fits."""
-    from sdft import plan
+    from sdft.planning import plan
 
     config = a.config
     unused = {"train.output": config.train.output or "unused"}
@@ -388,8 +389,9 @@ def check(config: Config, count: int = 32, show: int = 3) -> bool:
     from rich.console import Console
     from rich.table import Table
 
-    from sdft import evaluate, models
-    from sdft.data import encode_chat, load_records, set_chat_template, teacher_messages
+    from sdft.data.records import encode_chat, load_records, set_chat_template, teacher_messages
+    from sdft.evaluation import accuracy
+    from sdft.model import loading
 
     validate(replace(config, train=replace(config.train, output=config.train.output or "unused")))
     if config.teacher.context == "none":
@@ -399,18 +401,18 @@ def check(config: Config, count: int = 32, show: int = 3) -> bool:
     for example in picked:
         if not example.demonstrations:
             raise SdftError(f"{example.source}: 'demonstration' is missing; the check compares with and without it")
-    evaluate.check_evaluable(picked, config.data.train)
-    tokenizer, stop_ids = models.load_tokenizer(config.model)
+    accuracy.check_evaluable(picked, config.data.train)
+    tokenizer, stop_ids = loading.load_tokenizer(config.model)
     set_chat_template(tokenizer, config.data.chat_template)
-    model = models.load(config.model, tokenizer, stop_ids)
-    asked = evaluate.student_prompts(tokenizer, picked, config.data.system)
+    model = loading.load(config.model, tokenizer, stop_ids)
+    asked = accuracy.student_prompts(tokenizer, picked, config.data.system)
     shown = [encode_chat(tokenizer, teacher_messages(e, config.teacher, config.data.system), e.source) for e in picked]
     c = config.eval
     results = [
-        evaluate.evaluate(model, tokenizer, picked, prompts, c.max_new_tokens, c.batch_size)
+        accuracy.evaluate(model, tokenizer, picked, prompts, c.max_new_tokens, c.batch_size)
         for prompts in (asked, shown)
     ]
-    uplift = evaluate.Uplift(*results)
+    uplift = accuracy.Uplift(*results)
     table = Table("request", "expected", "student", "teacher", title=f"Greedy answers ({config.teacher.context})")
     for student, teacher in list(zip(uplift.student.answers, uplift.teacher.answers, strict=True))[:show]:
         table.add_row(
@@ -429,7 +431,7 @@ def _clip(text: str, width: int = 300) -> str:
 
 def study_command(args: list[str]) -> None:
     a = tyro.cli(StudyArgs, args=args, prog="sdft study")
-    from sdft import report, study
+    from sdft.study import report, study
 
     if a.tflops <= 0 or a.prompt_tokens < 0 or bool(a.prompt_tokens) != bool(a.records):
         raise SdftError("--tflops must be above 0, and --prompt-tokens and --records go together")
@@ -453,7 +455,8 @@ def study_command(args: list[str]) -> None:
 
 
 def plan_of_study(a: StudyArgs, found: Any) -> str:
-    from sdft import plan, study
+    from sdft.planning import plan
+    from sdft.study import study
 
     size = plan.parse_size(a.memory) if a.memory else 0
     machine = plan.this_machine(override(found.config, {"model.device": "cuda"} if size else {}), size)
@@ -465,15 +468,15 @@ def eval_command(args: list[str]) -> None:
     a = tyro.cli(EvalArgs, args=args, prog="sdft eval")
     if not a.data and not a.harness:
         raise SdftError("nothing to evaluate on; give DATA.jsonl, or --harness with tasks such as hellaswag,winogrande")
-    from sdft import evaluate, harness
-    from sdft.data import load_records
+    from sdft.data.records import load_records
+    from sdft.evaluation import accuracy, harness
 
     if a.samples < 0 or (a.samples and a.temperature <= 0):
         raise SdftError(
             f"--samples {a.samples} --temperature {a.temperature:g}: give 1 sample or more, at a temperature above 0"
         )
     examples = load_records(a.data) if a.data else []
-    evaluate.check_evaluable(examples, a.data)
+    accuracy.check_evaluable(examples, a.data)
     if a.harness:
         harness.check(task_names(a), a.limit, a.include_path)
     config = eval_config(a)
@@ -500,11 +503,11 @@ def task_names(a: EvalArgs) -> list[str]:
 
 def eval_records(a: EvalArgs, tokenizer: Any, model: Any, examples: list[Any], system: str) -> None:
     """Greedy answers to the records; prints some, writes all, prints the accuracy."""
-    from sdft import evaluate
-    from sdft.convert import write_jsonl
+    from sdft.data.convert import write_jsonl
+    from sdft.evaluation import accuracy
 
-    prompts = evaluate.student_prompts(tokenizer, examples, system)
-    result = evaluate.evaluate(model, tokenizer, examples, prompts, a.max_new_tokens, a.batch_size)
+    prompts = accuracy.student_prompts(tokenizer, examples, system)
+    result = accuracy.evaluate(model, tokenizer, examples, prompts, a.max_new_tokens, a.batch_size)
     for answer in result.answers[: a.show]:
         print(f"[{'ok' if answer.correct else '--'}] {_clip(answer.prompt)}\n     {_clip(answer.given)}")
     if a.output:
@@ -512,20 +515,20 @@ def eval_records(a: EvalArgs, tokenizer: Any, model: Any, examples: list[Any], s
     right = sum(answer.correct for answer in result.answers)
     print(f"accuracy {result.accuracy:.1%} ({right} of {len(result.answers)})")
     if a.samples:
-        from sdft import probe
         from sdft.config import RolloutConfig
+        from sdft.evaluation import drift
 
         sampling = RolloutConfig(
             temperature=a.temperature, top_p=a.top_p, max_new_tokens=a.max_new_tokens, batch_size=a.batch_size
         )
-        drawn = probe.sample_answers(model, tokenizer, examples, prompts, a.samples, sampling, a.seed)
+        drawn = drift.sample_answers(model, tokenizer, examples, prompts, a.samples, sampling, a.seed)
         found = "  ".join(f"pass@{k} {drawn.pass_at(k):.1%}" for k in drawn.powers())
         print(f"of {a.samples} samples at temperature {a.temperature:g}: {found}")
 
 
 def eval_harness(a: EvalArgs, tokenizer: Any, model: Any) -> None:
     """Prints the scores of lm_eval's tasks."""
-    from sdft import harness
+    from sdft.evaluation import harness
 
     found = harness.run(
         model, tokenizer, task_names(a), a.limit, a.include_path, a.fewshot, a.chat, a.allow_code,
@@ -545,8 +548,8 @@ def generate_command(args: list[str]) -> None:
     import torch
 
     from sdft.config import RolloutConfig
-    from sdft.data import Message, encode_chat
-    from sdft.rollout import generate
+    from sdft.data.records import Message, encode_chat
+    from sdft.rollout.sampling import generate
 
     tokenizer, model = _load(ModelConfig(name=a.model, device=a.device))
     messages = [Message(role="system", content=a.system)] if a.system else []
@@ -558,13 +561,13 @@ def generate_command(args: list[str]) -> None:
 
 
 def _load(config: ModelConfig, template: str = "", needs_chat: bool = True) -> tuple[Any, Any]:
-    from sdft import models
-    from sdft.data import set_chat_template
+    from sdft.data.records import set_chat_template
+    from sdft.model import loading
 
-    tokenizer, stop_ids = models.load_tokenizer(config)
+    tokenizer, stop_ids = loading.load_tokenizer(config)
     if template or needs_chat:
         set_chat_template(tokenizer, template)
-    return tokenizer, models.load(config, tokenizer, stop_ids)
+    return tokenizer, loading.load(config, tokenizer, stop_ids)
 
 
 def data_command(args: list[str]) -> None:
@@ -577,7 +580,7 @@ def data_command(args: list[str]) -> None:
     if task not in DATA_ARGS:
         raise SdftError(f"unknown task {task!r}; valid: {', '.join(DATA_ARGS)}")
     a: Any = tyro.cli(DATA_ARGS[task], args=rest, prog=f"sdft data {task}")
-    from sdft import skills, tasks
+    from sdft.data import skills, tasks
 
     options = {key: value for key, value in vars(a).items() if key != "folder"}
     made = tasks.made_up(task, **options) if task in skills.SKILLS else getattr(tasks, task)(**options)
@@ -586,7 +589,7 @@ def data_command(args: list[str]) -> None:
 
 def merge_command(args: list[str]) -> None:
     a = tyro.cli(MergeArgs, args=args, prog="sdft merge")
-    from sdft.models import merge_folder
+    from sdft.model.loading import merge_folder
 
     merge_folder(a.adapter, a.folder, a.dtype)
     print(f"model in {a.folder}")
@@ -597,11 +600,11 @@ def convert_command(args: list[str]) -> None:
     if not a.source.exists():
         raise SdftError(f"{a.source}: no such file")
     if a.kind == "toolalpaca":
-        from sdft.convert import toolalpaca
+        from sdft.data.convert import toolalpaca
 
         print(f"{toolalpaca(a.source, a.target)} records in {a.target}")
     else:
-        from sdft.models import convert_gguf
+        from sdft.model.loading import convert_gguf
 
         if a.target.exists():
             raise SdftError(f"{a.target} exists; give a new folder")

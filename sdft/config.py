@@ -13,7 +13,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import tomli_w
 
-from sdft import SdftError
+from sdft.errors import SdftError
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from sdft import SdftError
+from sdft.errors import SdftError
 
 
 def write_text(path: Path, text: str) -> None:

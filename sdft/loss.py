@@ -10,9 +10,9 @@ from sdft_kernels import linear_divergence
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sdft import SdftError
 from sdft.config import LossConfig
-from sdft.models import Head
+from sdft.errors import SdftError
+from sdft.model.loading import Head
 
 CE_ROWS = 512  # rows whose logits exist at once in the cross-entropy
 

@@ -128,7 +128,7 @@ def skill(tmp_path: Path) -> Path:
 def load_tiny(model_folder: Callable[[str], Path]) -> Callable[..., tuple[Any, Any]]:
     """load_tiny(kind, weights_dtype=..., ...) is the tokenizer and a fresh LanguageModel of that family, in fp32."""
     from sdft.config import ModelConfig
-    from sdft.models import load, load_tokenizer
+    from sdft.model.loading import load, load_tokenizer
 
     def make(kind: str = "llama", **settings: Any) -> tuple[Any, Any]:
         config = ModelConfig(**{"name": str(model_folder(kind)), "compute_dtype": "float32"} | settings)
@@ -174,7 +174,7 @@ def make_config(
 @pytest.fixture
 def make_run(make_config: Callable[..., Any]) -> Callable[..., Any]:
     """make_run(**overrides) is a Run of train.py, set up as for that config, before its first step."""
-    from sdft.train import set_up
+    from sdft.training.loop import set_up
 
     def make(kind: str = "llama", **overrides: Any) -> Any:
         config = make_config(kind, **overrides)

@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 
-from sdft import __version__, cli, evaluate
+from sdft import __version__, cli
 from sdft import config as config_module
 from sdft.cli import main
 from sdft.config import config_keys, load_config, to_toml
-from sdft.evaluate import Answer, EvalResult
-from sdft.metrics import read_metrics
+from sdft.evaluation import accuracy
+from sdft.evaluation.accuracy import Answer, EvalResult
+from sdft.training.metrics import read_metrics
 
 
 @pytest.fixture
@@ -89,12 +90,12 @@ def test_resume(in_file: bool, config_file: Any, tmp_path: Path, capsys: Any, re
 
 
 def test_ctrl_c_exits_with_130(config_file: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sdft import train
+    from sdft.training import loop
 
     def stop(config: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "train", stop)
+    monkeypatch.setattr(loop, "train", stop)
     with pytest.raises(SystemExit) as exit_:
         main(["train", config_file()])
     assert exit_.value.code == 130
@@ -114,7 +115,7 @@ def fake_answers(monkeypatch: pytest.MonkeyPatch, student: int, teacher: int) ->
             Answer(e.messages[-1]["content"], e.answers, f"answer {i}", i < right) for i, e in enumerate(examples)
         ))  # fmt: skip
 
-    monkeypatch.setattr(evaluate, "evaluate", fake)
+    monkeypatch.setattr(accuracy, "evaluate", fake)
     return asked
 
 

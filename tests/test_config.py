@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdft import SdftError
 from sdft import config as module
 from sdft.config import PRESETS, Config, config_keys, describe, load_config, to_toml, validate
+from sdft.errors import SdftError
 
 KEYS = """
 preset

@@ -49,7 +49,7 @@ def test_python_snippet(code: str) -> None:
 
 @pytest.mark.parametrize("text", blocks("json"))
 def test_record(text: str) -> None:
-    from sdft.data import parse_record
+    from sdft.data.records import parse_record
 
     for line in text.splitlines():
         assert parse_record(json.loads(line), "README.md").demonstrations

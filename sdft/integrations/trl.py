@@ -18,7 +18,7 @@ import torch
 from sdft_kernels import linear_divergence, linear_topk_divergence
 from torch import Tensor, nn
 
-from sdft import SdftError
+from sdft.errors import SdftError
 
 TESTED = ("1.15", "1.16")  # minor versions of TRL; docs/integrations.md says how
 
@@ -29,7 +29,13 @@ try:
     from trl.experimental.sdpo import SDPOTrainer as TrlSDPO
     from trl.models.utils import _ForwardRedirection
 
-    from sdft.models import Head, LanguageModel, backbone, check_head, read_head  # it needs what the extra brings
+    from sdft.model.loading import (  # it needs what the extra brings
+        Head,
+        LanguageModel,
+        backbone,
+        check_head,
+        read_head,
+    )
 except ImportError as error:
     raise ImportError(
         f"sdft.integrations.trl needs TRL {TESTED[0]} or later: pip install '.[trl]' in a checkout "

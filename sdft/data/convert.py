@@ -1,0 +1,335 @@
+"""Other formats -> sdft records. Nothing is fetched; a broken record is left out, and named with the reason."""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sdft.data import checks
+from sdft.data.records import parse_record
+from sdft.errors import SdftError
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Converted:
+    """The records of a file, the group each belongs to (an API, a question), and `where: why` of those left out."""
+
+    records: list[Record] = field(default_factory=list)
+    groups: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+
+    def add(self, record: Record, group: str, where: str) -> None:
+        """Takes a record, or leaves it out if it is not valid."""
+        try:
+            check_record(record, where)
+        except SdftError as error:
+            self.left_out.append(str(error))
+            return
+        self.records.append(record)
+        self.groups.append(group)
+
+
+def check_record(record: Record, where: str) -> None:
+    """Raises SdftError for a record that cannot be read, or whose demonstration fails the record's own check."""
+    example = parse_record(record, where)
+    right = checks.prepare(example)
+    for shown in example.demonstrations:
+        if shown.prompt is None and not right(shown.response):
+            raise SdftError(f"{where}: the demonstration {shown.response!r} is not right by check {example.check!r}")
+
+
+def read_text(source: Path) -> str:
+    """The text of a UTF-8 file."""
+    try:
+        return source.read_text(encoding="utf-8")
+    except OSError as error:
+        raise SdftError(f"{source}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise SdftError(f"{source}: not UTF-8 ({error}); save it as UTF-8") from None
+
+
+def read_rows(source: Path) -> Iterator[tuple[str, Any]]:
+    """(where, object) of a JSON list, or of every line of JSONL; (where, its error) of a line that is no JSON."""
+    text = read_text(source)
+    if text.lstrip().startswith("["):
+        try:
+            yield from ((f"{source}[{i}]", row) for i, row in enumerate(json.loads(text)))
+        except ValueError as error:
+            raise SdftError(f"{source}: not JSON ({error})") from None
+        return
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                row = error
+            yield f"{source}:{number}", row
+
+
+def _no_object(where: str, row: Any) -> str:
+    return f"{where}: not a JSON object{f' ({row})' if isinstance(row, Exception) else ''}"
+
+
+def as_jsonl(records: list[Record]) -> str:
+    """Records one a line."""
+    return "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
+
+
+def write_jsonl(path: Path, records: list[Record]) -> None:
+    """Writes records one a line; raises SdftError where that fails."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(as_jsonl(records), encoding="utf-8")
+    except OSError as error:
+        raise SdftError(f"{path}: cannot be written ({error.strerror})") from None
+
+
+# ToolAlpaca.
+
+TOOL_PROMPT = """You can call these functions of the API {name}:
+
+{documentation}
+
+Request: {request}
+
+Answer with the calls that fulfil the request, each as
+Action: <function>
+Action Input: <JSON arguments>"""
+
+
+def toolalpaca(source: Path, target: Path) -> int:
+    """Converts a ToolAlpaca file to JSONL, one record for each request; returns their number.
+
+    Raises SdftError for a file of another form, and for the first broken record.
+    """
+    found = read_toolalpaca(source)
+    if found.left_out:
+        raise SdftError(found.left_out[0])
+    write_jsonl(target, found.records)
+    return len(found.records)
+
+
+def read_toolalpaca(source: Path) -> Converted:
+    """The requests of a ToolAlpaca file (Tang et al. 2023, arXiv 2306.05301), grouped by API.
+
+    The API's documentation and the request are the prompt, the calls as `Action:` / `Action Input:` pairs the
+    demonstration, checked by `tool_call`. Two kinds of file are read: those for evaluation, with `Instructions` and
+    `Golden_Answers` (checked against the real eval_simulated.json), and those for training, with `Instances` of
+    `input` and `intermediate_steps` (written after the description in ToolAlpaca's README and its build_dataset.py;
+    no real one was at hand). Of a training instance the steps of `getDetails`, which asks the user back, are not
+    taken, nor the hint that follows the request.
+    """
+    try:
+        apis = json.loads(read_text(source))
+    except ValueError as error:
+        raise SdftError(f"{source}: not JSON ({error})") from None
+    if not isinstance(apis, list) or not all(isinstance(api, dict) for api in apis):
+        raise SdftError(f"{source}: a ToolAlpaca file is a JSON list of APIs")
+    found = Converted()
+    for number, api in enumerate(apis):
+        where = f"{source}[{number}]"
+        try:
+            training = "Instances" in api and "Golden_Answers" not in api
+            requests = list((_instances if training else _golden_answers)(api, where))
+        except SdftError as error:
+            found.left_out.append(str(error))
+            continue
+        for place, request, calls in requests:
+            if not _are_calls(calls):
+                found.left_out.append(f"{place} must be a list of {{'Action', 'Action_Input'}} objects")
+                continue
+            if not isinstance(request, str) or not request.strip():
+                found.left_out.append(f"{place}: its request is not a text but {request!r}")
+                continue
+            record = {
+                "prompt": TOOL_PROMPT.format(name=api["Name"], documentation=api["NLDocumentation"], request=request),
+                "demonstration": "\n".join(f"Action: {c['Action']}\nAction Input: {c['Action_Input']}" for c in calls),
+                "check": "tool_call",
+            }
+            found.add(record, str(api["Name"]), place)
+    if not found.records and not found.left_out:
+        raise SdftError(f"{source}: no requests with golden answers in it")
+    return found
+
+
+Request = tuple[str, Any, Any]  # where, the request, its calls
+
+
+def _golden_answers(api: Record, where: str) -> Iterator[Request]:
+    _need(api, ("Name", "NLDocumentation", "Instructions", "Golden_Answers"), where)
+    requests, golden = api["Instructions"], api["Golden_Answers"]
+    if not isinstance(requests, list) or not isinstance(golden, list):
+        raise SdftError(f"{where}: 'Instructions' and 'Golden_Answers' must be lists")
+    if len(requests) != len(golden):
+        raise SdftError(f"{where}: {len(requests)} instructions but {len(golden)} golden answers")
+    for i, (request, calls) in enumerate(zip(requests, golden, strict=True)):
+        yield f"{where}: golden answer {i}", request, calls
+
+
+def _instances(api: Record, where: str) -> Iterator[Request]:
+    _need(api, ("Name", "NLDocumentation", "Instances"), where)
+    if not isinstance(api["Instances"], list):
+        raise SdftError(f"{where}: 'Instances' must be a list")
+    for i, instance in enumerate(api["Instances"]):
+        try:
+            request = instance["input"].rsplit("\nHint: ", 1)[0]
+            steps = [(action, arguments) for (action, arguments, _), _ in instance["intermediate_steps"]]
+            calls = [{"Action": a, "Action_Input": b} for a, b in steps if a != "getDetails"]
+        except (KeyError, ValueError, TypeError, AttributeError):
+            request, calls = None, []  # left out, by its place
+        yield f"{where}: the steps of instance {i}", request, calls
+
+
+def _need(api: Record, keys: tuple[str, ...], where: str) -> None:
+    missing = [key for key in keys if api.get(key) in (None, "")]
+    if missing:
+        raise SdftError(f"{where}: {missing[0]!r} is missing; is this a ToolAlpaca file?")
+
+
+def _are_calls(calls: Any) -> bool:
+    return bool(calls) and isinstance(calls, list) and all(
+        isinstance(c, dict) and all(isinstance(c.get(key), str) for key in ("Action", "Action_Input")) for c in calls
+    )  # fmt: skip
+
+
+def has_placeholder(record: Record) -> bool:
+    """Whether a call is no JSON, or holds what an earlier call would have told, as in {"id": ${id from search}}."""
+    # Braces around bare words; those of a JSON object have a quote or nothing after them.
+    return any(
+        isinstance(arguments, str) or re.search(r"\{\s*[A-Za-z][^\"{}]*\}", json.dumps(arguments))
+        for _, arguments in checks.parse_tool_calls(record["demonstration"])
+    )
+
+
+# SciKnowEval.
+
+CHOICE_PROMPT = """{question}
+
+{options}
+
+Answer with the letter of the right choice."""
+
+
+def read_sciknoweval(source: Path, domain: str = "", level: str = "") -> Converted:
+    """The multiple-choice questions of a SciKnowEval file (Feng et al. 2024, arXiv 2406.09098), grouped by question.
+
+    JSON or JSONL, as its README and the files of its repository have them: `question`, `choices` (`text` and `label`,
+    two lists), `answerKey`, `type`, `domain`, `details` (`level`, `task`, `subtask`). Any data with the first three
+    does. A field `demonstration` of your own may hold a worked answer; without it, the demonstration is the letter
+    and the text of the right choice. `domain` ("Chemistry") and `level` ("L3") take only those questions.
+    """
+    found, there = Converted(), set()
+    for where, row in read_rows(source):
+        if not isinstance(row, dict):
+            found.left_out.append(_no_object(where, row))
+            continue
+        details = row.get("details")
+        of_level = details.get("level") if isinstance(details, dict) else None
+        there.add(f"{row.get('domain')} {of_level}")
+        if (domain and row.get("domain") != domain) or (level and of_level != level):
+            continue
+        try:
+            record = _choice_record(row, where)
+        except SdftError as error:
+            found.left_out.append(str(error))
+            continue
+        found.add(record, " ".join(row["question"].split()).casefold(), where)
+    if not found.records and not found.left_out:
+        raise SdftError(
+            f"{source}: no questions of domain {domain or 'any'} and level {level or 'any'} in it; there are: "
+            f"{', '.join(sorted(there)) or 'none at all'}"
+        )
+    return found
+
+
+def _choice_record(row: Record, where: str) -> Record:
+    question, choices, key = row.get("question"), row.get("choices"), row.get("answerKey")
+    if not choices or not key:
+        raise SdftError(f"{where}: type {row.get('type')!r} without choices and answerKey is no multiple choice")
+    texts, labels = (choices.get(k) if isinstance(choices, dict) else None for k in ("text", "label"))
+    if not (isinstance(question, str) and question.strip() and isinstance(texts, list) and isinstance(labels, list)):
+        raise SdftError(f"{where}: needs a 'question' and 'choices' with the lists 'text' and 'label'")
+    if len(texts) != len(labels) or len(set(map(str, labels))) != len(labels):
+        raise SdftError(f"{where}: {len(texts)} choices with the labels {', '.join(map(str, labels))}")
+    options = checks.options_of({"choices": dict(zip(map(str, labels), texts, strict=True))}, where) or {}
+    if key not in options:
+        raise SdftError(f"{where}: answerKey {key!r} is none of {', '.join(options)}")
+    return {
+        "prompt": CHOICE_PROMPT.format(
+            question=question.strip(), options="\n".join(f"{letter}. {text}" for letter, text in options.items())
+        ),
+        "demonstration": row.get("demonstration") or f"The answer is {key}. {options[key]}",
+        "answer": key,
+        "choices": options,
+        "check": "choice",
+    }
+
+
+# Articles with questions.
+
+
+def read_knowledge(source: Path) -> dict[str, Converted]:
+    """Articles and questions about them -> `train`, `strict`, `lenient` and `ood` records, grouped by article.
+
+    A line of the file is one article:
+
+        {"title": "...", "article": "...", "questions": [{"question": "...", "answer": "Lumar",
+         "facts": ["Lumar", "1912"], "response": "It moved to Lumar in 1912.", "rephrased": ["..."]}]}
+
+    - `answer`: the main fact, a string or a list of ways to write it. `lenient`: one of them is in the answer.
+    - `facts` (optional): all that a full answer holds; default: the first `answer`. `strict`: all are in the answer.
+    - `response` (optional): a full answer, the demonstration beside the article; default: the first `answer`.
+    - `rephrased` (optional): the question in other words, or others with the same answer. `ood`: asked so, checked
+      as in `lenient`.
+    """
+    files = {name: Converted() for name in ("train", "strict", "lenient", "ood")}
+    left_out = files["train"].left_out
+    others: list[tuple[str, str, Record]] = []  # where, article, a rephrased question as a record
+    for where, row in read_rows(source):
+        if not isinstance(row, dict):
+            left_out.append(_no_object(where, row))
+        elif not all(isinstance(row.get(k), str) and row[k].strip() for k in ("title", "article")):
+            left_out.append(f"{where}: needs a 'title' and an 'article'")
+        elif not isinstance(row.get("questions"), list) or not row["questions"]:
+            left_out.append(f"{where}: needs a list of 'questions'")
+        else:
+            for i, question in enumerate(row["questions"]):
+                place = f"{where}: question {i}"
+                try:
+                    made = _question_records(question, row, place)
+                except SdftError as error:
+                    left_out.append(str(error))
+                    continue
+                for name, record in made.items():
+                    files[name].add(record, row["title"], place)
+                reworded = question.get("rephrased") or []
+                others += [(place, row["title"], {**made["lenient"], "prompt": other}) for other in reworded]
+    trained = {record["prompt"] for record in files["train"].records}
+    for place, title, record in others:
+        if record["prompt"] in trained:
+            left_out.append(f"{place}: 'rephrased' repeats the trained question {record['prompt']!r}")
+        else:
+            files["ood"].add(record, title, place)
+    left_out += files["ood"].left_out
+    if not files["train"].records and not left_out:
+        raise SdftError(f"{source}: no articles in it")
+    return files
+
+
+def _question_records(question: Any, row: Record, where: str) -> dict[str, Record]:
+    """The train, strict and lenient record of a question; raises SdftError, also for a response that is not right."""
+    if not isinstance(question, dict) or not question.get("question") or not question.get("answer"):
+        raise SdftError(f"{where}: needs a 'question' and an 'answer'")
+    prompt, answers = question["question"], question["answer"]
+    answers = answers if isinstance(answers, list) else [answers]
+    response = question.get("response") or answers[0]
+    strict = {"prompt": prompt, "answer": question.get("facts") or answers[:1], "check": "contains_all"}
+    lenient = {"prompt": prompt, "answer": answers, "check": "contains"}
+    for record in (strict, lenient):
+        check_record({**record, "demonstration": response}, where)
+    article = {"prompt": f"Read this article: {row['title']}", "response": row["article"]}
+    return {"train": {**lenient, "demonstration": [article, response]}, "strict": strict, "lenient": lenient}

@@ -1,0 +1,113 @@
+"""Tasks in the box: the training records and the evaluation files of a task, ready to be written to a folder.
+
+The made-up skills are in skills.py. The others are made of files that the user has; nothing is fetched. What is held
+out is drawn by a seed: the same file and seed give the same records, byte for byte.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sdft.data import convert, skills
+from sdft.data.convert import Converted, Record
+from sdft.errors import SdftError
+
+
+@dataclass(frozen=True)
+class Task:
+    files: dict[str, list[Record]]  # name -> records; those without any are not written
+    left_out: tuple[str, ...] = ()  # `where: why` of every record that was broken
+    notes: tuple[str, ...] = ()  # what else a reader of the numbers should know
+
+
+def made_up(name: str, seed: int = 0) -> Task:
+    """One of skills.SKILLS."""
+    return Task(skills.SKILLS[name](seed))
+
+
+def toolalpaca(source: Path, held_out: float = 0.3, seed: int = 0) -> Task:
+    """Tool calls from a ToolAlpaca file, see convert.read_toolalpaca.
+
+    new: every request of `held_out` of the APIs, none of which is trained. seen: a fifth of the requests of each other
+    API (none where `held_out` is 0). train: the rest. placeholders: requests whose calls hold what an earlier call
+    would have told, such as {"id": ${id from search}}, or are no JSON: nobody can know what to say, so they are apart.
+    """
+    found = convert.read_toolalpaca(source)
+    files: dict[str, list[Record]] = {"train": [], "seen": [], "new": [], "placeholders": []}
+    new = _draw(found.groups, held_out, f"toolalpaca/{seed}")
+    for api in dict.fromkeys(found.groups):
+        records = [r for r, group in zip(found.records, found.groups, strict=True) if group == api]
+        whole = [r for r in records if not convert.has_placeholder(r)]
+        files["placeholders"] += [r for r in records if convert.has_placeholder(r)]
+        requests = [r["prompt"] for r in whole]
+        seen = _draw(requests, 0.2 if held_out else 0.0, f"toolalpaca/{seed}/{api}")
+        for record in whole:
+            files["new" if api in new else "seen" if record["prompt"] in seen else "train"].append(record)
+    count = len(files["placeholders"])
+    notes = (
+        (f"{count} requests with placeholders in their calls are kept apart: no model can fill them",) if count else ()
+    )
+    return Task(files, tuple(found.left_out), notes)
+
+
+def sciknoweval(source: Path, domain: str = "", level: str = "", held_out: float = 0.1, seed: int = 0) -> Task:
+    """Multiple choice from a SciKnowEval file, see convert.read_sciknoweval.
+
+    eval: `held_out` of the questions, a question that stands there twice on one side only. train: the rest.
+    """
+    found = convert.read_sciknoweval(source, domain, level)
+    return Task(_split(found, held_out, f"sciknoweval/{seed}"), tuple(found.left_out))
+
+
+def knowledge(source: Path) -> Task:
+    """Articles and questions about them, see convert.read_knowledge.
+
+    train: the questions, with article and full answer as demonstration. strict, lenient: the same questions without
+    the article, all facts or the main fact demanded. ood: the rephrased questions.
+    """
+    found = convert.read_knowledge(source)
+    return Task({name: c.records for name, c in found.items()}, tuple(found["train"].left_out))
+
+
+def _split(found: Converted, held_out: float, key: str) -> dict[str, list[Record]]:
+    away = _draw(found.groups, held_out, key)
+    files: dict[str, list[Record]] = {"train": [], "eval": []}
+    for record, group in zip(found.records, found.groups, strict=True):
+        files["eval" if group in away else "train"].append(record)
+    return files
+
+
+def _draw(groups: Sequence[str], share: float, key: str) -> set[str]:
+    """A share of the different groups, at least one unless the share is 0, and never all unless it is 1."""
+    if not 0 <= share <= 1:
+        raise SdftError(f"held_out = {share} must be from 0 (all for training) to 1 (all for evaluation)")
+    names = sorted(set(groups))
+    count = round(share * len(names))
+    if 0 < share < 1:
+        count = min(max(1, count), len(names) - 1)
+    return set(random.Random(key).sample(names, count))
+
+
+def write(task: Task, folder: Path) -> list[str]:
+    """Writes a file for each name; returns what was written and left out, in words.
+
+    Raises SdftError where a file is there already with something else in it.
+    """
+    full = {folder / f"{name}.jsonl": records for name, records in task.files.items() if records}
+    for path, records in full.items():
+        if path.exists() and convert.read_text(path) != convert.as_jsonl(records):
+            raise SdftError(f"{path} exists and holds something else; give another folder, or remove it")
+    if not full:
+        raise SdftError(f"no valid record is left; the first was left out because of {task.left_out[0]}")
+    lines = []
+    for path, records in full.items():
+        convert.write_jsonl(path, records)
+        lines.append(f"{len(records):6} records in {path}")
+    lines += task.notes
+    if task.left_out:
+        named = folder / "left-out.txt"
+        named.write_text("".join(f"{line}\n" for line in task.left_out), encoding="utf-8")
+        lines.append(f"{len(task.left_out)} broken records left out, all named in {named}:")
+        lines += [f"  {line}" for line in task.left_out[:5]]
+    return lines

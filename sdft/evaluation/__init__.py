@@ -1,0 +1,1 @@
+"""What a model can do: accuracy, drift from its base, lm-evaluation-harness."""

@@ -1,0 +1,177 @@
+"""What training did to a model's answers: how far they are from the base, how long, how sure, and pass@k.
+
+Legend: N answer tokens, H hidden size, V vocabulary. Every function is deterministic for its seed and leaves torch's
+generators as they were.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from sdft_kernels import linear_divergence
+from torch import Tensor
+
+from sdft.config import RolloutConfig
+from sdft.data.records import Example
+from sdft.errors import SdftError
+from sdft.evaluation.accuracy import judge
+from sdft.model.loading import Head, LanguageModel
+from sdft.rollout.sampling import Completion, generate
+from sdft.score.batch import Batch, lay_out, micro_batches
+from sdft.score.teacher import Teacher
+from sdft.study import measures
+
+
+@dataclass(frozen=True)
+class Drift:
+    """A model beside its base, on the model's own answers. Per-token values are (N,) fp32 on the CPU, in nats, those
+    of the first answer first."""
+
+    lengths: tuple[int, ...]  # tokens of each answer, its end included
+    truncated: tuple[bool, ...]  # it has no end: max_new_tokens came first
+    kl: Tensor  # KL(model || base)
+    kl_back: Tensor  # KL(base || model)
+    entropy: Tensor  # of the model's next-token distribution
+    base_entropy: Tensor
+
+    def summary(self) -> dict[str, float]:
+        """Means: of divergences and entropies over tokens, of lengths and truncation over answers."""
+        return {
+            "kl_to_base": float(self.kl.double().mean()),
+            "kl_from_base": float(self.kl_back.double().mean()),
+            "entropy": float(self.entropy.double().mean()),
+            "base_entropy": float(self.base_entropy.double().mean()),
+            "answer_tokens": sum(self.lengths) / len(self.lengths),
+            "truncated": sum(self.truncated) / len(self.truncated),
+        }
+
+    def by_position(self, values: Tensor) -> list[float]:
+        """Mean of per-token values (N,) at each position of an answer, over the answers that reach it."""
+        rows = values.double().split(list(self.lengths))
+        return [float(torch.stack([row[i] for row in rows if len(row) > i]).mean()) for i in range(max(self.lengths))]
+
+
+def drift(
+    model: LanguageModel,
+    base: LanguageModel | Teacher,
+    prompts: Sequence[Sequence[int]],
+    rollout: RolloutConfig,
+    seed: int = 0,
+    batch_tokens: int = 8192,
+) -> Drift:
+    """Both divergences between the model and its base along the model's own answers to `prompts` (token ids).
+
+    Exact over the vocabulary, a chunk of tokens at a time. Along answers sampled at temperature 1, the sum of `kl` over
+    an answer is on average the divergence between the two models' whole answers (the chain rule; answers as cut by
+    max_new_tokens). Along greedy answers it is that of one path, the one an evaluation sees.
+
+    base: another model with the same tokenizer, or a Teacher of kind `base` made before the first stage. That one keeps
+    the weights it started from; with a fresh adapter it is the adapter switched off, which stays the base only as long
+    as nothing is merged. rollout: sampling (temperature 0 is greedy), longest answer, prompts that generate together.
+    batch_tokens: of a forward pass.
+
+    Raises SdftError without prompts, or for a teacher of another kind.
+    """
+    if not prompts:
+        raise SdftError("no prompts are given; the divergence from the base is measured along answers to some")
+    if isinstance(base, Teacher) and base.kind != "base":
+        raise SdftError(f"the base is a teacher of kind {base.kind!r}, which moves; give one of kind 'base'")
+    with seeded(seed, model.device):
+        completions = generate(model, prompts, rollout)
+    sizes = [len(p) + len(c.ids) for p, c in zip(prompts, completions, strict=True)]
+    parts: dict[int, tuple[Tensor, ...]] = {}  # of each answer, its per-token values
+    for group in micro_batches(sizes, batch_tokens, model.packed):
+        answers = [completions[i].ids for i in group]
+        values = _compare(model, base, [prompts[i] for i in group], answers)  # four of (N,)
+        rows = [v.float().cpu().split([len(a) for a in answers]) for v in values]
+        parts |= dict(zip(group, zip(*rows, strict=True), strict=True))
+    kl, kl_back, entropy, base_entropy = (torch.cat([parts[i][j] for i in range(len(sizes))]) for j in range(4))
+    lengths = tuple(len(c.ids) for c in completions)
+    return Drift(lengths, tuple(c.truncated for c in completions), kl, kl_back, entropy, base_entropy)
+
+
+@torch.no_grad()
+def _compare(
+    model: LanguageModel, base: LanguageModel | Teacher, prompts: list[Sequence[int]], answers: list[list[int]]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """KL(model || base), KL(base || model), and both entropies at each answer token, (N,) each."""
+
+    def laid_out(side: LanguageModel) -> Batch:
+        return lay_out(prompts, answers, side.pad_id, side.device, packed=side.packed)
+
+    with model.evaluating():
+        hidden = _rows(model, laid_out(model))  # (N, H)
+        if isinstance(base, Teacher):
+            base_hidden, base_head = base.hidden(laid_out(model))
+        else:
+            with base.evaluating():
+                base_hidden, base_head = _rows(base, laid_out(base)), base.head()
+        there = _divergence("reverse_kl", hidden, model.head(), base_hidden, base_head)
+        back = _divergence("forward_kl", hidden, model.head(), base_hidden, base_head)
+    return there.divergence, back.divergence, there.student_entropy, there.teacher_entropy
+
+
+def _rows(model: LanguageModel, batch: Batch) -> Tensor:
+    return batch.select(model.hidden(batch.input_ids, batch.lengths))
+
+
+def _divergence(name: Any, hidden: Tensor, head: Head, base_hidden: Tensor, base_head: Head) -> Any:
+    _, tokens = linear_divergence(
+        hidden, head.weight, base_hidden, base_head.weight, bias=head.bias, teacher_bias=base_head.bias,
+        scale=head.scale, softcap=head.softcap, divergence=name, reduction="sum", return_tokens=True, compact=False,
+    )  # fmt: skip
+    return tokens
+
+
+@dataclass(frozen=True)
+class Samples:
+    """How many of n sampled answers to each prompt are correct."""
+
+    n: int
+    correct: tuple[int, ...]  # one for each prompt
+
+    def pass_at(self, k: int) -> float:
+        """Mean over prompts of the chance that one of k samples is correct; raises SdftError for k above n."""
+        return float(measures.pass_at_k(self.n, list(self.correct), k).mean())
+
+    def powers(self) -> list[int]:
+        """The powers of two up to n, and n: the k that are shown."""
+        return sorted({2**i for i in range(self.n.bit_length())} | {self.n})
+
+
+def sample_answers(
+    model: LanguageModel,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    prompts: Sequence[Sequence[int]],
+    n: int,
+    rollout: RolloutConfig,
+    seed: int = 0,
+    weights: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> Samples:
+    """n sampled answers to each prompt (token ids, one for each example), judged by the example's check.
+
+    rollout: sampling; temperature must be above 0, and per_prompt is not read. weights: as for `evaluate`. Raises
+    SdftError where all answers would be the same, or there are none.
+    """
+    if n < 1 or not prompts:
+        raise SdftError(f"{n} samples of {len(prompts)} prompts: both must be 1 or more")
+    if rollout.temperature == 0:
+        raise SdftError("rollout.temperature = 0 gives the same answer every time; set it above 0 for pass@k")
+    # Whole prompts together: a batch holds all samples of as many of them as fit.
+    repeated = [p for p in prompts for _ in range(n)]
+    with seeded(seed, model.device):
+        completions: list[Completion] = generate(model, repeated, replace(rollout, per_prompt=1), weights)
+    answers = judge(tokenizer, [e for e in examples for _ in range(n)], completions)
+    return Samples(n, tuple(sum(a.correct for a in answers[i : i + n]) for i in range(0, len(answers), n)))
+
+
+@contextlib.contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Within it, torch draws from `seed`; afterwards it goes on as if nothing had been drawn."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield

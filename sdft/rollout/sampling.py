@@ -1,0 +1,132 @@
+"""Token ids -> sampled completions: prompts of like lengths together, left-padded, finished rows dropped.
+
+Legend: B prompts that generate together, T tokens of the longest, V vocabulary.
+A loop of our own, because transformers' generate grows its cache by copying it for every token, runs finished rows to
+the end and computes more than sampling needs (docs/performance.md).
+"""
+
+import contextlib
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdft.config import RolloutConfig
+from sdft.model.loading import LanguageModel
+from sdft.rollout.decode import Passage, decoder, linear
+
+# Tokens between two looks at what is finished. A look makes the host wait for a device that would run ahead of it.
+CHECK_EVERY = {"cpu": 1, "cuda": 8}
+
+
+@dataclass(frozen=True)
+class Completion:
+    ids: list[int]  # the end-of-turn token included where it was reached
+    truncated: bool  # max_new_tokens came first
+
+
+def generate(
+    model: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    config: RolloutConfig,
+    weights: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
+) -> list[Completion]:
+    """One completion for each prompt, in order.
+
+    prompts: token ids, of any lengths. config: sampling; temperature 0 is greedy. weights: a context in which
+    the model holds the weights that generate (teacher.weights). Draws from torch's global generator.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # like lengths together: less padding
+    done: dict[int, Completion] = {}
+    longest = max(map(len, prompts), default=0) + config.max_new_tokens
+    with model.evaluating(), torch.no_grad(), weights(), model.autocast(), decoder(model, longest) as start:
+        head = decoding_head(model)
+        for at in range(0, len(order), config.batch_size):
+            part = order[at : at + config.batch_size]
+            ids = _generate_batch(model, start, head, [prompts[i] for i in part], config)
+            done |= {i: _cut(row, model.stop_ids) for i, row in zip(part, ids, strict=True)}
+    return [done[i] for i in range(len(prompts))]
+
+
+def decoding_head(model: LanguageModel) -> Callable[[Tensor], Tensor]:
+    """Hidden states (B, H) -> logits (B, V) in fp32."""
+    head = model.head()
+    project = linear(head.weight, head.bias, model)
+    return lambda hidden: head.cap(project(hidden).float())
+
+
+def _generate_batch(
+    model: LanguageModel,
+    start: Callable[[int, int], Passage],
+    head: Callable[[Tensor], Tensor],
+    prompts: Sequence[Sequence[int]],
+    config: RolloutConfig,
+) -> list[list[int]]:
+    """Ids of each completion, with whatever comes after its end."""
+    width, device = max(len(p) for p in prompts), model.device
+    longest = width + config.max_new_tokens
+    ids = torch.tensor([[model.pad_id] * (width - len(p)) + [*p] for p in prompts], device=device)  # (B, T)
+    lengths = torch.tensor([len(p) for p in prompts], device=device)  # (B,)
+    where = torch.arange(longest, device=device)
+    mask = None
+    if any(len(p) < width for p in prompts):
+        mask = (where >= width - lengths[:, None]).long()  # (B, T + new)
+    position = (where[:width] - width + lengths[:, None]).clamp(min=0)  # (B, T)
+    stop = torch.tensor(model.stop_ids, device=device)
+    finished = torch.zeros(len(prompts), dtype=torch.bool, device=device)  # (B,)
+    passage, pick = start(len(prompts), longest), sampler(config)
+    rows = list(range(len(prompts)))  # which completion each row of the batch is
+    out: list[list[int]] = [[] for _ in prompts]
+    drawn: list[Tensor] = []  # tokens (B,) not yet handed to `out`
+    for n in range(config.max_new_tokens):
+        hidden = passage(ids, position, None if mask is None else mask[:, : width + n])  # (B, H)
+        ids = pick(head(hidden))  # (B, 1)
+        drawn.append(ids[:, 0])
+        finished |= torch.isin(ids[:, 0], stop)
+        position = position[:, -1:] + 1
+        if (n + 1) % CHECK_EVERY.get(device.type, 8) == 0 or n + 1 == config.max_new_tokens:
+            for row, tokens in zip(rows, torch.stack(drawn, dim=1).tolist(), strict=True):
+                out[row] += tokens
+            drawn = []
+            ended = finished.tolist()
+            if all(ended):
+                break
+            if sum(ended) * 4 >= len(rows):  # a row is dropped with its keys and values, which are copied for that
+                keep = (~finished).nonzero()[:, 0]
+                rows = [row for row, end in zip(rows, ended, strict=True) if not end]
+                ids, position, finished = ids[keep], position[keep], finished[keep]
+                mask = None if mask is None else mask[keep]
+                passage.keep(keep)
+    return out
+
+
+def sampler(config: RolloutConfig) -> Callable[[Tensor], Tensor]:
+    """Logits (B, V) fp32 -> tokens (B, 1), by the config's temperature, top-k and top-p, in this order."""
+    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    if config.temperature == 0:
+        return lambda logits: logits.argmax(-1, keepdim=True)
+    warpers: list[Any] = [TemperatureLogitsWarper(config.temperature)] if config.temperature != 1 else []
+    warpers += [TopKLogitsWarper(config.top_k)] if config.top_k else []
+    warpers += [TopPLogitsWarper(config.top_p)] if config.top_p < 1 else []
+
+    def pick(logits: Tensor) -> Tensor:
+        for warp in warpers:
+            logits = warp(None, logits)
+        # By the inverse of the distribution function: multinomial draws V exponentials for each row, 7 ms on a CPU. In
+        # float64, because a sum of V terms in fp32 would shift the likelihood of rare tokens.
+        total = logits.softmax(-1).cumsum(-1, dtype=torch.float64)  # (B, V)
+        draw = torch.rand(len(logits), 1, device=logits.device, dtype=torch.float64) * total[:, -1:]  # (B, 1)
+        return torch.searchsorted(total, draw, right=True).clamp(max=logits.shape[1] - 1)
+
+    return pick
+
+
+def _cut(ids: list[int], stop_ids: Sequence[int]) -> Completion:
+    for i, token in enumerate(ids):
+        if token in stop_ids:
+            return Completion(ids[: i + 1], truncated=False)
+    return Completion(ids, truncated=True)

@@ -1,0 +1,1 @@
+"""Completions to hidden states of the student and of the teacher."""

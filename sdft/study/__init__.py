@@ -1,0 +1,1 @@
+"""Many runs: tasks in sequence, methods, learning rates and seeds, and their report."""

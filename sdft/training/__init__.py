@@ -1,0 +1,1 @@
+"""One run: its step, its loop, its checkpoints and its metrics."""

@@ -1,0 +1,208 @@
+"""Norms, MLPs and linear layers that keep less for the backward pass: values as transformers' own, fewer bytes."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+
+from sdft.model import lean
+from sdft.planning.simulate import LiveBytes
+
+KINDS = ("llama", "mistral", "qwen2", "qwen3")
+MODES = {  # weights, autocast
+    "fp32": (torch.float32, None),
+    "autocast": (torch.float32, torch.bfloat16),
+    "bf16": (torch.bfloat16, None),
+}
+
+
+def tiny(kind: str, **changes: Any) -> nn.Module:
+    """A backbone of two blocks, its norms' weights not all 1."""
+    import transformers as t
+
+    config = {"llama": t.LlamaConfig, "mistral": t.MistralConfig, "qwen2": t.Qwen2Config, "qwen3": t.Qwen3Config}[kind]
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 48, "intermediate_size": 96, "num_attention_heads": 6, "num_key_value_heads": 2}
+    model = t.AutoModel.from_config(config(vocab_size=64, num_hidden_layers=2, head_dim=8, **sizes, **changes))
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            nn.init.uniform_(parameter, 0.5, 1.5)
+    return model
+
+
+def gradients(model: nn.Module, autocast: torch.dtype | None = None) -> list[Tensor]:
+    """Hidden states and the gradient of every weight of a fixed sum of them, in float64."""
+    ids = torch.arange(2 * 11).view(2, 11) * 7 % 64
+    with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
+        hidden = model(input_ids=ids, use_cache=False).last_hidden_state  # (2, 11, H)
+    pull = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    (hidden.double() * pull).sum().backward()
+    return [hidden.detach().double(), *(p.grad.double() for p in model.parameters())]
+
+
+def off(got: list[Tensor], want: list[Tensor]) -> float:
+    """The largest relative error of one of them."""
+    return max(((a - b).norm() / b.norm().clamp(min=1e-12)).item() for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_as_near_to_float64_as_transformers_own(kind: str, mode: str) -> None:
+    weights, autocast = MODES[mode]
+    own = tiny(kind).to(weights)
+    ours, exact = copy.deepcopy(own), copy.deepcopy(own).double()
+    lean.install(ours)
+    want = gradients(exact)
+    error, theirs = off(gradients(ours, autocast), want), off(gradients(own, autocast), want)
+    assert error <= (1e-5 if mode == "fp32" else 1.2 * theirs)
+
+
+@pytest.mark.parametrize(("mode", "share"), [("fp32", 0.8), ("autocast", 0.75), ("bf16", 0.75)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_less_is_kept(kind: str, mode: str, share: float) -> None:
+    weights, autocast = MODES[mode]
+    own = tiny(kind).to(weights)
+    ours = copy.deepcopy(own)
+    lean.install(ours)
+    assert kept(ours, autocast) < share * kept(own, autocast)
+
+
+def kept(model: nn.Module, autocast: torch.dtype | None, tokens: int = 400) -> int:
+    """Bytes that a forward pass leaves for its backward, weights apart."""
+    storages: dict[int, Tensor] = {}  # the tensors themselves, so that no storage is used again
+
+    def pack(tensor: Tensor) -> Tensor:
+        storages.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        return tensor
+
+    ids = torch.zeros(1, tokens, dtype=torch.int64)  # of many, cast copies of weights count little
+    with saved_tensors_hooks(pack, lambda t: t):
+        with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
+            hidden = model(input_ids=ids, use_cache=False).last_hidden_state
+        own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        total = sum(t.untyped_storage().nbytes() for at, t in storages.items() if at not in own)
+    assert hidden.requires_grad
+    return total
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_copy_of_a_weight_is_kept(kind: str) -> None:
+    """Of few tokens the cast copies of the weights are nearly all that transformers' blocks keep under autocast."""
+    own = tiny(kind)
+    ours = copy.deepcopy(own)
+    lean.install(ours)
+    matrices = sum(m.weight.numel() for m in own.modules() if type(m) is nn.Linear)
+    tokens = 8
+    assert kept(own, torch.bfloat16, tokens) > 2 * matrices
+    assert kept(own, torch.bfloat16, tokens) - kept(ours, torch.bfloat16, tokens) > 2 * matrices
+
+
+def test_a_linear_layer_makes_only_the_gradients_that_are_asked_for() -> None:
+    block: Any = tiny("qwen2").layers[0]  # type: ignore[index]
+    lean.install(nn.ModuleList([block]))
+    layer = block.self_attn.q_proj  # with a bias
+    layer.weight.requires_grad_(False)
+    x = torch.randn(2, 9, 48, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(x).float().sum().backward()
+        assert layer.weight.grad is None
+        torch.testing.assert_close(layer.bias.grad, torch.full_like(layer.bias, 18))
+        torch.testing.assert_close(x.grad[0, 0], layer.weight.sum(0), rtol=0.02, atol=0.02)  # type: ignore[index]
+        layer.weight.requires_grad_(True)
+        layer(x.detach()).float().sum().backward()
+    torch.testing.assert_close(layer.weight.grad[0], x.detach().sum((0, 1)), rtol=0.02, atol=0.05)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("padding", [None, 2])
+def test_an_embedding_adds_its_gradient_where_the_parameter_holds_it(tied: bool, padding: int | None) -> None:
+    torch.manual_seed(0)
+    own = nn.Embedding(50, 8, padding_idx=padding)
+    head = nn.Linear(8, 50, bias=False)
+    if tied:
+        head.weight = own.weight
+    found = []
+    for change in (lambda e: None, lean.scatter_gradient):
+        embedding, out = copy.deepcopy((own, head))
+        change(embedding)
+        for step in range(2):  # two micro-batches
+            ids = torch.randint(0, 6, (2, 20), generator=torch.Generator().manual_seed(step))  # each often
+            out(embedding(ids).tanh()).square().mean().backward()
+        found.append([embedding.weight.grad, out.weight.grad])
+        assert embedding.weight.grad[:6].abs().min() > 0 or padding is not None
+        with torch.no_grad():
+            assert not embedding(ids).requires_grad
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("scatter", [True, False])
+def test_an_embeddings_gradient_is_not_of_the_whole_vocabulary(scatter: bool) -> None:
+    embedding = nn.Embedding(1000, 64)
+    if scatter:
+        lean.scatter_gradient(embedding)
+    loss = nn.functional.linear(embedding(torch.arange(5)).tanh(), embedding.weight).square().mean()
+    with LiveBytes([embedding.weight]) as live:
+        loss.backward()
+    whole = 4 * embedding.weight.numel()
+    assert whole < live.peak < 1.6 * whole if scatter else live.peak > 2 * whole  # the head's alone, or both
+
+
+@pytest.mark.parametrize("changes", [{"dtype": torch.bfloat16}, {"max_norm": 1.0}, {"scale_grad_by_freq": True}])
+def test_embeddings_that_are_left_alone(changes: dict[str, Any]) -> None:
+    embedding = nn.Embedding(10, 4, **changes)
+    lean.scatter_gradient(embedding)
+    assert "forward" not in embedding.__dict__
+    frozen = nn.Embedding(10, 4).requires_grad_(False)
+    lean.scatter_gradient(frozen)
+    assert "forward" not in frozen.__dict__
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_without_gradients_nothing_changes(mode: str) -> None:
+    weights, autocast = MODES[mode]
+    model = tiny("llama").to(weights)
+    lean.install(model)
+    ids = torch.arange(12)[None]
+    with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
+        want = model(input_ids=ids).last_hidden_state
+        with torch.no_grad():
+            got = model(input_ids=ids).last_hidden_state
+    assert torch.equal(got, want.detach())
+
+
+def test_checkpointing_gives_the_same_gradients() -> None:
+    block = tiny("llama").layers[0]  # type: ignore[index]
+    lean.install(nn.ModuleList([block]))
+    x = torch.randn(2, 9, 48, requires_grad=True)
+    found = []
+    for run in (lambda: block.mlp(block.input_layernorm(x)), None):
+        forward = run or (lambda: checkpoint(lambda t: block.mlp(block.input_layernorm(t)), x, use_reentrant=False))
+        found.append(torch.autograd.grad(forward().square().sum(), [x, *block.mlp.parameters()]))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_a_frozen_norm_gets_no_gradient() -> None:
+    block: Any = tiny("qwen3").layers[0]  # type: ignore[index]
+    lean.install(nn.ModuleList([block]))
+    block.input_layernorm.weight.requires_grad_(False)
+    x = torch.randn(2, 9, 48, requires_grad=True)
+    block.input_layernorm(x).sum().backward()
+    assert block.input_layernorm.weight.grad is None
+    assert x.grad is not None
+
+
+def test_what_is_not_known_is_left_alone() -> None:
+    import transformers as t
+
+    other = t.AutoModel.from_config(t.GPT2Config(vocab_size=64, n_embd=48, n_layer=1, n_head=6))
+    gelu = tiny("llama", hidden_act="gelu")
+    for model in (other, gelu):
+        lean.install(model)
+    assert not any("forward" in m.__dict__ for m in other.modules())
+    assert "forward" not in gelu.layers[0].mlp.__dict__  # type: ignore[index, union-attr]
+    assert "forward" in gelu.layers[0].input_layernorm.__dict__  # type: ignore[index, union-attr]
