@@ -5,12 +5,16 @@ What is being written, or being removed, bears a name that starts with `partial-
 
 import contextlib
 import errno
-import fcntl
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from filelock import lock_descriptor
 
 from sdft.errors import SdftError
 
@@ -88,18 +92,16 @@ def why(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def lock(folder: Path, wait: bool = False) -> Iterator[bool]:
-    """Whether this process alone is in the folder; the lock goes with the process, however it ends.
+    """Whether this process alone uses the folder. The lock ends with the process, however the process ends.
 
-    wait: until the process that has it is through.
+    wait: waits until the process that has the lock is done.
     """
-    descriptor, mine = os.open(folder, os.O_RDONLY), True
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            mine = False
-        except OSError:  # some network file systems know no locks
-            pass
+            mine = lock_descriptor(descriptor, blocking=wait)
+        except OSError:  # some network file systems have no locks
+            mine = True
         yield mine
     finally:
         os.close(descriptor)
@@ -107,10 +109,95 @@ def lock(folder: Path, wait: bool = False) -> Iterator[bool]:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keeps a second process out of a run's folder. Raises SdftError where another one is in it."""
+    """Keeps a second process out of a run's folder. Raises SdftError if another process uses it."""
     with lock(folder) as mine:
         if not mine:
             raise SdftError(
                 f"train.output = {str(folder)!r} is in use by another process; wait for it, or give another folder"
             )
         yield
+
+
+# Reading.
+
+
+def read_text(path: Path, what: str = "file") -> str:
+    """The text of a UTF-8 file. Raises SdftError, which calls the file `what`, if it cannot be read."""
+    try:
+        return _read_bytes(path, what).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise SdftError(f"{what} {path}: not UTF-8 ({error}); save it as UTF-8") from None
+
+
+@dataclass(frozen=True)
+class JsonLine:
+    """One line of a JSONL file."""
+
+    where: str
+    """File and line number, as in data.jsonl:3: the start of an error about the line."""
+    row: dict[str, Any]
+    """The JSON object."""
+
+
+def read_json_lines(
+    path: Path, what: str = "file", *, allow_half_line: bool = False, broken: list[str] | None = None
+) -> list[JsonLine]:
+    """The lines of a JSONL file; every line is one JSON object. An empty file has no lines.
+
+    what: what an error calls the file, as in "data file".
+    allow_half_line: leaves out a last line that a kill cut off: a line without a line end that is not JSON.
+    broken: if given, the error of a bad line is appended here, the line is left out, and reading continues.
+
+    Raises SdftError with file and line number if a line is empty, is not UTF-8, is not JSON, is not an object, or
+    repeats a key. Raises SdftError if the file cannot be read.
+    """
+    # Bytes, so that a half line may end within a character; "\n", since U+2028 and the like may stand in a JSON string.
+    *whole, last = _read_bytes(path, what).split(b"\n")
+    lines, good = [*whole, last] if last else whole, []
+    for number, line in enumerate(lines, start=1):
+        where = f"{path}:{number}"
+        try:
+            good.append(JsonLine(where, _json_object(line)))
+        except ValueError as error:
+            if allow_half_line and last and number == len(lines):
+                continue
+            message = f"{where}: {error}"
+            if broken is None:
+                raise SdftError(message) from None
+            broken.append(message)
+    return good
+
+
+def _json_object(line: bytes) -> dict[str, Any]:
+    """The JSON object of a line. Raises ValueError with the reason."""
+    try:
+        text = line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 ({error}); save it as UTF-8") from None
+    if not text.strip():
+        raise ValueError("empty line; remove it")
+    try:
+        row = json.loads(text, object_pairs_hook=_without_repeats)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not a JSON object on one line ({error.msg})") from None
+    except RecursionError:
+        raise ValueError("not a JSON object on one line (nested too deep)") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"a line must be a JSON object, not {type(row).__name__}")
+    return row
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) < len(pairs):  # json.loads would keep the last value and drop the others without a word
+        names = [name for name, _ in pairs]
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {repeated!r} is there twice; remove one")
+    return row
+
+
+def _read_bytes(path: Path, what: str) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise SdftError(f"{what} {path}: cannot be read ({error.strerror})") from None
