@@ -27,7 +27,7 @@ SWEEP_ROWS = ((1024, 4), (2048, 4), (2048, 8), (4096, 8), (8192, 16))  # tile an
 
 def sweep_variants(device: Cpu | Cuda) -> list[Variant]:
     """Ours at every chunk size, in each implementation meant for the device, and at every tile of row_kernel."""
-    impls = ("triton", "triton_no_logits") if device.name == "cuda" else ("torch",)
+    impls = ("triton",) if device.name == "cuda" else ("torch",)
     tiles = SWEEP_ROWS if device.name == "cuda" else ()
     return [
         Variant(f"sdft_kernels triton, tile {block}, {warps} warps", partial(with_row_blocks, block, warps))

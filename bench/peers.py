@@ -134,7 +134,6 @@ def both_logits(x: Tensor, w: Tensor, teacher_x: Tensor, teacher_w: Tensor) -> t
 
 VARIANTS = (
     Variant("sdft_kernels triton", partial(ours, impl="triton"), devices=("cuda",)),
-    Variant("sdft_kernels triton_no_logits", partial(ours, impl="triton_no_logits"), devices=("cuda",)),
     Variant("sdft_kernels torch", partial(ours, impl="torch")),
     Variant("dense", dense, planes=5),
     Variant("dense, compiled", dense_compiled, planes=3, compiled=True),

@@ -25,7 +25,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "kernels"))  # a checkout works without an install
 
 import triton  # noqa: E402
-from sdft_kernels import no_logits, row_kernels, tuning  # noqa: E402
+from sdft_kernels import row_kernels, tuning  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
@@ -81,50 +81,10 @@ def row_variant(target: str, kind: str, logits: str, grad: str | None, **on: boo
     return Variant(row_kernels.row_kernel, types, constants, {"num_warps": warps, "enable_fp_fusion": True})
 
 
-def tile_variant(target: str, kernel: Any, dtype: str, kind: str, **on: bool) -> Variant:
-    """A kernel of no_logits; `on` switches its flags, biases and softcaps come together."""
-    capped = on.get("S_CAP", False)
-    tile = tuning.tile_blocks(target, 2 if dtype == "bf16" else 4, capped or kind != "reverse_kl")
-    flags = ("INDEX", "S_BIAS", "T_BIAS", "S_CAP", "T_CAP", "TOKENS", "LABELS", "WEIGHTS", "DX", "DW", "DB")
-    named = {p.name for p in kernel.params}
-    constants = {name: on.get(name, False) for name in flags if name in named}
-    constants |= {"KIND": row_kernels.KINDS[kind], "BM": tile.rows, "BN": tile.vocab, "BK": tile.hidden, "WIDEN": False}
-    constants |= {"BH": tile.out}
-    options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
-    if kernel is no_logits.merge_kernel:
-        constants |= no_logits.MERGE_BLOCK
-        options = {"enable_fp_fusion": True}
-    types = dict.fromkeys(("x_ptr", "w_ptr", "tx_ptr", "tw_ptr", "bias_ptr", "t_bias_ptr"), f"*{dtype}!")
-    types |= dict.fromkeys(("V", "H", "T_H", "x_stride", "w_stride", "tx_stride", "tw_stride"), "i32!")
-    types |= dict.fromkeys(("R", "per_split", "splits"), "i32")
-    types |= dict.fromkeys(("s_inner", "s_outer", "t_inner", "t_outer", "beta", "factor", "g_max"), "fp32")
-    types |= dict.fromkeys(("skip", "curvature"), "fp32")
-    types |= {"index_ptr": "*i64!", "label_ptr": "*i64!", "agree_ptr": "*i8!"}
-    types |= {name: "*fp32!" for name in named if name.endswith("_ptr") and name not in types}
-    absent = {
-        "bias_ptr": "S_BIAS", "t_bias_ptr": "T_BIAS", "index_ptr": "INDEX", "weight_ptr": "WEIGHTS", "dx_ptr": "DX",
-        "dw_ptr": "DW", "db_ptr": "DB", "label_ptr": "LABELS", "s_logprob_ptr": "LABELS", "t_logprob_ptr": "LABELS",
-        "s_entropy_ptr": "TOKENS", "t_entropy_ptr": "TOKENS", "agree_ptr": "TOKENS",
-    }  # fmt: skip
-    constants |= {name: None for name, flag in absent.items() if not on.get(flag, False)}
-    constants = {name: value for name, value in constants.items() if name in named}
-    return Variant(kernel, types, constants, options, gemm=kernel is not no_logits.merge_kernel)
-
-
 def variants(target: str) -> dict[str, Variant]:
     """What ships, by name: each divergence as the trainer calls it, and the corners that need most registers."""
     trainer = {"TOKENS": True, "LABELS": True, "WEIGHTS": True}
     everything = {**trainer, "INDEX": True, "S_BIAS": True, "T_BIAS": True, "S_CAP": True, "T_CAP": True}
-    tokens = {**trainer, "INDEX": True, "DX": True, "DW": True}
-    full = {**everything, "DX": True, "DW": True, "DB": True}
-    products = {
-        f"no logits: {name} {kind} {dtype}": tile_variant(
-            target, getattr(no_logits, f"{name}_kernel"), dtype, kind, **on
-        )
-        for name in ("statistics", "merge", "jsd", "gradient")
-        for kind, dtype, on in (("reverse_kl", "bf16", tokens), ("jsd", "bf16", full), ("jsd", "fp32", full))
-        if name != "jsd" or kind == "jsd"
-    }
     scale = {"x_ptr": "*fp32!", "factor_ptr": "*fp32!", "count": "i64!"}
     return {
         "rows reverse_kl bf16": row_variant(target, "reverse_kl", "fp32", "bf16", **trainer),
@@ -136,7 +96,6 @@ def variants(target: str) -> dict[str, Variant]:
         "rows reverse_kl, values only": row_variant(target, "reverse_kl", "fp32", None, **trainer),
         "ready logits reverse_kl bf16": row_variant(target, "reverse_kl", "bf16", "bf16", GATHER=True, **trainer),
         "scale": Variant(row_kernels.scale_kernel, scale, {"BLOCK": 4096}, {"num_warps": 8, "enable_fp_fusion": True}),
-        **products,
     }
 
 

@@ -14,12 +14,12 @@ from torch import Tensor
 
 DivergenceName = Literal["reverse_kl", "forward_kl", "jsd"]
 Reduction = Literal["mean", "sum", "none"]
-Impl = Literal["triton", "torch", "triton_no_logits"]
+Impl = Literal["triton", "torch"]
 Same = Literal["same"]
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
 REDUCTIONS = ("mean", "sum", "none")
-IMPLS = ("triton", "torch", "triton_no_logits")
+IMPLS = ("triton", "torch")
 HAVE_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's kernels then run on the CPU, for tests
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -192,8 +192,6 @@ def divergence(
         )
     if inplace and torch.compiler.is_compiling():
         raise ValueError("inplace=True does not work under torch.compile: use inplace=False there")
-    if impl == "triton_no_logits":
-        raise ValueError("impl='triton_no_logits' is for hidden states: ready logits take 'triton', 'torch' or None")
     options = make_options(
         divergence=divergence,
         beta=beta,

@@ -29,7 +29,7 @@ from .checks import (
 from .operators import fake_tokens, hand_over, refuse_double_backward, register, token_stats, token_tuple
 from .reduce import finish, row_scales
 
-LOOPS = {"torch": ".torch_impl", "triton": ".triton_impl", "triton_no_logits": ".no_logits"}
+LOOPS = {"torch": ".torch_impl", "triton": ".triton_impl"}
 
 
 SCHEMA = (
@@ -178,8 +178,7 @@ def linear_divergence(
         compact: gather rows of weight zero away before any GEMM. Finding them makes the host wait for
             token_weights, and nothing else in here makes it wait; False computes them for nothing instead.
             Not read by impl="torch", which always gathers.
-        impl: "triton" (GPU), "torch" (anywhere), or None: Triton on a GPU, else torch. "triton_no_logits" is
-            a candidate that keeps no logits at all; off by default until a GPU measurement shows it ahead.
+        impl: "triton" (GPU), "torch" (anywhere), or None: Triton on a GPU, else torch.
 
     Returns:
         The loss, () or (N,) for "none", fp32 (fp64 if an input is fp64); with return_tokens also TokenStats.

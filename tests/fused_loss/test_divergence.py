@@ -93,7 +93,7 @@ def test_errors_name_the_field() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             divergence(bad[0], bad[1], **bad[2])
-    with pytest.raises(ValueError, match="impl='triton_no_logits' is for hidden states"):
+    with pytest.raises(ValueError, match="impl='triton_no_logits' is unknown"):
         divergence(s, t, impl="triton_no_logits")
     with pytest.raises(ValueError, match="impl='triton' has no float64"):
         divergence(s.double(), t.double(), impl="triton")

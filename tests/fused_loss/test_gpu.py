@@ -242,14 +242,6 @@ def test_compiled_by_inductor(reduction: str) -> None:
             torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("dtype", list(BOUNDS))
-def test_without_logits(name: str, dtype: torch.dtype) -> None:
-    pytest.importorskip("sdft_kernels.no_logits")
-    # Tiles whose gradient is negligible are skipped, hence the wider bar.
-    compare(make(253, 5001, 128, dtype), max(BOUNDS[dtype], 5e-3), divergence=name, beta=0.3, impl="triton_no_logits")
-
-
 @pytest.mark.parametrize("frozen", [False, True])
 def test_memory_stays_within_the_chunk_budget(frozen: bool) -> None:
     n, v, h, budget = 8192, 50_000, 64, 2**26

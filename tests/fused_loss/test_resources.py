@@ -45,22 +45,12 @@ def test_no_kernel_spills(rows: list[Row], capsys: pytest.CaptureFixture[str]) -
 @pytest.mark.slow
 def test_global_accesses_are_16_bytes_wide(rows: list[Row]) -> None:
     for row in rows:
-        if "merge" not in row["kernel"]:  # a few numbers a row, gathered
-            assert row["wide loads"] >= 1, label(row)
-        if row["gemm"] or "merge" in row["kernel"]:
+        assert row["wide loads"] >= 1, label(row)
+        if row["gemm"]:
             continue
         # The others read single numbers: the row's index, its weight, its label, the label's logits and biases.
         assert row["loads"] - row["wide loads"] <= 8, label(row)
         assert row["wide stores"] >= 1 or "values only" in row["kernel"], label(row)
-
-
-@pytest.mark.slow
-def test_products_use_the_tensor_cores(rows: list[Row]) -> None:
-    products = [r for r in rows if r["gemm"] and "bf16" in r["kernel"]]
-    assert products
-    for row in products:
-        assert row["matrix"] >= 1, label(row)
-        assert row["HGMMA"] >= 1 or row["target"] != "sm_90", label(row)
 
 
 @pytest.mark.slow
