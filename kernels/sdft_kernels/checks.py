@@ -5,6 +5,7 @@ values, so that no check makes the host wait for a device.
 """
 
 import importlib.util
+import math
 import os
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -254,6 +255,44 @@ def check_teacher(**tensors: Tensor | None) -> None:
     for field, value in tensors.items():
         if value is not None and value.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{field} requires grad, but no gradient flows to the teacher: pass {field}.detach()")
+
+
+def check_writable(field: str, value: Tensor, other: str, reader: Tensor) -> None:
+    """Raise ValueError if two entries of value (N, V), or an entry of value and one of reader, share memory."""
+    rows, columns = value.shape
+    row, column = value.stride()
+    step = math.gcd(row, column)  # entries (i, j) and (i + column / step, j - row / step) are the same memory
+    if rows * columns > 1 and (step == 0 or (column // step < rows and row // step < columns)):
+        raise ValueError(
+            f"inplace=True would write {field} with strides {value.stride()}, whose entries share memory: "
+            f"use inplace=False, or pass {field}.clone()"
+        )
+    if _share_memory(value, reader):
+        raise ValueError(
+            f"inplace=True would write {field} over {other}, which lies in the same memory: use inplace=False, or "
+            f"pass {other}.clone()"
+        )
+
+
+def _share_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether entries of a and b, both 2-D, lie in the same memory; True if that is not easily excluded."""
+    if a.numel() == 0 or b.numel() == 0 or a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr():
+        return False
+    first, last = zip(*(_range(t) for t in (a, b)), strict=True)
+    if last[0] <= first[1] or last[1] <= first[0]:
+        return False
+    # Rows of both may alternate: row n of a up to its last column, then row n of b, within one row stride.
+    row = a.stride(0)
+    if a.dtype == b.dtype and a.stride() == b.stride() == (row, 1) and row > 0:
+        gap = (first[1] - first[0]) // a.itemsize % row
+        return not (a.shape[1] <= gap and gap + b.shape[1] <= row)
+    return True
+
+
+def _range(tensor: Tensor) -> tuple[int, int]:
+    """The addresses of the first byte of a tensor and of the first byte behind it."""
+    entries = 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + tensor.itemsize * entries
 
 
 def check_vocab(vocab_size: int | None, student: int, teacher: int) -> int:

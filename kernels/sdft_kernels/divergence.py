@@ -23,10 +23,20 @@ from .checks import (
     check_teacher,
     check_tokens,
     check_vocab,
+    check_writable,
     choose_impl,
     make_options,
 )
-from .operators import fake_tokens, refuse_double_backward, register, scale_grad, token_stats, token_tuple
+from .operators import (
+    at_boundary,
+    backward_of,
+    fake_tokens,
+    first_order,
+    register,
+    scale_grad,
+    token_stats,
+    token_tuple,
+)
 from .reduce import finish, row_scales
 
 LOOPS = {"torch": ".torch_logits", "triton": ".triton_logits"}
@@ -70,7 +80,8 @@ def _forward(
 ) -> tuple[Tensor, ...]:
     """The loss, six per-token outputs and the gradient; what was not asked for has no elements."""
     options = Options.from_flat(*plain)
-    into = torch.empty_like(student) if need and (options.reduction != "none" or upstream is not None) else None
+    made = need and (options.reduction != "none" or upstream is not None)
+    into = torch.empty_like(student, memory_format=torch.contiguous_format) if made else None
     outputs = _loss(student, teacher, token_weights, labels, upstream, options, into)
     return (*outputs, student.new_empty(0) if into is None else into)
 
@@ -82,7 +93,7 @@ def _fake(
     options, dtype = Options.from_flat(*plain), compute_dtype(student, teacher)
     loss = student.new_empty((student.shape[0],) if options.reduction == "none" else (), dtype=dtype)
     made = need and (options.reduction != "none" or upstream is not None)
-    grad = torch.empty_like(student) if made else student.new_empty(0)
+    grad = torch.empty_like(student, memory_format=torch.contiguous_format) if made else student.new_empty(0)
     return loss, *fake_tokens(student, dtype, options.return_tokens, labels is not None), grad
 
 
@@ -96,7 +107,6 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     """As linear_divergence's: scale what the forward made, once; run again for "none" and a second backward."""
-    refuse_double_backward("divergence")
     nothing = (None,) * (5 + len(ctx.plain))
     if grad is None:  # an undefined gradient: nothing depends on the loss
         return nothing
@@ -125,19 +135,27 @@ class _InPlace(torch.autograd.Function):
         labels: Tensor | None,  # (N,)
         options: Options,
     ) -> tuple[Tensor, ...]:
+        check_writable("student_logits", student, "teacher_logits", teacher)
         into = student.detach() if ctx.needs_input_grad[0] else None
         ctx.made, ctx.impl = into, options.impl
-        outputs = _loss(student.detach(), teacher, token_weights, labels, None, options, into)
+        outputs = at_boundary(_loss)(student.detach(), teacher, token_weights, labels, None, options, into)
         ctx.mark_non_differentiable(*outputs[1:])
         return outputs
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_double_backward("divergence")
-        made, ctx.made = ctx.made, None
-        if made is None:
-            raise RuntimeError("inplace=True overwrote the logits, so backward runs once: use inplace=False")
-        return scale_grad(made, grad, ctx.impl), None, None, None, None
+        return _in_place_backward(ctx, grad)
+
+
+def _hand_over_in_place(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    made, ctx.made = ctx.made, None
+    if made is None:
+        raise RuntimeError("inplace=True overwrote the logits, so backward runs once: use inplace=False")
+    return scale_grad(made, grad, ctx.impl), None, None, None, None
+
+
+_in_place_backward = backward_of("divergence", _hand_over_in_place)
+_in_place = first_order("divergence", _InPlace.apply)
 
 
 def divergence(
@@ -164,7 +182,8 @@ def divergence(
         teacher_logits: (N, V_t), left as they are. −inf where a token is forbidden.
         inplace: True lets the forward overwrite student_logits with its gradient, which saves one (N, V)
             tensor. Nothing else may read the logits afterwards; autograd refuses the backward of an
-            operation that saved them. Not with reduction="none", which needs them again, nor under
+            operation that saved them. Every logit needs memory of its own: expanded logits are refused, and logits
+            that share memory with the teacher's. Not with reduction="none", which needs them again, nor under
             torch.compile.
         chunk_bytes: fp32 workspace of impl="torch"; None is 256 MiB. Triton works on the logits themselves.
 
@@ -205,7 +224,7 @@ def divergence(
     )
     tensors = (student_logits, teacher_logits, token_weights, labels)
     if inplace:
-        loss, *rest = _InPlace.apply(*tensors, options)
+        loss, *rest = _in_place(*tensors, options)
     else:
         need = student_logits.requires_grad and torch.is_grad_enabled()
         loss, *rest = _op(*tensors, None, need, *options.flat())

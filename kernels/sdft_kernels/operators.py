@@ -1,10 +1,13 @@
-"""What the operators share: registration, per-token outputs as flat tensors, and the backward."""
+"""What the operators share: registration, the boundary of a call, per-token outputs as flat tensors, the backward."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from .checks import TokenStats
 
@@ -16,18 +19,89 @@ def register(
     fake: Callable[..., Any],
     backward: Callable[..., Any],
     setup: Callable[..., None],
-) -> Callable[..., tuple[Tensor, ...]]:
+    public: str | None = None,
+) -> Callable[..., Any]:
     """Make forward the operator `name` ("sdft::..."), opaque to torch.compile, with its shapes and its autograd.
 
-    torch.library.custom_op would do the same, and import
-    torch._dynamo at the first call: two seconds and 150 MB of which an eager caller has no use.
+    `public` is the name that errors give the operator; None is the part of `name` after "::". The result is called
+    like `forward`. torch.library.custom_op would do the same, and import torch._dynamo at the first call: two seconds
+    and 150 MB of which an eager caller has no use.
     """
-    torch.library.define(name, schema)
-    torch.library.impl(name, "CompositeExplicitAutograd", forward)
-    torch.library.register_fake(name, fake)
-    torch.library.register_autograd(name, backward, setup_context=setup)
     namespace, op = name.split("::")
-    return getattr(getattr(torch.ops, namespace), op).default
+    public = public or op
+    torch.library.define(name, schema)
+    torch.library.impl(name, "CompositeExplicitAutograd", at_boundary(forward))
+    torch.library.register_fake(name, fake)
+    torch.library.register_autograd(name, backward_of(public, backward), setup_context=setup)
+
+    def refuse_vmap(*_: Any) -> None:
+        raise RuntimeError(no_transform(public))
+
+    torch.library.register_vmap(name, refuse_vmap)
+    return first_order(public, getattr(getattr(torch.ops, namespace), op).default)
+
+
+def at_boundary(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """forward with every vector contiguous, on the device of its first tensor.
+
+    Kernels take vectors as pointers, and vectors are small. Triton launches on the current device, whatever device the
+    tensors are on.
+    """
+
+    @wraps(forward)
+    def call(*args: Any) -> Any:
+        with on_device(args[0]):
+            return forward(*(a.contiguous() if isinstance(a, Tensor) and a.ndim == 1 else a for a in args))
+
+    return call
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Make the tensor's GPU the current device."""
+    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else nullcontext()
+
+
+def backward_of(public: str, backward: Callable[..., Any]) -> Callable[..., Any]:
+    """backward(ctx, *grads) on the device of the gradients, without a second derivative."""
+
+    @wraps(backward)
+    def call(ctx: Any, *grads: Tensor | None) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError(f"{public} has no double backward: call backward without create_graph=True")
+        given = [g for g in grads if g is not None]
+        with on_device(given[0]) if given else nullcontext():
+            return backward(ctx, *grads)
+
+    return call
+
+
+def first_order(public: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """function, which has a backward and no other derivative: forward mode and torch.func are refused by name."""
+
+    @wraps(function)
+    def call(*args: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return function(*args)
+        if any(isinstance(a, Tensor) and unpack_dual(a).tangent is not None for a in args):
+            raise RuntimeError(
+                f"{public} has no forward-mode derivative: use backward or torch.autograd.grad, not torch.func.jvp or "
+                "torch.autograd.forward_ad"
+            )
+        try:
+            return function(*args)
+        except RuntimeError as error:
+            if "functorch transforms" in str(error):  # torch's own words name neither the loss nor the way out
+                raise RuntimeError(no_transform(public)) from error
+            raise
+
+    return call
+
+
+def no_transform(public: str) -> str:
+    return (
+        f"{public} does not work under torch.func.grad, torch.func.jacrev or torch.func.vmap: "
+        "use backward or torch.autograd.grad, and call it once for each member of a batch"
+    )
 
 
 def token_tuple(tokens: TokenStats | None, like: Tensor) -> tuple[Tensor, ...]:
@@ -93,8 +167,3 @@ def hand_over(
         ctx.spent = True
         made = [scale_grad(g, grad, impl) for g in made]
     return [g.to(like.dtype) if want else None for g, like, want in zip(made, tensors, wanted, strict=False)]
-
-
-def refuse_double_backward(name: str) -> None:
-    if torch.is_grad_enabled():
-        raise RuntimeError(f"{name} has no double backward: call backward without create_graph=True")

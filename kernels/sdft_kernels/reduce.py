@@ -13,7 +13,7 @@ def scale_rows(token_weights: Tensor | None, reduction: Reduction, rows: int) ->
         return None, 1.0 / max(1, rows) if reduction == "mean" else 1.0
     weights = token_weights.detach().to(torch.promote_types(token_weights.dtype, torch.float32))
     if reduction == "mean":
-        weights = weights * inverse_sum(weights)
+        weights = share_of_sum(weights)
     return weights, 1.0
 
 
@@ -31,10 +31,17 @@ def row_scales(
     return keep, weights, uniform
 
 
-def inverse_sum(weights: Tensor) -> Tensor:
-    """1 / Σ w, or 0 where the sum is 0, without the host looking at it."""
+def share_of_sum(weights: Tensor) -> Tensor:
+    """w / Σ w, or 0 if the sum is 0, without the host looking at it.
+
+    Weights are divided by the largest first, so that their sum neither overflows nor has an inverse that does.
+    """
+    if weights.numel() == 0:
+        return weights
+    largest = weights.abs().amax()
+    weights = weights / torch.where(largest == 0, 1.0, largest)
     total = weights.sum()
-    return torch.where(total == 0, 0.0, 1.0 / total)
+    return weights * torch.where(total == 0, 0.0, 1.0 / total)
 
 
 def finish(divergence: Tensor, token_weights: Tensor | None, reduction: Reduction) -> Tensor:

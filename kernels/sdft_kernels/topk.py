@@ -32,7 +32,7 @@ from .checks import (
 )
 from .chunks import block_rows, blocks, budget_of, clear_untouched, power_of_two_below, put, take
 from .operands import Head, bf16_products, has_bf16_products
-from .operators import hand_over, refuse_double_backward, register
+from .operators import hand_over, register
 from .reduce import finish, row_scales
 from .rows import activate_, block_divergence_, deactivate_
 from .torch_impl import TILE_BYTES
@@ -291,7 +291,6 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 
 def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    refuse_double_backward("the top-k divergence")
     nothing = (None,) * (TENSORS + len(ctx.plain))
     if grad is None:  # an undefined gradient: nothing depends on the loss
         return nothing
@@ -302,7 +301,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ..
     return *grads, *nothing[3:]
 
 
-_op = register("sdft::topk_divergence", SCHEMA, _forward, _fake, _backward, _setup)
+_op = register("sdft::topk_divergence", SCHEMA, _forward, _fake, _backward, _setup, "the top-k divergence")
 
 
 def linear_topk_divergence(

@@ -126,3 +126,54 @@ def test_positional_means_the_tensors_alone() -> None:
         kinds = [p.kind for p in inspect.signature(function).parameters.values()]
         assert kinds.count(inspect.Parameter.POSITIONAL_OR_KEYWORD) == positional
         assert set(kinds[positional:]) == {inspect.Parameter.KEYWORD_ONLY}
+
+
+# By name, the same values in other memory.
+LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "every second entry": lambda t: torch.stack([t, torch.full_like(t, -7)], -1).flatten(-2)[..., ::2],
+    "a column": lambda t: torch.stack([torch.full_like(t, 5), t], -1)[..., 1],
+    "transposed": lambda t: t.mT.contiguous().mT if t.ndim == 2 else t,
+    "rows apart": lambda t: torch.cat([t, torch.full_like(t, -7)], -1)[..., : t.shape[-1]],
+    "one row for all": lambda t: t[:1].expand_as(t),
+}
+
+
+def outcome(
+    call: Callable[..., Any], tensors: dict[str, torch.Tensor], options: dict[str, Any], upstream: torch.Tensor
+) -> list[torch.Tensor]:
+    """The loss, what is returned with it, and the gradients of all inputs of the student's side."""
+    students = [f for f in ("x", "w", "bias", "student_logits", "student_input", "student_weight", "student_bias",
+                            "log_q", "y_pred") if f in tensors]  # fmt: skip
+    leaves = {f: tensors[f].detach().requires_grad_() for f in students}
+    out = call(tensors | leaves, options)
+    loss, *rest = out if isinstance(out, tuple) else (out,)
+    grads = torch.autograd.grad(loss, list(leaves.values()), upstream)
+    tokens = [t for stats in rest for t in stats if t is not None]
+    return [loss.detach(), *tokens, *grads]
+
+
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+@pytest.mark.parametrize("name", [*made(), "linear_divergence, triton", "divergence, triton"])
+def test_the_memory_layout_of_the_arguments_changes_nothing(name: str, layout: str) -> None:
+    """Triton's kernels read vectors as contiguous; with strides 2 or 0 values and gradients were wrong."""
+    name, _, impl = name.partition(", ")
+    call, tensors, options = made()[name]
+    gen = torch.Generator().manual_seed(1)
+    tensors = {
+        field: t + 0.3 * torch.rand(t.shape, generator=gen) if t.is_floating_point() else (t + torch.arange(len(t))) % K
+        for field, t in tensors.items()
+        if field != "teacher_ids"
+    } | {field: t for field, t in tensors.items() if field == "teacher_ids"}
+    tensors = {field: LAYOUTS[layout](t) for field, t in tensors.items()}
+    plain = {field: t.clone(memory_format=torch.contiguous_format) for field, t in tensors.items()}
+    changes: list[dict[str, Any]] = [{"impl": impl, "compact": False}] if impl else [{}]
+    if "return_tokens" in options:
+        changes = [c | {"return_tokens": True, "reduction": r} for c in changes for r in ("sum", "none")]
+    for change in changes:
+        upstream = (
+            LAYOUTS[layout](torch.linspace(0.5, 2, N)) if change.get("reduction") == "none" else torch.tensor(2.0)
+        )
+        got = outcome(call, tensors, options | change, upstream)
+        want = outcome(call, plain, options | change, upstream.clone(memory_format=torch.contiguous_format))
+        for i, (a, b) in enumerate(zip(got, want, strict=True)):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6, msg=lambda m, i=i: f"output {i}: {m}")

@@ -13,7 +13,7 @@ from ..call import Grads, Inputs, Result, autocast_dtype, compute_dtype, dx_dtyp
 from ..checks import make_options
 from ..chunks import DEFAULT_CHUNK_BYTES, blocks, live_rows, power_of_two_below, put, take
 from ..operands import FP16_SHIFT, Head, bf16_products, has_bf16_products, has_narrow_products, mm32
-from ..operators import hand_over, refuse_double_backward, register
+from ..operators import hand_over, register
 
 SCHEMA = (
     "(Tensor x, Tensor w, Tensor? bias, Tensor labels, Tensor? upstream, SymInt ignore_index, "
@@ -120,7 +120,6 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 
 def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    refuse_double_backward("the cross-entropy of hard labels")
     nothing = (None,) * 10
     if grad is None:
         return nothing
@@ -130,7 +129,9 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ..
     return *grads, *nothing[3:]
 
 
-_op = register("sdft::linear_cross_entropy", SCHEMA, _forward, _fake, _backward, _setup)
+_op = register(
+    "sdft::linear_cross_entropy", SCHEMA, _forward, _fake, _backward, _setup, "the cross-entropy of hard labels"
+)
 
 
 def linear_cross_entropy(

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..call import compute_dtype
 from ..checks import Options, make_options
 from ..chunks import block_rows, blocks
-from ..operators import refuse_double_backward, register
+from ..operators import register
 from ..rows import MAX_RATIO, expectation
 
 JSD_SCHEMA = "(Tensor log_p, Tensor log_q, Tensor? labels, Tensor? upstream, float beta, SymInt ignore_index) -> Tensor"
@@ -148,7 +148,6 @@ def _jsd_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _jsd_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    refuse_double_backward("LigerJSD")
     made = _jsd_op(*ctx.saved_tensors, grad, *ctx.plain) if ctx.needs_input_grad[0] else None
     return made, None, None, None, None, None
 
@@ -159,13 +158,12 @@ def _kl_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _kl_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    refuse_double_backward("LigerKLDIVLoss")
     made = _kl_op(*ctx.saved_tensors, grad, *ctx.plain) if ctx.needs_input_grad[0] else None
     return made, None, None, None, None, None
 
 
-_jsd_op: Any = register("sdft::log_space_jsd", JSD_SCHEMA, _jsd, _jsd_fake, _jsd_backward, _jsd_setup)
-_kl_op: Any = register("sdft::log_space_kl", KL_SCHEMA, _kl, _kl_fake, _kl_backward, _kl_setup)
+_jsd_op: Any = register("sdft::log_space_jsd", JSD_SCHEMA, _jsd, _jsd_fake, _jsd_backward, _jsd_setup, "LigerJSD")
+_kl_op: Any = register("sdft::log_space_kl", KL_SCHEMA, _kl, _kl_fake, _kl_backward, _kl_setup, "LigerKLDIVLoss")
 
 
 def log_space_jsd(log_p: Tensor, log_q: Tensor, labels: Tensor | None, beta: float, ignore_index: int) -> Tensor:
