@@ -130,7 +130,7 @@ SHAPES = {
     "Qwen2.5-7B": ("qwen2", 28, 3584, 18944, 28, 4, 128, 152064, False),
     "Llama-3.1-8B": ("llama", 32, 4096, 14336, 32, 8, 128, 128256, False),
 }
-STEP = {"prompt": 512, "shown": 1024, "answer": 256}  # tokens of each of a step's 32 sequences
+STEP = {"prompt": 512, "teacher_prompt": 1024, "completion": 256}  # tokens of each of a step's 32 sequences
 
 
 def full_logits() -> tuple[float, float]:
@@ -166,7 +166,8 @@ def full_logits() -> tuple[float, float]:
 def table() -> str:
     """The largest token budget of every method on every GPU: Markdown."""
     from sdft.config import Config, override
-    from sdft.planning.costs import Costs, Machine, ModelShape, Pass, Work
+    from sdft.model.shape import ModelShape, Work
+    from sdft.planning.costs import Costs, Machine, Pass
     from sdft.planning.plan import CUBLAS_WORKSPACE, CUDA_CONTEXT, FRAGMENTATION
 
     forward, backward = full_logits()
@@ -189,7 +190,7 @@ def table() -> str:
     ]
     for (model, sizes), (method, settings) in product(SHAPES.items(), METHODS.items()):
         shape = ModelShape(*sizes, qkv_bias=sizes[0] == "qwen2")
-        new = {"rollout.max_new_tokens": STEP["answer"], "model.device": "cuda", "teacher.kind": "ema"}
+        new = {"rollout.max_new_tokens": STEP["completion"], "model.device": "cuda", "teacher.kind": "ema"}
         config = override(Config(), new | settings)
         work = Work.uniform(config, **STEP)
         cells = []

@@ -21,7 +21,7 @@ from typing import Any
 
 from sdft.config import Config
 from sdft.errors import SdftError
-from sdft.planning.costs import FAMILIES, ModelShape, Work
+from sdft.model.shape import FAMILIES, ModelShape, Work
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,9 @@ def step_flops(shape: ModelShape, config: Config, work: Work) -> Flops:
     Answers that were there before the step (demonstrations, offline samples) cost no rollout here: count those with
     `answer_flops`. Raises SdftError for a mixture of experts.
     """
-    lengths = [p + a - 1 for p, a in zip(work.prompts, work.answers, strict=True)]  # the last token predicts nothing
-    rows = sum(max(0, a - config.loss.mask_first) for a in work.answers)
+    # The last token of a sequence predicts nothing.
+    lengths = [p + a - 1 for p, a in zip(work.prompts, work.completions, strict=True)]
+    rows = sum(max(0, a - config.loss.mask_first) for a in work.completions)
     adapters = adapter_entries(shape, config)
     forward = forward_flops(shape, lengths, rows)
     student = forward + 2 * adapters * sum(lengths)
@@ -65,14 +66,16 @@ def step_flops(shape: ModelShape, config: Config, work: Work) -> Flops:
     if config.lora.rank:  # no gradients of the frozen matrices
         backward -= 2 * block_entries(shape) * sum(lengths)
         backward -= 0 if "lm_head" in config.lora.modules_to_save else head
-    if not work.shown:
+    if not work.teacher_prompts:
         return Flops(0, 0, student, backward)
-    seen = [s + a - 1 for s, a in zip(work.shown, work.answers, strict=True)]
+    seen = [s + a - 1 for s, a in zip(work.teacher_prompts, work.completions, strict=True)]
     teacher = forward_flops(shape, seen, rows)
     if config.teacher.kind != "base":
         teacher += 2 * adapters * sum(seen)
-    sampled = {"student": [work.prompts], "teacher": [work.shown], "mixed": [work.prompts, work.shown]}
-    sides = [answer_flops(shape, prompts, work.answers) for prompts in sampled.get(config.rollout.source, [])]
+    both = {"student": work.prompts, "teacher": work.teacher_prompts}
+    source = config.rollout.source
+    sampled = list(both.values()) if source == "mixed" else [both[source]] if source in both else []
+    sides = [answer_flops(shape, prompts, work.completions) for prompts in sampled]
     return Flops(sum(sides) // max(1, len(sides)), teacher, student, backward)  # mixed: the sides take turns
 
 

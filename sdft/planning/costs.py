@@ -10,8 +10,7 @@ closed forms are tested against). docs/memory.md explains every term.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 from sdft_kernels.chunks import CACHE_BYTES, DEFAULT_CHUNK_BYTES, power_of_two_below
 from sdft_kernels.torch_impl import TILE_BYTES
@@ -20,9 +19,8 @@ from sdft.config import Config
 from sdft.devices import KERNELS, RETURNS
 from sdft.errors import SdftError
 from sdft.loss import CE_ROWS
+from sdft.model.shape import FAMILIES, ModelShape, Work
 from sdft.score.batch import micro_batches
-
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # whose blocks the closed forms describe
 
 FP32, BF16 = 4, 2
 # Of bitsandbytes: 4 bits a weight, and for every 64 weights a scale of 8 bits, itself scaled once for 256 scales.
@@ -32,122 +30,6 @@ NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
 KERNEL = 7 * 2**20 // 10
 # Two moments of 8 bits, and for each an fp32 scale for every 256 entries.
 ADAM_8BIT = 2 * (1 + 4 / 256)
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """The sizes of a causal LM, as its config.json states them."""
-
-    family: str  # model_type
-    layers: int
-    hidden: int
-    inner: int  # of the MLP
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocab: int
-    tied: bool  # head and embedding are one matrix
-    qkv_bias: bool = False
-    out_bias: bool = False  # of o_proj
-    mlp_bias: bool = False
-    qk_norm: bool = False
-    config: Any = field(default=None, compare=False, repr=False)  # the Hugging Face config, for the simulation
-
-    @classmethod
-    def from_config(cls, config: Any) -> "ModelShape":
-        """The shape of a Hugging Face config; raises SdftError where it lacks a size."""
-        text = config.get_text_config()
-        family = text.model_type
-        try:
-            heads = text.num_attention_heads
-            attention_bias = bool(getattr(text, "attention_bias", False))
-            return cls(
-                family=family,
-                layers=text.num_hidden_layers,
-                hidden=text.hidden_size,
-                inner=getattr(text, "intermediate_size", None)
-                or getattr(text, "n_inner", None)
-                or 4 * text.hidden_size,
-                heads=heads,
-                kv_heads=getattr(text, "num_key_value_heads", None) or heads,
-                head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
-                vocab=text.vocab_size,
-                tied=bool(config.tie_word_embeddings),
-                qkv_bias=attention_bias or family == "qwen2",
-                out_bias=attention_bias and family != "qwen2",
-                mlp_bias=bool(getattr(text, "mlp_bias", False)),
-                qk_norm=family == "qwen3",
-                config=config,
-            )
-        except AttributeError as error:
-            raise SdftError(
-                f"model.name: a config of type {family!r} lacks a size that the plan needs ({error})"
-            ) from None
-
-    @property
-    def queries(self) -> int:
-        """Channels of all query heads."""
-        return self.heads * self.head_dim
-
-    @property
-    def keys(self) -> int:
-        """Channels of all key heads, and of all value heads."""
-        return self.kv_heads * self.head_dim
-
-    @property
-    def linears(self) -> dict[str, tuple[int, int]]:
-        """(out, in) of the linear layers of one block."""
-        h, i, q, k = self.hidden, self.inner, self.queries, self.keys
-        return {
-            "q_proj": (q, h), "k_proj": (k, h), "v_proj": (k, h), "o_proj": (h, q),
-            "gate_proj": (i, h), "up_proj": (i, h), "down_proj": (h, i),
-        }  # fmt: skip
-
-    @property
-    def block(self) -> int:
-        """Entries of the linear layers' matrices in one block."""
-        return sum(o * i for o, i in self.linears.values())
-
-    @property
-    def head(self) -> int:
-        """Entries of the head, or of the embedding."""
-        return self.vocab * self.hidden
-
-    @property
-    def parameters(self) -> int:
-        """Entries of all weights; a tied head once."""
-        small = 2 * self.hidden + 2 * self.head_dim * self.qk_norm
-        small += self.qkv_bias * (self.queries + 2 * self.keys) + self.out_bias * self.hidden
-        small += self.mlp_bias * (2 * self.inner + self.hidden)
-        return self.layers * (self.block + small) + self.hidden + self.head * (1 if self.tied else 2)
-
-
-@dataclass(frozen=True)
-class Work:
-    """Tokens of the sequences of one optimizer step."""
-
-    prompts: tuple[int, ...]  # student's side
-    shown: tuple[int, ...]  # teacher's side; empty where there is no teacher (sft, dft)
-    answers: tuple[int, ...]
-    offline: tuple[int, ...] = ()  # prompts of all answers that are sampled before the first step
-
-    @classmethod
-    def uniform(cls, config: Config, prompt: int, shown: int, answer: int) -> "Work":
-        """Every sequence of the step alike."""
-        repeats = 1 if config.answers == "demonstrations" else config.rollout.per_prompt
-        count = config.train.batch_size * repeats
-        return cls(
-            (prompt,) * count,
-            (shown,) * count if config.loss.has_teacher else (),
-            (answer,) * count,
-            (shown,) * config.rollout.batch_size if config.answers == "offline" else (),
-        )
-
-    @property
-    def sizes(self) -> list[int]:
-        """Tokens of each sequence, those of the longer side: what micro-batches are cut by."""
-        shown = self.shown or self.prompts
-        return [max(p, s) + a for p, s, a in zip(self.prompts, shown, self.answers, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -579,14 +461,14 @@ def passes_of(config: Config, work: Work, packed: bool) -> list[Pass]:
     """The micro-batches of a step."""
 
     def tokens(prompts: Sequence[int], group: list[int]) -> int:
-        lengths = [prompts[i] + work.answers[i] - 1 for i in group]  # the last token predicts nothing
+        lengths = [prompts[i] + work.completions[i] - 1 for i in group]  # the last token predicts nothing
         return sum(lengths) if packed else len(lengths) * max(lengths)
 
     return [
         Pass(
             tokens(work.prompts, group),
-            tokens(work.shown, group) if work.shown else 0,
-            sum(work.answers[i] for i in group),
+            tokens(work.teacher_prompts, group) if work.teacher_prompts else 0,
+            sum(work.completions[i] for i in group),
         )
         for group in micro_batches(work.sizes, config.train.micro_batch_tokens, packed)
     ]
@@ -595,5 +477,6 @@ def passes_of(config: Config, work: Work, packed: bool) -> list[Pass]:
 def share_of(work: Work, budget: int) -> Pass:
     """A micro-batch of `budget` tokens that holds the step's prompts and answers in their proportion."""
     whole = sum(work.sizes)
-    prompt, shown, answer = (budget * sum(part) / whole for part in (work.prompts, work.shown, work.answers))
-    return Pass(math.ceil(prompt + answer), math.ceil(shown + answer) if work.shown else 0, math.ceil(answer))
+    parts = (work.prompts, work.teacher_prompts, work.completions)
+    prompt, shown, answer = (budget * sum(part) / whole for part in parts)
+    return Pass(math.ceil(prompt + answer), math.ceil(shown + answer) if work.teacher_prompts else 0, math.ceil(answer))

@@ -126,8 +126,8 @@ def _phases(costs: Costs, work: Work, passes: Sequence[Pass], again: bool) -> di
         together, longest = min(config.rollout.batch_size, len(work.offline)), max(work.offline)
         early = {"moments": -costs.moments}  # AdamW makes them in the first step
         add("rollout", early, costs.rollout(together, longest, config.rollout.max_new_tokens))
-    elif work.shown:
-        sampled = work.prompts if config.rollout.source == "student" else (*work.prompts, *work.shown)
+    elif work.teacher_prompts:
+        sampled = work.prompts if config.rollout.source == "student" else (*work.prompts, *work.teacher_prompts)
         by_teacher = {"cast weights": costs.swapped * (config.rollout.source != "student")}
         together = min(config.rollout.batch_size, len(work.prompts))
         add("rollout", by_teacher, costs.rollout(together, max(sampled), config.rollout.max_new_tokens))
@@ -279,7 +279,7 @@ def _assumptions(costs: Costs, work: Work) -> list[str]:
         f"{costs.shape.family}: {costs.trained / 1e6:.1f}M weights train; weights are held in {words[costs.w]}, "
         f"multiplied in {words[costs.c]}; activations {how}",
         f"a step of {len(work.prompts)} sequences laid {layout}, the longest {max(work.sizes)} tokens, "
-        f"answers of {max(work.answers)}",
+        f"answers of {max(work.completions)}",
     ]
     if machine.kind == "cuda":
         said.append(

@@ -27,7 +27,8 @@ from sdft.evaluation import accuracy as evaluate
 from sdft.loss import TokenLoss, check_impl, cross_entropy_loss, divergence_loss
 from sdft.model import card, flops, lean, loading
 from sdft.model.loading import LanguageModel
-from sdft.planning import costs, plan
+from sdft.model.shape import Work
+from sdft.planning import plan
 from sdft.rollout import offline
 from sdft.rollout.sampling import Completion, generate
 from sdft.score.batch import lay_out, micro_batches, sequence_weights
@@ -208,12 +209,12 @@ def train_step(run: Run, step: int, output: Path) -> dict[str, Any]:
     if not finite:
         on_nonfinite(run, step, examples, completions, loss.item(), norm.item(), output)
 
-    work = costs.Work(
+    work = Work(
         tuple(len(e.prompt) for e in examples),
         tuple(len(e.teacher_prompt) for e in examples) if run.teacher else (),
         tuple(len(c.ids) for c in completions),
     )
-    tokens = sum(work.answers)
+    tokens = sum(work.completions)
     seconds = run.phases.seconds()
     return {
         "loss": loss.item(),

@@ -11,7 +11,7 @@ from sdft.config import Config, LoraConfig, RolloutConfig, TeacherConfig, overri
 from sdft.errors import SdftError
 from sdft.model import flops
 from sdft.model.loading import add_lora, backbone
-from sdft.planning.costs import ModelShape, Work
+from sdft.model.shape import ModelShape, Work
 from sdft.training import loop
 
 

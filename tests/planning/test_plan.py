@@ -12,8 +12,9 @@ import torch
 
 from sdft.config import Config, override
 from sdft.errors import SdftError
+from sdft.model.shape import FAMILIES, ModelShape, Work
 from sdft.planning import costs, plan
-from sdft.planning.costs import FAMILIES, Costs, Machine, ModelShape, Pass, SimulatedCosts, Work
+from sdft.planning.costs import Costs, Machine, Pass, SimulatedCosts
 from sdft.planning.simulate import LiveBytes, simulate
 
 GIB = 2**30
@@ -438,9 +439,9 @@ def test_the_data_gives_the_longest_step(make_config: Callable[..., Any]) -> Non
     tokenizer, stops = load_tokenizer(c.model)
     examples = tokenize(load_records(c.data.train, "train"), tokenizer, stops, c.data, c.teacher).examples
     steps = [[examples[i] for i in batch_indices(len(examples), 3, step, c.train.seed)] for step in range(4)]
-    assert found.shown in [tuple(len(e.teacher_prompt) for e in step) for step in steps]
-    assert sum(found.shown) == max(sum(len(e.teacher_prompt) for e in step) for step in steps)
-    assert found.answers == (6, 6, 6)
+    assert found.teacher_prompts in [tuple(len(e.teacher_prompt) for e in step) for step in steps]
+    assert sum(found.teacher_prompts) == max(sum(len(e.teacher_prompt) for e in step) for step in steps)
+    assert found.completions == (6, 6, 6)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU that is not there")

@@ -13,8 +13,8 @@ import transformers
 from sdft.cli import main
 from sdft.config import describe, override
 from sdft.evaluation import harness
+from sdft.model.shape import ModelShape
 from sdft.planning import plan
-from sdft.planning.costs import ModelShape
 from sdft.study import study
 from sdft.training.loop import train
 

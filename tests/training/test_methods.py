@@ -12,8 +12,8 @@ import torch
 from sdft import config
 from sdft.errors import SdftError
 from sdft.model import flops
+from sdft.model.shape import ModelShape
 from sdft.planning import plan
-from sdft.planning.costs import ModelShape
 from sdft.rollout.sampling import generate
 from sdft.score.batch import lay_out
 from sdft.training import loop
@@ -231,11 +231,11 @@ def test_the_plan_of_an_offline_run(make_config: Any) -> None:
     }
     assert works["live"].offline == ()
     assert len(works["sdft"].offline) == len(works["sft"].offline) == 12
-    assert works["sft"].shown == ()
-    assert works["sdft"].shown == works["live"].shown
-    assert works["sft"].answers == (base.rollout.max_new_tokens,)  # not the demonstration's length
+    assert works["sft"].teacher_prompts == ()
+    assert works["sdft"].teacher_prompts == works["live"].teacher_prompts
+    assert works["sft"].completions == (base.rollout.max_new_tokens,)  # not the demonstration's length
     uniform = plan.Work.uniform(config.override(base, {"rollout.source": "offline", "loss.method": "sft"}), 10, 20, 6)
-    assert (uniform.prompts, uniform.shown, uniform.answers) == ((10,), (), (6,))
+    assert (uniform.prompts, uniform.teacher_prompts, uniform.completions) == ((10,), (), (6,))
     assert set(uniform.offline) == {20}
     machine = plan.Machine("cpu", 2**34, 0)
     for method in ("sdft", "sft"):
