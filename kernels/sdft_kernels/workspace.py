@@ -1,0 +1,60 @@
+"""How much memory a call may take, and how many tokens go into a chunk: arithmetic on sizes, which needs no device."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+CPU_BYTES = 256 * 2**20
+DEVICE_SHARE = 64
+ROW_MULTIPLE = 128  # of the tokens in a chunk: whole tiles in every product
+
+
+class Plan(NamedTuple):
+    """How a call of some rows divides its workspace."""
+
+    chunk: int  # tokens of a chunk; the last chunk may have fewer
+    casts: tuple[int, ...]  # bytes of the buffer for each head that needs a cast: the whole head, or a tile of it
+
+
+def default_workspace(device_memory: int | None) -> int:
+    """Bytes: a 64th of the device's memory (1.25 GiB of 80 GiB, 256 MiB of 16 GiB); None, a CPU: 256 MiB."""
+    return CPU_BYTES if device_memory is None else device_memory // DEVICE_SHARE
+
+
+def device_memory(device: torch.device) -> int | None:
+    """Bytes of a GPU's memory; None for any other device."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+
+
+def plan_workspace(
+    rows: int, row_bytes: int, budget: int, casts: Sequence[int] = (), other: int = 0, tile: int | None = None
+) -> Plan:
+    """Divide `budget` bytes between casts of heads, `other` fixed bytes, and chunks of the `rows` tokens.
+
+    row_bytes: of one token in a chunk (logits of all sides, hidden states, dX). casts: bytes of each head in the dtype
+    of its products, if that is not the head's own; the head that more products read comes first. tile: bytes of a tile;
+    None is an eighth of the budget.
+
+    A head is cast once a call if the casts so far take no more than half of the budget. Otherwise every product of
+    every chunk casts the head again, a tile at a time, which moves 6 bytes an entry for an fp32 head and bf16 products:
+    more than what half as many tokens in a chunk cost.
+    """
+    tile = budget // 8 if tile is None else min(tile, budget // 8)
+    buffers: list[int] = []
+    for whole in casts:
+        once = sum(buffers) + whole <= budget // 2
+        buffers.append(whole if once else min(whole, tile))
+    return Plan(chunk_rows(rows, row_bytes, budget - sum(buffers) - other), tuple(buffers))
+
+
+def chunk_rows(rows: int, row_bytes: int, budget: int) -> int:
+    """Tokens of a chunk: as many as fit, in chunks of about one size, a multiple of 128 (a power of two below 128)."""
+    rows = max(1, rows)
+    most = max(1, budget // max(1, row_bytes))
+    if rows <= most:
+        return rows
+    multiple = ROW_MULTIPLE if most >= ROW_MULTIPLE else 1 << (most.bit_length() - 1)
+    most -= most % multiple
+    even = -(-rows // -(-rows // most))
+    return min(rows, -(-even // multiple) * multiple)
