@@ -4,6 +4,7 @@
 # Each makes its own environment in .venv from constraints.txt.
 
 PYTHON ?= python3
+JOBS ?= 2
 WHEELS ?= .whl
 WHEELS_PYTHON ?= 3.12
 DIST ?= dist
@@ -11,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-harness test-trl bench bench-step bench-gpu bench-step-gpu test-gpu wheel wheels lint clean
+.PHONY: demo test test-slow test-all test-harness test-trl bench bench-step bench-gpu bench-step-gpu test-gpu wheel wheels lint clean
 
 $(VENV)/installed: pyproject.toml constraints.txt Makefile
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'sdft needs Python 3.11 or later; run: make PYTHON=python3.11 ...')"
@@ -27,8 +28,17 @@ $(VENV)/installed: pyproject.toml constraints.txt Makefile
 demo: $(VENV)/installed
 	$(BIN)/python examples/demo.py
 
+# One thread a process: several processes of two threads slow each other down tenfold on two cores.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+
 test: $(VENV)/installed lint
-	$(BIN)/python -m pytest
+	$(PYTEST) -m "not slow" $(ARGS)
+
+# The long proofs: every kernel compiled for every architecture, 50 kills, whole grids of values.
+test-slow: $(VENV)/installed
+	$(PYTEST) -m slow $(ARGS)
+
+test-all: test test-slow
 
 # lm-evaluation-harness is 350 MB with what it needs, so the other tests do without.
 test-harness: $(VENV)/installed
