@@ -1,18 +1,14 @@
-"""Where memory runs short: what is free goes back to the system, and a step that did not fit is run again in halves."""
+"""What only a CPU needs: freed memory goes back to the system, and caches of compiled products stay small."""
 
 import ctypes
 import os
 import sys
-from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sdft.errors import SdftError, first_line
-
-T = TypeVar("T")
 KERNELS = 64  # that oneDNN keeps; a step's distinct products at one time are fewer
 # Of freed blocks in a forward pass, the last after its last block, and in its backward pass, the first before it; what
 # is given back must be faulted in again.
@@ -62,43 +58,3 @@ def return_freed_within(lm: nn.Module, device: torch.device) -> None:
     for i, block in enumerate(blocks, start=1):
         if i in forward | backward:
             block.register_forward_hook(partial(after, i in forward, i in backward))
-
-
-def ran_out(error: BaseException) -> bool:
-    """Whether an error means that memory ran out, on a device or on the host."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # PyTorch's CPU allocator
-
-
-def within(
-    device: torch.device, what: str, work: Callable[[], T], shrink: Callable[[], str], advise: Callable[[], str]
-) -> T:
-    """work(); where memory runs out, shrink() and work() once more, with the same random numbers.
-
-    what: names the work in messages. shrink: makes the work smaller, drops what the failed attempt left behind, and
-    says what it did. Raises SdftError where memory runs out again, with what advise() says.
-    """
-    cuda = device.type == "cuda"
-    draws = torch.get_rng_state()
-    cuda_draws = torch.cuda.get_rng_state(device) if cuda else draws
-    told = ""
-    for _ in range(2):
-        try:
-            return work()
-        except (RuntimeError, MemoryError) as error:
-            if not ran_out(error):
-                raise
-            if told:
-                break
-            told = first_line(error)
-        # Out of the handler: the error's traceback holds on to what the failed attempt had allocated.
-        print(f"{what}: out of memory ({told}); once more with {shrink()}.", flush=True)
-        torch.set_rng_state(draws)
-        if cuda:
-            torch.cuda.empty_cache()
-            torch.cuda.set_rng_state(cuda_draws, device)
-    raise SdftError(
-        f"{what}: out of memory also in halves ({told}). {advise()} The newest checkpoint is whole: --resume goes on "
-        "from it"
-    )

@@ -43,6 +43,7 @@ from sdft.training.metrics import (
     read_metrics,
     token_metrics,
 )
+from sdft.training.retry import retry_with_less
 from sdft.update import optim
 
 # Settings that may differ between a run and its resumption: they change nothing that was computed. The last ones do
@@ -175,14 +176,14 @@ def train_step(run: Run, step: int, output: Path) -> dict[str, Any]:
     ]
     run.phases.spans.clear()
     with run.phases("rollout"):
-        examples, completions = devices.within(
+        examples, completions = retry_with_less(
             run.model.device,
             f"step {step + 1}, rollout",
             lambda: answers(run, batch, step),
             lambda: halve_rollout(run),
             lambda: memory_advice(config),
         )
-    scored = devices.within(
+    scored = retry_with_less(
         run.model.device,
         f"step {step + 1}, gradients",
         lambda: accumulate_gradients(run, examples, completions),
@@ -508,7 +509,7 @@ def answer_offline(run: Run, output: Path) -> dict[str, Any]:
     }
 
     def sample(prompts: list[list[int]]) -> list[list[int]]:
-        found = devices.within(
+        found = retry_with_less(
             device,
             "answers before the first step",
             lambda: generate(run.model, prompts, replace(rollout, batch_size=run.rollout_batch), weights),
