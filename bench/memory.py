@@ -100,7 +100,8 @@ def apart(what: str, settings: dict[str, Any]) -> Any:
     """`predicted` or `measured` in a fresh process."""
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run(
-            [sys.executable, str(ROOT / "examples/make_skills.py"), f"{folder}/data"],
+            [sys.executable, "-m", "sdft", "data", "demo", f"{folder}/data"],
+            cwd=ROOT,
             check=True,
             stdout=subprocess.DEVNULL,
         )

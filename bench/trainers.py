@@ -59,11 +59,11 @@ class Job:
 
 
 def records(shape: Shape, tokenizer: Any) -> list[dict[str, str]]:
-    """One record an answer: commands of examples/make_skills.py, as many in a prompt as its length needs."""
-    from examples.make_skills import commands
+    """One record an answer: the demo's commands, as many in a prompt as its length needs."""
+    from sdft.data import skills
     from sdft.data.records import Message, encode_chat
 
-    pool = cycle(commands()[0])
+    pool = cycle(skills.demo()["commands-train"])
     rows = []
     for _ in range(shape.answers):
         asked: list[str] = []

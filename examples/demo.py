@@ -11,8 +11,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import make_skills
-
 CONFIGS = {"SFT": Path("examples/demo-sft.toml"), "SDFT": Path("examples/demo-sdft.toml")}
 SETS = {"new": "made-up capitals (new)", "prior": "real capitals (prior)", "general": "other questions (prior)"}
 
@@ -26,11 +24,12 @@ def main() -> None:
     folder: Path = options.folder
 
     from sdft.cli import check, quiet_libraries
+    from sdft.data import tasks
     from sdft.training.loop import train
     from sdft.training.metrics import read_metrics
 
     quiet_libraries()
-    make_skills.main(folder / "data")
+    tasks.write(tasks.demo(), folder / "data")
     configs = {name: settle(path, folder, options.steps) for name, path in CONFIGS.items()}
     print("== Can the teacher use the demonstrations? (sdft check)")
     check(configs["SDFT"], count=24)

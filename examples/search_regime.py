@@ -15,7 +15,6 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import make_skills
 from demo import CONFIGS, SETS, equal_skill, evaluations
 
 FOLDER = Path("runs/search")
@@ -44,12 +43,13 @@ CELLS: dict[str, tuple[str, dict[str, Any]]] = {
 def cell_config(name: str, seed: int) -> Any:
     """The config of a cell, its data written."""
     from sdft.config import load_config, override
+    from sdft.data import tasks
 
     method, changes = CELLS[name]
     changes = dict(changes)
     skill, style = changes.pop("skill", "facts"), changes.pop("style", "terse")
     data = FOLDER / f"data-{style}"
-    make_skills.main(data, style)
+    tasks.write(tasks.demo(style), data)
     files = {"new": f"{skill}-test", "prior": "capitals", "general": "general"}
     settings = {
         "data.train": str(data / f"{skill}-train.jsonl"),

@@ -28,7 +28,6 @@ OVERVIEW = """sdft: Self-Distillation Fine-Tuning (arXiv 2601.19897)
   sdft generate MODEL PROMPT                     an answer
   sdft data TASK [SOURCE] FOLDER                 a task in the box: training records and evaluation files
   sdft merge ADAPTER FOLDER                      a LoRA adapter and its base to one plain model
-  sdft convert toolalpaca FILE OUT.jsonl         other formats to records
   sdft convert gguf FILE.gguf FOLDER             a GGUF model to a Hugging Face folder
 
 `sdft COMMAND --help` explains every option."""
@@ -184,6 +183,16 @@ class SkillArgs:
 
 
 @dataclass(frozen=True)
+class DemoArgs:
+    """`sdft data demo FOLDER`: the data of `make demo`, made-up capitals and commands."""
+
+    folder: tyro.conf.Positional[Path]
+    """Folder to write the files to."""
+    style: Literal["terse", "sentence"] = "terse"
+    """Form of the capitals' demonstrations: a bare name, or a sentence as the model would write it."""
+
+
+@dataclass(frozen=True)
 class ToolAlpacaArgs:
     """`sdft data toolalpaca SOURCE FOLDER`: tool calls from a ToolAlpaca file of yours."""
 
@@ -229,6 +238,7 @@ DATA_ARGS: dict[str, type] = {
     "commands": SkillArgs,
     "facts": SkillArgs,
     "style": SkillArgs,
+    "demo": DemoArgs,
     "toolalpaca": ToolAlpacaArgs,
     "sciknoweval": SciKnowEvalArgs,
     "knowledge": KnowledgeArgs,
@@ -249,14 +259,14 @@ class MergeArgs:
 
 @dataclass(frozen=True)
 class ConvertArgs:
-    """`sdft convert KIND SOURCE TARGET`."""
+    """`sdft convert gguf FILE.gguf FOLDER`: a GGUF model as a Hugging Face folder."""
 
-    kind: tyro.conf.Positional[Literal["toolalpaca", "gguf"]]
-    """toolalpaca: evaluation file to records. gguf: model to a folder of safetensors."""
+    kind: tyro.conf.Positional[Literal["gguf"]]
+    """The format of the file."""
     source: tyro.conf.Positional[Path]
     """File to read."""
     target: tyro.conf.Positional[Path]
-    """File or folder to write."""
+    """New folder to write."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -599,15 +609,10 @@ def convert_command(args: list[str]) -> None:
     a = tyro.cli(ConvertArgs, args=args, prog="sdft convert")
     if not a.source.exists():
         raise SdftError(f"{a.source}: no such file")
-    if a.kind == "toolalpaca":
-        from sdft.data.convert import toolalpaca
+    from sdft.model.loading import convert_gguf
 
-        print(f"{toolalpaca(a.source, a.target)} records in {a.target}")
-    else:
-        from sdft.model.loading import convert_gguf
-
-        if a.target.exists():
-            raise SdftError(f"{a.target} exists; give a new folder")
-        a.target.parent.mkdir(parents=True, exist_ok=True)
-        convert_gguf(a.source.resolve(), a.target)
-        print(f"model in {a.target}")
+    if a.target.exists():
+        raise SdftError(f"{a.target} exists; give a new folder")
+    a.target.parent.mkdir(parents=True, exist_ok=True)
+    convert_gguf(a.source.resolve(), a.target)
+    print(f"model in {a.target}")

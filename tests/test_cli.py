@@ -255,28 +255,11 @@ def test_generate_is_the_naive_loop(load_tiny: Any, model_folder: Any, capsys: p
 # convert.
 
 
-def test_convert_toolalpaca(tmp_path: Path, capsys: pytest.CaptureFixture[str], refused: Any) -> None:
-    api = {
-        "Name": "N",
-        "NLDocumentation": "D",
-        "Instructions": ["do"],
-        "Golden_Answers": [[{"Action": "f", "Action_Input": "{}"}]],
-    }
-    (tmp_path / "apis.json").write_text(json.dumps([api]))
-    main(["convert", "toolalpaca", str(tmp_path / "apis.json"), str(tmp_path / "out.jsonl")])
-    assert capsys.readouterr().out == f"1 records in {tmp_path / 'out.jsonl'}\n"
-    assert json.loads((tmp_path / "out.jsonl").read_text())["check"] == "tool_call"
-    assert "no such file" in refused("convert", "toolalpaca", str(tmp_path / "none.json"), str(tmp_path / "o.jsonl"))
-    (tmp_path / "apis.json").write_text("{}")
-    assert "JSON list of APIs" in refused(
-        "convert", "toolalpaca", str(tmp_path / "apis.json"), str(tmp_path / "o.jsonl")
-    )
-
-
 def test_convert_gguf_refuses(tmp_path: Path, refused: Any) -> None:
     (tmp_path / "x.gguf").write_bytes(b"not one")
     assert "no model loads from it" in refused("convert", "gguf", str(tmp_path / "x.gguf"), str(tmp_path / "out"))
     assert "exists; give a new folder" in refused("convert", "gguf", str(tmp_path / "x.gguf"), str(tmp_path))
+    assert "no such file" in refused("convert", "gguf", str(tmp_path / "none.gguf"), str(tmp_path / "out"))
 
 
 # Mistakes.
@@ -380,7 +363,7 @@ def test_help_documents_every_argument(command: str, owner: str) -> None:
     assert len(own) >= 2
     for name, text in own.items():
         if name != "config":
-            assert f"--{name.replace('_', '-')}" in told or name.upper() in told or "{toolalpaca,gguf}" in told
+            assert f"--{name.replace('_', '-')}" in told or name.upper() in told or "{gguf}" in told
             assert text in told, name
 
 

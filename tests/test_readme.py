@@ -37,7 +37,7 @@ ELSEWHERE = {
 
 
 def test_every_command_is_executed_somewhere() -> None:
-    known = ("sdft ", "python examples/make_skills.py ", *ELSEWHERE)
+    known = ("sdft ", *ELSEWHERE)
     assert [c for c in commands() if not c.startswith(known)] == []
     assert len(commands()) >= 8
 
@@ -103,9 +103,7 @@ def test_commands_in_order(workplace: Path, capsys: pytest.CaptureFixture[str]) 
     short = {"train": ["--train.steps", "1", "--eval.every", "1"], "check": ["--count", "6"]}
     for command in commands():
         words = shlex.split(command)
-        if words[0] == "python":
-            subprocess.run([sys.executable, *words[1:]], check=True)
-        elif words[0] == "sdft":
+        if words[0] == "sdft":
             main([*words[1:], *short.get(words[1], [])])
             assert capsys.readouterr().out.strip(), command
     assert (workplace / "runs/demo/sdft/model/model.safetensors").exists()
@@ -116,7 +114,7 @@ def test_commands_in_order(workplace: Path, capsys: pytest.CaptureFixture[str]) 
 def test_readme_config_trains(workplace: Path) -> None:
     from sdft.cli import main
 
-    subprocess.run([sys.executable, "examples/make_skills.py", "runs/demo/data"], check=True)
+    main(["data", "demo", "runs/demo/data"])
     for text in blocks("toml"):
         (workplace / "config.toml").write_text(text)
         main(["train", "config.toml", "--rollout.max-new-tokens", "8"])

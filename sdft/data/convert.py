@@ -101,18 +101,6 @@ Action: <function>
 Action Input: <JSON arguments>"""
 
 
-def toolalpaca(source: Path, target: Path) -> int:
-    """Converts a ToolAlpaca file to JSONL, one record for each request; returns their number.
-
-    Raises SdftError for a file of another form, and for the first broken record.
-    """
-    found = read_toolalpaca(source)
-    if found.left_out:
-        raise SdftError(found.left_out[0])
-    write_jsonl(target, found.records)
-    return len(found.records)
-
-
 def read_toolalpaca(source: Path) -> Converted:
     """The requests of a ToolAlpaca file (Tang et al. 2023, arXiv 2306.05301), grouped by API.
 

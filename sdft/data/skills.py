@@ -208,4 +208,44 @@ def style(seed: int = 0) -> dict[str, list[Record]]:
     return files | {"prior": [*capitals(), *general()]}
 
 
+# The demo.
+
+DEMO_COUNTRIES = {
+    "Zorvia": "Lumar", "Belthane": "Corrin", "Quessia": "Padua Vale", "Drumland": "Ostek",
+    "Mirador": "Telvin", "Fennick": "Harrowgate", "Ulmaria": "Sentis", "Karvath": "Brimdel",
+}  # fmt: skip
+DEMO_QUESTIONS = QUESTIONS[:3]
+DEMO_TESTS = NEW_QUESTIONS[:2]
+DEMO_STYLES = {
+    "terse": "{capital}",  # the form of many data sets; a chat model does not answer in it
+    "sentence": "The capital of {country} is {capital}.",  # the model's own form
+}
+
+
+def demo(style: str = "terse") -> dict[str, list[Record]]:
+    """The data of `make demo`.
+
+    facts-train, facts-test: 8 made-up capitals, trained under 3 phrasings and tested under 2 others. A demonstration
+    is the fact as three question-answer lines, one for each phrasing; `style` is the form of its answers.
+    commands-train, commands-test: 384 commands of one pattern, 48 of them held out.
+    capitals, general: the prior skills.
+    """
+    train, test = [], []
+    for country, capital in DEMO_COUNTRIES.items():
+        response = DEMO_STYLES[style].format(country=country, capital=capital)
+        phrasings = [q.format(country) for q in DEMO_QUESTIONS]
+        train += [fact(asked, phrasings, response, [response, capital]) for asked in phrasings]
+        test += [{"prompt": q.format(country), "answer": capital, "check": "contains"} for q in DEMO_TESTS]
+    requests = [command(REQUESTS[0], verb, device, room) for verb in VERBS for device in DEVICES for room in ROOMS]
+    random.Random(0).shuffle(requests)
+    return {
+        "facts-train": train,
+        "facts-test": test,
+        "commands-train": requests[48:],
+        "commands-test": requests[:48],
+        "capitals": capitals(),
+        "general": general(),
+    }
+
+
 SKILLS = {"commands": commands, "facts": facts, "style": style}

@@ -26,6 +26,11 @@ def made_up(name: str, seed: int = 0) -> Task:
     return Task(skills.SKILLS[name](seed))
 
 
+def demo(style: str = "terse") -> Task:
+    """The data of `make demo`; see skills.demo."""
+    return Task(skills.demo(style))
+
+
 def toolalpaca(source: Path, held_out: float = 0.3, seed: int = 0) -> Task:
     """Tool calls from a ToolAlpaca file, see convert.read_toolalpaca.
 

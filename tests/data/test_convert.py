@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from sdft.data.checks import check_tool_call, parse_tool_calls
-from sdft.data.convert import toolalpaca, write_jsonl
+from sdft.data.convert import read_toolalpaca, write_jsonl
 from sdft.data.records import load_records
 from sdft.errors import SdftError
 
@@ -39,8 +39,10 @@ def write(tmp_path: Path, content: Any) -> Path:
 
 def test_each_request_becomes_a_record(tmp_path: Path) -> None:
     target = tmp_path / "new" / "out.jsonl"
-    assert toolalpaca(write(tmp_path, [api(), api(Name="Other")]), target) == 4
-    rows = [json.loads(line) for line in target.read_text().splitlines()]
+    found = read_toolalpaca(write(tmp_path, [api(), api(Name="Other")]))
+    rows = found.records
+    assert (len(rows), found.left_out) == (4, [])
+    write_jsonl(target, rows)
     assert rows[0] == {
         "prompt": "You can call these functions of the API Weather {v1}:\n\nnow: Weather now.\nParameters: "
         '{"city": "string"}\n\nRequest: Is it raining in Bern?\n\nAnswer with the calls that fulfil the request, '
@@ -75,15 +77,18 @@ GOLDEN = [[{"Action": "now", "Action_Input": "{}"}]] * 2
     ],
 )
 def test_files_of_another_form(tmp_path: Path, content: Any, words: str) -> None:
-    with pytest.raises(SdftError) as error:
-        toolalpaca(write(tmp_path, content), tmp_path / "out.jsonl")
-    assert words in str(error.value)
-    assert not (tmp_path / "out.jsonl").exists()
+    """Raised, or named among what is left out."""
+    source = write(tmp_path, content)
+    try:
+        named = " ".join(read_toolalpaca(source).left_out)
+    except SdftError as error:
+        named = str(error)
+    assert words in named
 
 
 def test_files_that_cannot_be_read_or_written(tmp_path: Path) -> None:
     with pytest.raises(SdftError, match=r"none\.json: cannot be read \(No such file"):
-        toolalpaca(tmp_path / "none.json", tmp_path / "out.jsonl")
+        read_toolalpaca(tmp_path / "none.json")
     (tmp_path / "file").touch()
     with pytest.raises(SdftError, match=r"out\.jsonl: cannot be written \("):
         write_jsonl(tmp_path / "file" / "out.jsonl", [])
@@ -93,7 +98,7 @@ def test_the_real_file(tmp_path: Path) -> None:
     if not REAL.exists():
         pytest.skip(f"{REAL} is not here: the real ToolAlpaca file is not converted in this run")
     target = tmp_path / "out.jsonl"
-    assert toolalpaca(REAL, target) == 100
+    write_jsonl(target, read_toolalpaca(REAL).records)
     examples = load_records(str(target))
     assert len(examples) == 100
     golden = [calls for api in json.loads(REAL.read_text()) for calls in api["Golden_Answers"]]

@@ -2,17 +2,16 @@
 
 import hashlib
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
+from sdft.cli import main
 from sdft.data import skills
 from sdft.data.checks import prepare
 from sdft.data.records import parse_record
 from sdft.evaluation.accuracy import check_evaluable
 
-ROOT = Path(__file__).parents[2]
 SEEDS = (0, 1, 7)
 
 
@@ -107,9 +106,6 @@ DEMO = {
 }  # fmt: skip
 
 
-def test_the_demos_data_stay_as_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "path", [str(ROOT / "examples"), *sys.path])
-    import make_skills
-
-    make_skills.main(tmp_path)
+def test_the_demos_data_stay_as_they_were(tmp_path: Path) -> None:
+    main(["data", "demo", str(tmp_path)])
     assert {p.stem: hashlib.sha256(p.read_bytes()).hexdigest()[:16] for p in tmp_path.iterdir()} == DEMO

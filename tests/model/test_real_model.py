@@ -13,15 +13,11 @@ pytestmark = [pytest.mark.slow, pytest.mark.model]
 
 @pytest.fixture(scope="module")
 def config(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    import sys
-
     from sdft.config import load_config
-
-    sys.path.insert(0, str(ROOT / "examples"))
-    import make_skills
+    from sdft.data import tasks
 
     folder = tmp_path_factory.mktemp("data")
-    make_skills.main(folder)
+    tasks.write(tasks.demo(), folder)
     c = load_config(ROOT / "examples/demo-sdft.toml")
     return replace(
         c,
