@@ -526,12 +526,12 @@ def eval_records(a: EvalArgs, tokenizer: Any, model: Any, examples: list[Any], s
     print(f"accuracy {result.accuracy:.1%} ({right} of {len(result.answers)})")
     if a.samples:
         from sdft.config import RolloutConfig
-        from sdft.evaluation import drift
+        from sdft.evaluation.pass_at_k import sample_answers
 
         sampling = RolloutConfig(
             temperature=a.temperature, top_p=a.top_p, max_new_tokens=a.max_new_tokens, batch_size=a.batch_size
         )
-        drawn = drift.sample_answers(model, tokenizer, examples, prompts, a.samples, sampling, a.seed)
+        drawn = sample_answers(model, tokenizer, examples, prompts, a.samples, sampling, a.seed)
         found = "  ".join(f"pass@{k} {drawn.pass_at(k):.1%}" for k in drawn.powers())
         print(f"of {a.samples} samples at temperature {a.temperature:g}: {found}")
 

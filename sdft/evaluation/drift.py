@@ -1,13 +1,12 @@
-"""What training did to a model's answers: how far they are from the base, how long, how sure, and pass@k.
+"""How far a model is from its base along its own completions, how long these are, and how sure the model is.
 
-Legend: N answer tokens, H hidden size, V vocabulary. Every function is deterministic for its seed and leaves torch's
-generators as they were.
+Legend: N completion tokens, H hidden size, V vocabulary. The result depends on nothing but the arguments, the seed
+among them; torch's random generators are left as they were.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,14 +14,11 @@ from sdft_kernels import linear_divergence
 from torch import Tensor
 
 from sdft.config import RolloutConfig
-from sdft.data.records import Example
 from sdft.errors import SdftError
-from sdft.evaluation.accuracy import judge
 from sdft.model.loading import Head, LanguageModel
-from sdft.rollout.sampling import Completion, generate
+from sdft.rollout.sampling import generate
 from sdft.score.batch import Batch, lay_out, micro_batches
 from sdft.score.teacher import Teacher
-from sdft.study import measures
 
 
 @dataclass(frozen=True)
@@ -47,11 +43,6 @@ class Drift:
             "answer_tokens": sum(self.lengths) / len(self.lengths),
             "truncated": sum(self.truncated) / len(self.truncated),
         }
-
-    def by_position(self, values: Tensor) -> list[float]:
-        """Mean of per-token values (N,) at each position of an answer, over the answers that reach it."""
-        rows = values.double().split(list(self.lengths))
-        return [float(torch.stack([row[i] for row in rows if len(row) > i]).mean()) for i in range(max(self.lengths))]
 
 
 def drift(
@@ -124,49 +115,6 @@ def _divergence(name: Any, hidden: Tensor, head: Head, base_hidden: Tensor, base
         scale=head.scale, softcap=head.softcap, divergence=name, reduction="sum", return_tokens=True, compact=False,
     )  # fmt: skip
     return tokens
-
-
-@dataclass(frozen=True)
-class Samples:
-    """How many of n sampled answers to each prompt are correct."""
-
-    n: int
-    correct: tuple[int, ...]  # one for each prompt
-
-    def pass_at(self, k: int) -> float:
-        """Mean over prompts of the chance that one of k samples is correct; raises SdftError for k above n."""
-        return float(measures.pass_at_k(self.n, list(self.correct), k).mean())
-
-    def powers(self) -> list[int]:
-        """The powers of two up to n, and n: the k that are shown."""
-        return sorted({2**i for i in range(self.n.bit_length())} | {self.n})
-
-
-def sample_answers(
-    model: LanguageModel,
-    tokenizer: Any,
-    examples: Sequence[Example],
-    prompts: Sequence[Sequence[int]],
-    n: int,
-    rollout: RolloutConfig,
-    seed: int = 0,
-    weights: Callable[[], AbstractContextManager[None]] = nullcontext,
-) -> Samples:
-    """n sampled answers to each prompt (token ids, one for each example), judged by the example's check.
-
-    rollout: sampling; temperature must be above 0, and per_prompt is not read. weights: as for `evaluate`. Raises
-    SdftError where all answers would be the same, or there are none.
-    """
-    if n < 1 or not prompts:
-        raise SdftError(f"{n} samples of {len(prompts)} prompts: both must be 1 or more")
-    if rollout.temperature == 0:
-        raise SdftError("rollout.temperature = 0 gives the same answer every time; set it above 0 for pass@k")
-    # Whole prompts together: a batch holds all samples of as many of them as fit.
-    repeated = [p for p in prompts for _ in range(n)]
-    with seeded(seed, model.device):
-        completions: list[Completion] = generate(model, repeated, replace(rollout, per_prompt=1), weights)
-    answers = judge(tokenizer, [e for e in examples for _ in range(n)], completions)
-    return Samples(n, tuple(sum(a.correct for a in answers[i : i + n]) for i in range(0, len(answers), n)))
 
 
 @contextlib.contextmanager

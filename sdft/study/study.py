@@ -510,12 +510,12 @@ def evaluate_on_all(study: Study, config: Config, tokenizer: Any, model: Any, an
 def drift_from_base(
     study: Study, config: Config, tokenizer: Any, model: Any, task: Task
 ) -> dict[str, dict[str, float]]:
-    """How far a model is from the base along its own greedy answers (probe.drift): "new" to prompts of the task's
+    """How far a model is from the base along its own greedy answers (evaluation.drift): "new" to prompts of the task's
     evaluation, "prior" to those of `study.drift_on` or the prior skills, `study.drift` of each, evenly taken."""
     from sdft.config import RolloutConfig
     from sdft.data.records import load_records
     from sdft.evaluation import accuracy as evaluate
-    from sdft.evaluation import drift as probe
+    from sdft.evaluation.drift import drift
 
     kinds = {
         "new": [study.sets[study.measure(task)]],
@@ -534,7 +534,7 @@ def drift_from_base(
             count = min(study.drift, len(records))
             picked = [records[i * len(records) // count] for i in range(count)]
             prompts = evaluate.student_prompts(tokenizer, picked, config.data.system)
-            found[kind] = probe.drift(model, base, prompts, greedy).summary()
+            found[kind] = drift(model, base, prompts, greedy).summary()
     print("  ".join(f"KL to the base, {kind}: {of['kl_to_base']:.3f}" for kind, of in found.items()), flush=True)
     return found
 
@@ -544,7 +544,7 @@ def pass_at(study: Study, config: Config, tokenizer: Any, model: Any) -> dict[st
     from sdft.config import RolloutConfig
     from sdft.data.records import load_records
     from sdft.evaluation import accuracy as evaluate
-    from sdft.evaluation import drift as probe
+    from sdft.evaluation import pass_at_k
 
     if not study.samples:
         return {}
@@ -553,7 +553,7 @@ def pass_at(study: Study, config: Config, tokenizer: Any, model: Any) -> dict[st
     for name in [study.measure(task) for task in study.tasks]:
         records = load_records(study.sets[name])
         prompts = evaluate.student_prompts(tokenizer, records, config.data.system)
-        drawn = probe.sample_answers(model, tokenizer, records, prompts, study.samples, drawing)
+        drawn = pass_at_k.sample_answers(model, tokenizer, records, prompts, study.samples, drawing)
         found[name] = {str(k): drawn.pass_at(k) for k in drawn.powers()}
     told = ((name, *list(of.items())[-1]) for name, of in found.items())
     print("  ".join(f"{name} pass@{k} {value:.1%}" for name, k, value in told), flush=True)

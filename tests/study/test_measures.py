@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from sdft.errors import SdftError
-from sdft.study import measures
-from sdft.study.measures import change, interval, mcnemar, paired, pareto_front, pass_at_k, transfer
+from sdft.study.measures import interval, paired, pareto_front, transfer
 
 NAN = math.nan
 fractions = st.integers(0, 20).map(lambda i: i / 20)
@@ -32,7 +31,6 @@ def test_transfer_by_hand() -> None:
     assert got.backward == pytest.approx(((0.6 - 0.9) + (0.9 - 0.8)) / 2)
     assert got.forgetting == pytest.approx(((0.9 - 0.6) + (0.8 - 0.9)) / 2)
     assert got.forward == pytest.approx(((0.3 - 0.2) + (0.5 - 0.3)) / 2)
-    assert change(R) == pytest.approx([0.5, 0.7, 0.7])
 
 
 def test_forgetting_is_from_the_best_and_backward_transfer_from_the_own_stage() -> None:
@@ -106,14 +104,19 @@ def test_transfer_properties(matrix: np.ndarray) -> None:
 # Over seeds.
 
 
-def test_three_seeds_give_the_range() -> None:
-    got = interval([0.2, 0.8, 0.5])
-    assert (got.mean, got.low, got.high) == pytest.approx((0.5, 0.2, 0.8))
-    assert got.n == 3
-    narrower = interval([0.2, 0.8, 0.5], level=0.5)
-    # All 27 resamples in order: their 25% and 75% quantiles are the 7th and the 21st.
+@given(st.lists(st.floats(0, 1), min_size=2, max_size=3))
+@settings(deadline=None, max_examples=20)
+def test_the_interval_of_two_or_three_seeds_is_their_range(values: list[float]) -> None:
+    got = interval(values)
+    assert (got.mean, got.low, got.high) == pytest.approx((np.mean(values), min(values), max(values)))
+    assert got.n == len(values)
+
+
+def test_a_lower_level_is_narrower() -> None:
+    """All 27 resamples in order: their 25% and 75% quantiles are the 7th and the 21st."""
+    got = interval([0.2, 0.8, 0.5], level=0.5)
     means = sorted(np.mean(c) for c in itertools.product([0.2, 0.8, 0.5], repeat=3))
-    assert (narrower.low, narrower.high) == pytest.approx((means[6], means[20]))
+    assert (got.low, got.high) == pytest.approx((means[6], means[20]))
 
 
 def test_one_seed_has_no_interval() -> None:
@@ -136,22 +139,18 @@ def test_many_seeds_are_resampled_by_the_seed_and_cover() -> None:
 
 
 def test_three_seeds_hold_the_middle_in_three_of_four_cases() -> None:
-    """What the docstring says of them."""
+    """As the docstring and the report say."""
     draw = np.random.default_rng(0)
-    held = [(got := interval(draw.normal(size=3))).low <= 0 <= got.high for _ in range(2000)]
+    held = [(got := interval(draw.normal(size=3), resamples=500)).low <= 0 <= got.high for _ in range(1500)]
     assert np.mean(held) == pytest.approx(0.75, abs=0.03)
 
 
-@given(st.lists(fractions, min_size=1, max_size=8), st.floats(-1, 1))
+@given(st.lists(fractions, min_size=2, max_size=8), st.floats(-1, 1))
 @settings(deadline=None, max_examples=40)
 def test_interval_properties(values: list[float], shift: float) -> None:
     got, moved = interval(values, resamples=200), interval([v + shift for v in values], resamples=200)
-    if len(values) > 1:
-        assert min(values) - 1e-12 <= got.low <= got.mean <= got.high <= max(values) + 1e-12
-        assert (moved.low, moved.high) == pytest.approx((got.low + shift, got.high + shift), abs=1e-9)
-    if len(values) <= 6:
-        again = interval(values[::-1])  # exact: neither order nor seed matter
-        assert (again.low, again.high) == pytest.approx((got.low, got.high), nan_ok=True)
+    assert min(values) - 1e-12 <= got.low <= got.mean <= got.high <= max(values) + 1e-12
+    assert (moved.low, moved.high) == pytest.approx((got.low + shift, got.high + shift), abs=1e-9)
 
 
 def test_paired_by_hand() -> None:
@@ -176,13 +175,10 @@ def test_sign_flip_is_the_count_over_all_signs(differences: list[int]) -> None:
 def test_many_seeds_flip_at_random() -> None:
     draw = np.random.default_rng(1)
     a = draw.normal(size=30)
-    assert paired(a, np.zeros(30) + a.mean()).p == pytest.approx(1.0)
-    assert paired(a + 5, np.zeros(30)).p == pytest.approx(1 / 10_001)
-    values = draw.normal(loc=0.3, size=16)
-    exact = paired(values, np.zeros(16)).p
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measures, "EXACT_FLIPS", 3)
-        assert paired(values, np.zeros(16)).p == pytest.approx(exact, abs=0.02)
+    assert paired(a, np.zeros(30) + a.mean()).p == pytest.approx(1.0, abs=0.05)  # no difference; drawn
+    assert paired(a + 5, np.zeros(30)).p == pytest.approx(2 / 10_001)  # the least that 10,000 random ways can show
+    values = draw.normal(loc=0.3, size=12)
+    assert paired(values, np.zeros(12), resamples=4000).p == pytest.approx(paired(values, np.zeros(12)).p, abs=0.02)
 
 
 @pytest.mark.parametrize("values", [[], [0.1, NAN], [[0.1]], [math.inf]])
@@ -196,75 +192,6 @@ def test_bad_pairs_and_levels() -> None:
         paired([0.1, 0.2], [0.1])
     with pytest.raises(SdftError, match=r"level = 95"):
         interval([0.1, 0.2], level=95)
-
-
-# Over items.
-
-
-def test_mcnemar_by_hand() -> None:
-    a = np.array([True] * 8 + [False] * 1 + [True] * 5)
-    b = np.array([False] * 8 + [True] * 1 + [True] * 5)
-    got = mcnemar(a, b)
-    assert (got.only_first, got.only_second) == (8, 1)
-    assert got.difference == pytest.approx(7 / 14)
-    assert got.p == pytest.approx(2 * (1 + 9) / 2**9)
-    assert mcnemar(a, a).p == 1.0
-
-
-@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60))
-def test_mcnemar_properties(pairs: list[tuple[bool, bool]]) -> None:
-    a, b = np.array(pairs).T
-    one, two = mcnemar(a, b), mcnemar(b, a)
-    assert one.p == two.p
-    assert 0 < one.p <= 1
-    assert one.difference == pytest.approx(a.mean() - b.mean())
-    assert (one.only_first, one.only_second) == (two.only_second, two.only_first)
-
-
-def test_mcnemar_of_many_items_does_not_overflow() -> None:
-    a = np.arange(20_000) % 2 == 0
-    assert 0 < mcnemar(a, ~a).p <= 1
-    assert mcnemar(np.ones(5000, bool), np.zeros(5000, bool)).p == 0.0  # 2^-4999 is no double
-
-
-@pytest.mark.parametrize("second", [[True], [1, 0], [0.5, 0.1]])
-def test_bad_items(second: Any) -> None:
-    with pytest.raises(SdftError, match="one boolean for each item"):
-        mcnemar([True, False], second)
-
-
-def test_pass_at_k_by_hand() -> None:
-    got = pass_at_k(5, [0, 1, 2, 5], 2)
-    assert got == pytest.approx([0.0, 2 / 5, 1 - (3 * 2) / (5 * 4), 1.0])
-    assert pass_at_k([3, 4], [1, 1], 3) == pytest.approx([1.0, 0.75])
-
-
-@given(st.integers(1, 9).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n), st.integers(1, n))))
-def test_pass_at_k_is_the_fraction_of_subsets(case: tuple[int, int, int]) -> None:
-    n, c, k = case
-    subsets = list(itertools.combinations([True] * c + [False] * (n - c), k))
-    assert pass_at_k(n, [c], k)[0] == pytest.approx(sum(any(s) for s in subsets) / len(subsets))
-
-
-def test_pass_at_k_of_many_samples_is_stable() -> None:
-    n, c, k = 10_000, 3, 5_000
-    exact = 1 - math.prod((n - k - i) / (n - i) for i in range(c))  # the same ratio, in three factors
-    assert pass_at_k(n, [c], k)[0] == pytest.approx(exact, rel=1e-9)
-
-
-@pytest.mark.parametrize(
-    ("n", "c", "k", "words"),
-    [
-        (3, [1], 4, "between 1 and the number of samples \\(3\\)"),
-        (3, [1], 0, "k = 0"),
-        (3, [4], 1, "it is 4"),
-        (3, [-1], 1, "it is -1"),
-        (3, [0.5], 1, "give integers"),
-    ],
-)
-def test_bad_samples(n: Any, c: Any, k: int, words: str) -> None:
-    with pytest.raises(SdftError, match=words):
-        pass_at_k(n, c, k)
 
 
 # New against prior.

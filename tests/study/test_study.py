@@ -17,8 +17,7 @@ from sdft import files
 from sdft.cli import main
 from sdft.config import override
 from sdft.errors import SdftError
-from sdft.evaluation import accuracy, harness
-from sdft.evaluation import drift as probe
+from sdft.evaluation import accuracy, harness, pass_at_k
 from sdft.model import flops
 from sdft.planning import plan
 from sdft.study import report, study
@@ -132,15 +131,15 @@ def test_the_distance_along_unrelated_prompts(make_study: Any, tmp_path: Path, m
 
 
 def test_pass_at_k_of_every_stage(make_study: Any, monkeypatch: Any, capsys: Any) -> None:
-    """Of the tasks' accuracy sets, the base's too, by probe.sample_answers of the stage's own weights."""
+    """Of the tasks' accuracy sets, the base's too, by pass_at_k.sample_answers of the stage's own weights."""
     one: dict[str, Any] = {"seeds": [0], "learning_rates": [1e-2], "methods": {"sft": {"loss": {"method": "sft"}}}}
     drawn = []
 
     def sample(model: Any, tokenizer: Any, examples: Any, prompts: Any, n: int, sampling: Any) -> Any:
         drawn.append((examples[0].messages[-1]["content"], len(prompts), n, sampling.temperature))
-        return probe.Samples(n, (len(drawn) % 4, 0, 0, 0, 0, 0))
+        return pass_at_k.Samples(n, (len(drawn) % 4, 0, 0, 0, 0, 0))
 
-    monkeypatch.setattr(probe, "sample_answers", sample)
+    monkeypatch.setattr(pass_at_k, "sample_answers", sample)
     found = study.load_study(make_study(samples=3, **one))
     study.run_study(found)
     assert drawn == [("colours 0?", 6, 3, 1.0), ("sizes 0?", 6, 3, 1.0)] * 3

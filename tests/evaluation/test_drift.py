@@ -1,4 +1,4 @@
-"""Divergence from the base against dense float64, and pass@k of sampled answers."""
+"""Divergence from the base against dense float64."""
 
 import copy
 from typing import Any
@@ -7,11 +7,10 @@ import pytest
 import torch
 
 from sdft.config import LoraConfig, RolloutConfig, TeacherConfig
-from sdft.data.records import parse_record
 from sdft.errors import SdftError
 from sdft.evaluation import drift
 from sdft.model.loading import add_lora, enable_packing
-from sdft.rollout.sampling import Completion, generate
+from sdft.rollout.sampling import generate
 from sdft.score.teacher import Teacher
 
 PROMPTS = [[10, 20, 30], [40], [50, 60, 70, 80, 90, 100, 110], [7, 7]]
@@ -99,11 +98,10 @@ def test_sampled_answers_are_those_of_the_seed(load_tiny: Any, nudge: Any) -> No
     assert other.kl.shape != one.kl.shape or not torch.equal(other.kl, one.kl)
 
 
-def test_truncation_and_positions() -> None:
+def test_means_over_tokens_and_completions() -> None:
     flat = torch.tensor([1.0, 2.0, 3.0, 10.0, 20.0])
     got = drift.Drift((3, 2), (False, True), flat, 2 * flat, flat, flat)
-    assert got.by_position(got.kl) == [5.5, 11.0, 3.0]
-    assert got.by_position(got.kl_back) == [11.0, 22.0, 6.0]
+    assert got.summary()["answer_tokens"] == 2.5
     assert got.summary()["truncated"] == 0.5
     assert got.summary()["kl_to_base"] == pytest.approx(36 / 5)
 
@@ -125,50 +123,3 @@ def test_bad_bases_and_prompts(load_tiny: Any) -> None:
         drift.drift(model, model, [], GREEDY)
     with pytest.raises(SdftError, match="a teacher of kind 'ema', which moves"):
         drift.drift(model, Teacher(model, TeacherConfig()), PROMPTS, GREEDY)
-
-
-# pass@k.
-
-
-def test_samples_are_counted_for_their_own_prompt(load_tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenizer, model = load_tiny()
-    examples = [parse_record({"prompt": p, "answer": p.upper()}, "f:1") for p in ("a", "b", "c")]
-    said = iter(["A", "A", "x", "A", "B", "x", "x", "A", "x", "x", "x", "x"])
-    asked: list[list[int]] = []
-
-    def fake(model: Any, prompts: Any, config: Any, weights: Any) -> list[Completion]:
-        asked.extend(prompts)
-        return [Completion(tokenizer(next(said))["input_ids"], False) for _ in prompts]
-
-    monkeypatch.setattr(drift, "generate", fake)
-    got = drift.sample_answers(model, tokenizer, examples, [[1], [2], [3]], 4, RolloutConfig())
-    assert asked == [[1]] * 4 + [[2]] * 4 + [[3]] * 4
-    assert got == drift.Samples(4, (3, 1, 0))
-    assert got.pass_at(1) == pytest.approx((3 + 1 + 0) / 12)
-    assert got.pass_at(2) == pytest.approx((1 + 1 / 2 + 0) / 3)
-    assert got.pass_at(4) == pytest.approx(2 / 3)
-    with pytest.raises(SdftError, match="k = 5"):
-        got.pass_at(5)
-
-
-def test_samples_follow_the_models_own_probabilities(load_tiny: Any) -> None:
-    """One token a time, judged right where it is the likeliest: as often as the softmax says."""
-    tokenizer, model = load_tiny()
-    p = log_probs(model, [65], [0])[0].exp()
-    likely = int(p[:94].argmax())  # a printable one, alone in its answer
-    text = tokenizer.decode([likely])
-    examples = [parse_record({"prompt": "x", "answer": text, "check": "exact"}, "f:1")]
-    one = RolloutConfig(max_new_tokens=1, batch_size=500)
-    got = drift.sample_answers(model, tokenizer, examples, [[65]], 2000, one, seed=1)
-    want = float(p[likely])
-    assert got.pass_at(1) == pytest.approx(want, abs=4 * (want * (1 - want) / 2000) ** 0.5)
-    assert got == drift.sample_answers(model, tokenizer, examples, [[65]], 2000, one, seed=1)
-    assert got != drift.sample_answers(model, tokenizer, examples, [[65]], 2000, one, seed=2)
-
-
-def test_bad_samples(load_tiny: Any) -> None:
-    tokenizer, model = load_tiny()
-    with pytest.raises(SdftError, match=r"rollout.temperature = 0 gives the same answer"):
-        drift.sample_answers(model, tokenizer, [], [[1]], 3, GREEDY)
-    with pytest.raises(SdftError, match="0 samples of 1 prompts"):
-        drift.sample_answers(model, tokenizer, [], [[1]], 0, RolloutConfig())
