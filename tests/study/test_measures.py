@@ -178,7 +178,7 @@ def test_many_seeds_flip_at_random() -> None:
     assert paired(a, np.zeros(30) + a.mean()).p == pytest.approx(1.0, abs=0.05)  # no difference; drawn
     assert paired(a + 5, np.zeros(30)).p == pytest.approx(2 / 10_001)  # the least that 10,000 random ways can show
     values = draw.normal(loc=0.3, size=12)
-    assert paired(values, np.zeros(12), resamples=4000).p == pytest.approx(paired(values, np.zeros(12)).p, abs=0.02)
+    assert paired(values, np.zeros(12), resamples=4000).p == pytest.approx(paired(values, np.zeros(12)).p, abs=0.05)
 
 
 @pytest.mark.parametrize("values", [[], [0.1, NAN], [[0.1]], [math.inf]])
