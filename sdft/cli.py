@@ -6,13 +6,15 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
 from sdft import __version__
-from sdft.config import Config, ModelConfig, load_config, override, validate
+from sdft.config import Config, ModelConfig, load_config, located, override, validate
 from sdft.errors import SdftError
+
+Kind = TypeVar("Kind")
 
 OVERVIEW = """sdft: Self-Distillation Fine-Tuning (arXiv 2601.19897)
 
@@ -329,9 +331,19 @@ def config_from(args: list[str]) -> tuple[Config, list[str]]:
     ]
 
 
+def parse(kind: type[Kind], args: list[str], prog: str, default: Kind | None = None) -> Kind:
+    """The options of a command line. Raises SdftError for a value out of range; exits with 2 for an unknown option."""
+    with located("command line"):
+        return (
+            tyro.cli(kind, args=args, prog=prog)
+            if default is None
+            else tyro.cli(kind, args=args, prog=prog, default=default)
+        )
+
+
 def train_command(args: list[str]) -> None:
     config, rest = config_from(args)
-    parsed = tyro.cli(Config, default=config, args=rest, prog="sdft train CONFIG.toml")
+    parsed = parse(Config, rest, "sdft train CONFIG.toml", config)
     check_preset(config, parsed)
     from sdft.training.loop import train
 
@@ -346,7 +358,7 @@ def check_preset(file: Config, parsed: Config) -> None:
 
 def plan_command(args: list[str]) -> None:
     config, rest = config_from(args)
-    a = tyro.cli(PlanArgs, default=PlanArgs(config=config), args=rest, prog="sdft plan CONFIG.toml")
+    a = parse(PlanArgs, rest, "sdft plan CONFIG.toml", PlanArgs(config=config))
     check_preset(config, a.config)
     if not show_plan(a):
         raise SystemExit(1)
@@ -388,7 +400,7 @@ def show_plan(a: PlanArgs) -> bool:
 
 def check_command(args: list[str]) -> None:
     config, rest = config_from(args)
-    parsed = tyro.cli(CheckArgs, default=CheckArgs(config=config), args=rest, prog="sdft check CONFIG.toml")
+    parsed = parse(CheckArgs, rest, "sdft check CONFIG.toml", CheckArgs(config=config))
     check_preset(config, parsed.config)
     if not check(parsed.config, parsed.count, parsed.show):
         raise SystemExit(1)
@@ -440,7 +452,7 @@ def _clip(text: str, width: int = 300) -> str:
 
 
 def study_command(args: list[str]) -> None:
-    a = tyro.cli(StudyArgs, args=args, prog="sdft study")
+    a = parse(StudyArgs, args, "sdft study")
     from sdft.study import report, study
 
     if a.tflops <= 0 or a.prompt_tokens < 0 or bool(a.prompt_tokens) != bool(a.records):
@@ -475,7 +487,7 @@ def plan_of_study(a: StudyArgs, found: Any) -> str:
 
 
 def eval_command(args: list[str]) -> None:
-    a = tyro.cli(EvalArgs, args=args, prog="sdft eval")
+    a = parse(EvalArgs, args, "sdft eval")
     if not a.data and not a.harness:
         raise SdftError("nothing to evaluate on; give DATA.jsonl, or --harness with tasks such as hellaswag,winogrande")
     from sdft.data.records import load_records
@@ -554,7 +566,7 @@ def eval_harness(a: EvalArgs, tokenizer: Any, model: Any) -> None:
 
 
 def generate_command(args: list[str]) -> None:
-    a = tyro.cli(GenerateArgs, args=args, prog="sdft generate")
+    a = parse(GenerateArgs, args, "sdft generate")
     import torch
 
     from sdft.config import RolloutConfig
@@ -589,7 +601,7 @@ def data_command(args: list[str]) -> None:
     task, rest = args[0], args[1:]
     if task not in DATA_ARGS:
         raise SdftError(f"unknown task {task!r}; valid: {', '.join(DATA_ARGS)}")
-    a: Any = tyro.cli(DATA_ARGS[task], args=rest, prog=f"sdft data {task}")
+    a: Any = parse(DATA_ARGS[task], rest, f"sdft data {task}")
     from sdft.data import skills, tasks
 
     options = {key: value for key, value in vars(a).items() if key != "folder"}
@@ -598,7 +610,7 @@ def data_command(args: list[str]) -> None:
 
 
 def merge_command(args: list[str]) -> None:
-    a = tyro.cli(MergeArgs, args=args, prog="sdft merge")
+    a = parse(MergeArgs, args, "sdft merge")
     from sdft.model.loading import merge_folder
 
     merge_folder(a.adapter, a.folder, a.dtype)
@@ -606,7 +618,7 @@ def merge_command(args: list[str]) -> None:
 
 
 def convert_command(args: list[str]) -> None:
-    a = tyro.cli(ConvertArgs, args=args, prog="sdft convert")
+    a = parse(ConvertArgs, args, "sdft convert")
     if not a.source.exists():
         raise SdftError(f"{a.source}: no such file")
     from sdft.model.loading import convert_gguf

@@ -25,8 +25,10 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import pydantic.dataclasses
+
 from sdft import files
-from sdft.config import Config, config_keys, from_table, merge, override, read_toml, validate
+from sdft.config import STRICT, Config, Settings, config_keys, from_table, located, override, read_toml, validate
 from sdft.errors import FruitlessError, SdftError
 
 RESULT, FAILED = "result.json", "failed.json"  # of a stage
@@ -59,8 +61,8 @@ class Method:
         return self.name.split("/")[0]
 
 
-@dataclass(frozen=True)
-class Harness:
+@pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
+class Harness(Settings):
     """Prior skills that lm-evaluation-harness measures; see harness.run for the options."""
 
     tasks: dict[str, str] = field(default_factory=dict)  # task or group -> its metric that counts, such as acc
@@ -138,6 +140,8 @@ def load_study(path: str | Path, model: str = "", output: str = "", with_data: b
     for key in ("config", "grid", "prior", "harness", "methods"):
         if not isinstance(table.get(key, {}), dict):
             raise SdftError(f"{where}: {key} = {table[key]!r} must be a table, [{key}]")
+    with located(f"{where}: harness"):
+        harness = Harness(**table.get("harness", {}))
     shared = {key: table.get(key, kind()) for key, kind in (("learning_rates", list), ("grid", dict))}
     settings = _settings(table["config"], f"{where}: config") | ({"model.name": model} if model else {})
     study = Study(
@@ -149,7 +153,7 @@ def load_study(path: str | Path, model: str = "", output: str = "", with_data: b
         {str(k): str(v) for k, v in table.get("prior", {}).items()},
         tuple(m for name, row in table["methods"].items() for m in _methods(name, row, shared, where)),
         bool(table.get("keep_weights", False)),
-        merge(Harness(), table.get("harness", {}), f"{where}: harness"),
+        harness,
         **{key: table[key] for key in ("samples", "drift", "drift_on") if key in table},
     )
     for key, what in (("drift", "prompts"), ("samples", "answers to each prompt")):
