@@ -249,11 +249,9 @@ def _check(study: Study, where: str) -> None:
         raise SdftError(f"{where}: learning_rates must be above 0")
     for cell in cells(study):
         for number, task in enumerate(study.tasks):
-            for config in stage_configs(study, cell, number, study.config.model.name):
-                try:
+            with located(f"{where}: {cell.name}, task {task.name}"):
+                for config in stage_configs(study, cell, number, study.config.model.name):
                     validate(config)
-                except SdftError as error:
-                    raise SdftError(f"{where}: {cell.name}, task {task.name}: {error}") from None
 
 
 def _check_data(study: Study) -> None:

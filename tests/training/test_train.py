@@ -304,7 +304,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"loss.impl": "triton"}, "loss.impl = 'triton' cannot run: "),
         ({"model.device": "cuda:77"}, "model.device = 'cuda:77' cannot be used"),
         ({"data.max_prompt_tokens": 3}, "all 12 records are over the length budget"),
-        ({"optim.lr": -1.0}, "optim.lr = -1.0 must be above 0"),
+        ({"train.resume_step": 3}, "train.resume_step = 3 has no effect alone"),
     ],
 )
 def test_a_refused_run_leaves_no_trace(
