@@ -1,0 +1,103 @@
+"""What a phase is made of, and the process that runs one: an item's rows are on the disk before the next item begins.
+
+The stream is a file of JSON lines, one event a line:
+
+    {"event": "phase", "phase": NAME, "items": [names], "seconds": budget}
+    {"event": "begins", "phase": NAME, "item": name, "number": n}
+    {"event": "ends", "phase": NAME, "item": name, "number": n, "rows": [...], "seconds": s, "error": traceback or null}
+    {"event": "skipped", "phase": NAME, "item": name, "number": n, "error": why}
+"""
+
+import gc
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+Event = dict[str, Any]
+
+LOST = 3  # exit status of a phase's process whose CUDA context is broken
+OUT_OF_TIME = "not run: the phase's time was over"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the items of a phase run."""
+
+    device: str  # cuda, or cpu
+    tiny: bool  # small shapes, so that the CPU and Triton's interpreter take seconds
+    deadline: float = float("inf")  # in time.monotonic(), which all processes of a machine share
+
+    def left(self) -> float:
+        """Seconds until the deadline."""
+        return self.deadline - time.monotonic()
+
+
+@dataclass(frozen=True)
+class Item:
+    """One thing to run. `run` appends its rows as it makes them; what it raises becomes the item's error."""
+
+    name: str
+    run: Callable[[list[Row]], None]
+
+
+class Stream:
+    """The file of events. Each is flushed to the disk at once."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def write(self, event: str, **fields: Any) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps({"event": event, **fields}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def read(self) -> list[Event]:
+        """All events; a last line that was cut off is left out."""
+        found = []
+        for line in self.path.read_text().splitlines() if self.path.exists() else []:
+            try:
+                found.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+        return found
+
+
+def work(phase: str, items: list[Item], place: Place, first: int, stream: Stream) -> None:
+    """Runs the items from number `first` on, in this process. Exits with LOST if the GPU no longer answers."""
+    for number, item in enumerate(items):
+        if number < first:
+            continue
+        who = {"phase": phase, "item": item.name, "number": number}
+        if place.left() < 0:
+            stream.write("skipped", **who, error=OUT_OF_TIME)
+            continue
+        stream.write("begins", **who)
+        start, rows, error = time.monotonic(), [], None
+        try:
+            item.run(rows)
+        except Exception:
+            error = traceback.format_exc(limit=-8)
+        stream.write("ends", **who, rows=rows, seconds=round(time.monotonic() - start, 3), error=error)
+        if error is not None and place.device == "cuda" and not device_answers():
+            sys.exit(LOST)
+        gc.collect()
+
+
+def device_answers() -> bool:
+    """False after an illegal access: then every CUDA call of the process fails."""
+    import torch
+
+    try:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    except RuntimeError:
+        return False
+    return True
