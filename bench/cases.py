@@ -1,4 +1,4 @@
-"""The problems: shapes of real models, their tensors, the float64 truth, and the floors no loss can beat."""
+"""The problems: their tensors, the float64 truth, and the floors no loss can beat."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,16 +8,8 @@ from sdft_kernels.reference import linear_divergence_reference
 from torch import Tensor
 
 from .peers import VARIANTS, Loss
+from .shapes import HEADS, Shape
 
-HEADS = {  # (vocabulary, hidden size), padded as the model's own lm_head is
-    "SmolLM2-135M": (49152, 576),
-    "Qwen2.5-0.5B": (151936, 896),
-    "Qwen2.5-7B": (152064, 3584),
-    "Llama-3.1-8B": (128256, 4096),
-    "Gemma-3-1B": (262144, 1152),
-    "small": (8192, 256),
-    "tiny": (512, 32),
-}
 # Largest relative error of dX and dW, teacher near student; what returning them in that dtype costs is 0.002 of bf16.
 BARS = {"float32": 1e-3, "bfloat16": 5e-3}
 LOSS_BAR = 1e-2
@@ -44,6 +36,7 @@ class Case:
     divergence: str = "reverse_kl"
     frozen: bool = False  # no gradient for the head
     without: tuple[str, ...] = ()  # variants that would take too long
+    trainer: bool = False  # as the trainer has it: fp32 heads and hidden states under bf16 autocast
 
     def label(self) -> dict[str, str | int]:
         vocab, hidden = HEADS[self.model]
@@ -57,26 +50,21 @@ class Case:
             "head": "frozen" if self.frozen else "trained",
         }
 
+    def shape(self) -> Shape:
+        """The case for the model of the costs."""
+        vocab, hidden = HEADS[self.model]
+        return Shape(self.tokens, vocab, hidden, self.products, not self.frozen, cast=self.trainer)
+
+    @property
+    def products(self) -> str:
+        """The dtype of the products' operands."""
+        return "bfloat16" if self.trainer else self.dtype
+
     def __str__(self) -> str:
         return " ".join(str(v) for k, v in self.label().items() if k not in "VH")
 
 
-BIG = ("Qwen2.5-7B", "SmolLM2-135M", "Llama-3.1-8B", "Gemma-3-1B", "Qwen2.5-0.5B")
-GPU_CASES = (  # the most important first: the time budget cuts off the end
-    *(Case(model, 4096) for model in BIG[:3]),
-    Case("SmolLM2-135M", 4096, "float32", without=COMPILED),
-    *(Case("SmolLM2-135M", 4096, divergence=d, without=COMPILED) for d in ("forward_kl", "jsd")),
-    *(Case(model, 4096, frozen=True, without=COMPILED) for model in BIG[:2]),
-    *(Case("Qwen2.5-7B", n, without=TORCH) for n in (16384, 32768, 1024)),
-    *(Case(model, 4096) for model in BIG[3:]),
-    *(Case(model, 4096, frozen=True, without=COMPILED) for model in BIG[2:]),
-    *(Case("Qwen2.5-7B", 4096, divergence=d, without=COMPILED) for d in ("forward_kl", "jsd")),
-    Case("Qwen2.5-0.5B", 4096, "float32", without=COMPILED),
-    *(Case(model, n, without=COMPILED + TORCH) for model in BIG[1:] for n in (1024, 16384, 32768)),
-    Case("SmolLM2-135M", 4096, "float32", frozen=True, without=COMPILED),
-    Case("Llama-3.1-8B", 1024, "float32", without=COMPILED),
-)
-SWEEP_CASES = (Case("Qwen2.5-7B", 4096), Case("SmolLM2-135M", 16384), Case("Gemma-3-1B", 4096))
+BIG = ("Qwen2.5-7B", "Llama-3.1-8B", "Gemma-3-1B", "SmolLM2-135M")
 CPU_CASES = (
     Case("SmolLM2-135M", 2048, "float32", without=all_but(*TORCH, "dense", "Liger chunked")),
     Case("SmolLM2-135M", 2048, "float32", "forward_kl", without=all_but(*TORCH)),
@@ -104,6 +92,7 @@ class Problem:
     w: Tensor
     teacher_x: Tensor
     teacher_w: Tensor
+    products: torch.dtype  # of the operands; another one than the tensors' is autocast's
 
     @classmethod
     def make(cls, case: Case, device: str) -> "Problem":
@@ -117,11 +106,17 @@ class Problem:
         x, w = normal(case.tokens), (normal(vocab) * 4 / hidden**0.5).to(dtype)
         teacher_x = x + 0.05 * normal(case.tokens)
         w, teacher_w = w.requires_grad_(not case.frozen), w.detach().clone()
-        return cls(x.to(dtype).requires_grad_(), w, teacher_x.to(dtype), teacher_w)
+        products = getattr(torch, case.products)
+        return cls(x.to(dtype).requires_grad_(), w, teacher_x.to(dtype), teacher_w, products)
 
     def first(self, rows: int) -> "Problem":
         """The problem of its first rows."""
-        return Problem(self.x.detach()[:rows].clone().requires_grad_(), self.w, self.teacher_x[:rows], self.teacher_w)
+        x = self.x.detach()[:rows].clone().requires_grad_()
+        return Problem(x, self.w, self.teacher_x[:rows], self.teacher_w, self.products)
+
+    def operands(self) -> list[Tensor]:
+        """x, w, teacher_x and teacher_w as the products see them, without gradients."""
+        return [t.detach().to(self.products) for t in (self.x, self.w, self.teacher_x, self.teacher_w)]
 
     def clear(self) -> None:
         self.x.grad = self.w.grad = None
@@ -129,7 +124,8 @@ class Problem:
     def step(self, loss: Loss) -> Tensor:
         """Forward and backward from cleared gradients."""
         self.clear()
-        value = loss(self.x, self.w, self.teacher_x, self.teacher_w)
+        with torch.autocast(self.x.device.type, self.products, enabled=self.products != self.x.dtype):
+            value = loss(self.x, self.w, self.teacher_x, self.teacher_w)
         value.backward()
         return value.detach()
 
@@ -148,10 +144,9 @@ class Truth:
 
     @classmethod
     def of(cls, problem: Problem, divergence: str) -> "Truth":
-        x, teacher_x = problem.x.detach().double(), problem.teacher_x.double()
-        w = problem.w.detach().double().requires_grad_(problem.w.requires_grad)
-        teacher_w = problem.teacher_w.double()
+        x, w, teacher_x, teacher_w = (t.double() for t in problem.operands())
         x.requires_grad_()
+        w.requires_grad_(problem.w.requires_grad)
         value = 0.0
         for rows, teacher_rows in zip(x.split(TRUTH_ROWS), teacher_x.split(TRUTH_ROWS), strict=True):
             part = linear_divergence_reference(
@@ -186,11 +181,12 @@ def is_exact(errors: dict[str, float], dtype: str) -> bool:
 
 def bare_gemms(problem: Problem) -> Callable[[], None]:
     """Two logits, dX and, unless the head is frozen, dW, as anyone writes them, outputs and all."""
-    x, w, frozen = problem.x.detach(), problem.w.detach(), not problem.w.requires_grad
+    x, w, teacher_x, teacher_w = problem.operands()
+    frozen = not problem.w.requires_grad
 
     def run() -> None:
-        for rows, teacher_rows in zip(x.split(FLOOR_ROWS), problem.teacher_x.split(FLOOR_ROWS), strict=True):
-            s, _ = rows @ w.t(), teacher_rows @ problem.teacher_w.t()
+        for rows, teacher_rows in zip(x.split(FLOOR_ROWS), teacher_x.split(FLOOR_ROWS), strict=True):
+            s, _ = rows @ w.t(), teacher_rows @ teacher_w.t()
             _ = s @ w, None if frozen else s.t() @ rows
 
     return run
@@ -198,15 +194,15 @@ def bare_gemms(problem: Problem) -> Callable[[], None]:
 
 def strict_gemms(problem: Problem) -> Callable[[], None]:
     """The same GEMMs into buffers that exist already: no page of memory is touched for the first time."""
-    x, w, frozen = problem.x.detach(), problem.w.detach(), not problem.w.requires_grad
+    x, w, teacher_x, teacher_w = problem.operands()
     z = torch.zeros(min(len(x), FLOOR_ROWS), len(w), dtype=x.dtype, device=x.device)
-    dx, dw = torch.zeros_like(x[: len(z)]), None if frozen else torch.zeros_like(w)
+    dx, dw = torch.zeros_like(x[: len(z)]), None if not problem.w.requires_grad else torch.zeros_like(w)
 
     def run() -> None:
-        for rows, teacher_rows in zip(x.split(FLOOR_ROWS), problem.teacher_x.split(FLOOR_ROWS), strict=True):
+        for rows, teacher_rows in zip(x.split(FLOOR_ROWS), teacher_x.split(FLOOR_ROWS), strict=True):
             n = len(rows)
             torch.mm(rows, w.t(), out=z[:n])
-            torch.mm(teacher_rows, problem.teacher_w.t(), out=z[:n])
+            torch.mm(teacher_rows, teacher_w.t(), out=z[:n])
             torch.mm(z[:n], w, out=dx[:n])
             if dw is not None:
                 torch.mm(z[:n].t(), rows, out=dw)

@@ -113,8 +113,13 @@ def run_case(
     rows: list[Row],
     deadline: float = float("inf"),
     variants: Iterable[Variant] = VARIANTS,
+    rounds: int = ROUNDS,
+    checked_rows: int | None = None,
 ) -> None:
-    """Append a row for each floor and variant; past the deadline (time.monotonic) variants are skipped."""
+    """Append a row for each floor and variant; past the deadline (time.monotonic) variants are skipped.
+
+    rounds: of the timing, fewer for variants above SLOW_MS. checked_rows: judged in float64; CHECKED_ROWS if None.
+    """
     torch._dynamo.reset()  # a case must not run uncompiled because earlier ones filled the cache
     gc.collect()  # slow once the peers' libraries are loaded: only here and where an exception held tensors
     wanted = [v for v in variants if applies(v, case, device)]
@@ -122,7 +127,9 @@ def run_case(
     floor_rows = {name: case.label() | {"variant": name} for name in FLOORS}
     rows.extend([*floor_rows.values(), *mine.values()])
     problem = Problem.make(case, device.name)
-    losses = checked(case, device, problem, wanted, mine, deadline)
+    small = problem.first(checked_rows or CHECKED_ROWS[device.name])
+    losses = checked(case, device, small, wanted, mine, deadline)
+    del small
     runs: dict[str, Run] = {}
     for name, make in FLOORS.items():
         with noted(floor_rows[name], device):
@@ -149,7 +156,7 @@ def run_case(
             row["extra MB"] = None if extra is None else max(0, extra - problem.returned_bytes()) / 1e6
             runs[variant.name] = run
         problem.clear()
-    interleaved(runs, floor_rows | mine, device)
+    interleaved(runs, floor_rows | mine, device, rounds)
     problem.clear()
     for key, floor_row in zip(("of the floor", "of the strict floor"), floor_rows.values(), strict=True):
         for row in mine.values():
@@ -164,10 +171,9 @@ def applies(variant: Variant, case: Case, device: Cpu | Cuda) -> bool:
 
 
 def checked(
-    case: Case, device: Cpu | Cuda, problem: Problem, variants: list[Variant], rows: dict[str, Row], deadline: float
+    case: Case, device: Cpu | Cuda, small: Problem, variants: list[Variant], rows: dict[str, Row], deadline: float
 ) -> dict[str, Loss]:
     """Write every variant's errors against float64 into its row; the losses of those that ran."""
-    small = problem.first(CHECKED_ROWS[device.name])
     truth = Truth.of(small, case.divergence)
     losses = {}
     for variant in variants:
@@ -179,21 +185,21 @@ def checked(
             loss = variant.make(case.divergence)
             errors = truth.errors(small, loss)
             row |= errors
-            if not is_exact(errors, case.dtype):
-                row["note"] = f"inexact: an error is above {BARS[case.dtype]}"
+            if not is_exact(errors, case.products):
+                row["note"] = f"inexact: an error is above {BARS[case.products]}"
             losses[variant.name] = loss
         small.clear()
     return losses
 
 
-def interleaved(runs: dict[str, Run], rows: dict[str, Row], device: Cpu | Cuda) -> None:
+def interleaved(runs: dict[str, Run], rows: dict[str, Row], device: Cpu | Cuda, most: int) -> None:
     """Median and 10th to 90th percentile of each in milliseconds, one after another in every round."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     rounds = {}
     for name, run in runs.items():
         with noted(rows[name], device):
-            rounds[name] = rounds_for(device.milliseconds(run))
-    for done in range(ROUNDS):
+            rounds[name] = rounds_for(device.milliseconds(run), most)
+    for done in range(most):
         for name in [name for name, count in rounds.items() if done < count]:
             with noted(rows[name], device):
                 times[name].append(device.milliseconds(runs[name]))
@@ -204,8 +210,8 @@ def interleaved(runs: dict[str, Run], rows: dict[str, Row], device: Cpu | Cuda) 
         rows[name] |= {"ms": statistics.median(times[name]), "p10": tenths[0], "p90": tenths[-1], "rounds": count}
 
 
-def rounds_for(ms: float) -> int:
-    return ROUNDS if ms <= SLOW_MS else max(LEAST_ROUNDS, int(SLOW_TOTAL_MS / ms))
+def rounds_for(ms: float, most: int) -> int:
+    return most if ms <= SLOW_MS else min(most, max(LEAST_ROUNDS, int(SLOW_TOTAL_MS / ms)))
 
 
 @contextlib.contextmanager

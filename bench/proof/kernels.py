@@ -1,0 +1,73 @@
+"""One call by kernel: time of each, and of each phase of the costs (bench/roofline.py) with its rates.
+
+The products are told apart by their shapes, which the profiler records: (C, H)(H, V) makes logits, (V, C)(C, H) dW,
+(C, V)(V, H) dX. What the other operators of torch launch is `copies`; the rest are the loss's own Triton kernels, `rows`.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from ..cases import Case, Problem
+from ..peers import ours
+from .machine import device_for, median
+from .phase import Item, Place, Row
+from .values import CANDIDATES
+
+TOKENS = 16_384
+
+
+def items(place: Place) -> list[Item]:
+    if place.tiny:
+        return [Item("tiny", partial(profiled, Case("tiny", 12), "triton", place))]
+    cases = (Case("Qwen2.5-7B", TOKENS), Case("SmolLM2-135M", TOKENS))
+    return [
+        Item(f"{impl}: {case}", partial(profiled, case, impl, place))
+        for impl in ("triton", *CANDIDATES)
+        for case in cases
+    ]
+
+
+def profiled(case: Case, impl: str, place: Place, rows: list[Row]) -> None:
+    problem, loss = Problem.make(case, place.device), ours(case.divergence, impl=impl)
+    clock = device_for(place)
+    whole = median(clock, partial(problem.step, loss))
+    on_gpu = place.device == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    with profile(activities=activities, record_shapes=True) as profiler:
+        problem.step(loss)
+        clock.finish()
+    events = profiler.key_averages(group_by_input_shape=True)
+    who = case.label() | {"impl": impl}
+    phases = dict.fromkeys(("logits", "rows", "dW", "dX", "copies"), 0.0)
+    kernels: dict[str, list[float]] = {}
+    for event in events:
+        ms = (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e3
+        if on_gpu and event.device_type == DeviceType.CUDA:
+            entry = kernels.setdefault(event.key, [0, 0.0])
+            entry[0] += event.count
+            entry[1] += ms
+        elif event.key.startswith("aten::"):
+            phases[phase_of(event.key, event.input_shapes, problem) or "copies"] += ms
+    busy = sum(ms for _, ms in kernels.values()) if on_gpu else whole
+    phases["rows"] = max(0.0, busy - sum(phases.values()))
+    rows.append(who | {"phase": "whole call", "ms": whole, "kernels ms": busy})
+    rows += [who | {"phase": name, "ms": ms} for name, ms in phases.items()]
+    most = sorted(kernels.items(), key=lambda pair: -pair[1][1])[:12]
+    rows += [who | {"kernel": name[:80], "calls": int(calls), "ms": ms} for name, (calls, ms) in most]
+
+
+def phase_of(operator: str, shapes: Any, problem: Problem) -> str | None:
+    """The phase of a product by the shapes of its factors; None for other operators."""
+    if operator not in ("aten::mm", "aten::addmm", "aten::addmm_"):
+        return None
+    a, b = shapes[:2] if operator == "aten::mm" else shapes[1:3]
+    vocab = len(problem.w)
+    if len(a) != 2 or len(b) != 2:
+        return None
+    return "logits" if b[1] == vocab else "dW" if a[0] == vocab else "dX" if a[1] == vocab else "logits"
+
+

@@ -1,0 +1,70 @@
+"""Where the proof runs: versions, what one product and one copy reach, and which packages are there."""
+
+import importlib.metadata
+import importlib.util
+import statistics
+from functools import partial
+
+import torch
+
+from ..measure import Cpu, Cuda
+from ..report import describe
+from .phase import Item, Place, Row
+
+# What the phases import, ours and the peers'. A missing one becomes a note of its rows; `make wheels` brings most.
+MODULES = (
+    "triton", "transformers", "huggingface_hub", "httpx", "peft", "accelerate", "safetensors", "datasets", "tomli_w",
+    "trl", "liger_kernel", "fla", "matplotlib",
+)  # fmt: skip
+REPEATS = 10
+
+
+def items(place: Place) -> list[Item]:
+    return [
+        Item("versions", partial(versions, place)),
+        Item("rates", partial(rates, place)),
+        Item("packages", packages),
+    ]
+
+
+def device_for(place: Place) -> Cpu | Cuda:
+    return Cuda() if place.device == "cuda" else Cpu()
+
+
+def versions(place: Place, rows: list[Row]) -> None:
+    rows.append(describe("python -m bench.proof"))
+    if place.device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        rows[-1] |= {
+            "memory": properties.total_memory,
+            "multiprocessors": properties.multi_processor_count,
+            "capability": ".".join(map(str, torch.cuda.get_device_capability())),
+        }
+
+
+def rates(place: Place, rows: list[Row]) -> None:
+    """FLOP/s of a square product of random matrices; bytes/s, read and written together, of a copy."""
+    clock = device_for(place)
+    size = 256 if place.tiny else 8192
+    for dtype in (torch.bfloat16, torch.float32):
+        n = size if dtype == torch.bfloat16 else size // 2
+        a, b = (torch.randn(n, n, device=place.device).to(dtype) for _ in range(2))
+        ms = median(clock, partial(torch.mm, a, b))
+        rows.append({"what": f"{dtype} {n}^3".removeprefix("torch."), "ms": ms, "TFLOP/s": 2e-9 * n**3 / ms})
+    source = torch.randn(2**20 if place.tiny else 2**30, device=place.device)
+    target = torch.empty_like(source)
+    ms = median(clock, partial(target.copy_, source))
+    rows.append({"what": f"copy of {source.nbytes / 1e9:.2g} GB", "ms": ms, "TB/s": 2e-9 * source.nbytes / ms})
+
+
+def median(clock: Cpu | Cuda, run: partial) -> float:
+    for _ in range(3):
+        run()
+    return statistics.median(clock.milliseconds(run) for _ in range(REPEATS))
+
+
+def packages(rows: list[Row]) -> None:
+    for module in MODULES:
+        found = importlib.util.find_spec(module) is not None
+        names = importlib.metadata.packages_distributions().get(module, [module]) if found else []
+        rows.append({"what": module, "version": importlib.metadata.version(names[0]) if names else "missing"})
