@@ -33,6 +33,7 @@ class Place:
     device: str  # cuda, or cpu
     tiny: bool  # small shapes, so that the CPU and Triton's interpreter take seconds
     deadline: float = float("inf")  # in time.monotonic(), which all processes of a machine share
+    scratch: Path = Path("/nonexistent")  # a folder that all phases share, for random models
 
     def left(self) -> float:
         """Seconds until the deadline."""

@@ -1,0 +1,56 @@
+"""Whole training steps of ours and of TRL's SDFTTrainer on random models, with `sdft plan`'s prediction beside ours.
+
+bench/step.py says what is equal on both sides. Each contender runs in a process of its own.
+"""
+
+from functools import partial
+
+from ..step import CONTENDERS, in_subprocess
+from ..trainers import Job, Shape, random_qwen
+from .phase import Item, Place, Row
+
+SIZES: dict[str, dict[str, int]] = {
+    "0.5B": {},  # Qwen2.5-0.5B
+    "1.5B": {
+        "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+    },
+    "tiny": {
+        "vocab_size": 512, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    },
+}  # fmt: skip
+PAIRS = (("ours", "TRL"), ("ours, LoRA", "TRL, LoRA"))
+ORDER = (("0.5B", PAIRS[0]), ("1.5B", PAIRS[1]), ("1.5B", PAIRS[0]), ("0.5B", PAIRS[1]))
+STEP = Shape(answers=32, new_tokens=128, prompt_tokens=400)
+TINY_STEP = Shape(answers=2, new_tokens=4, prompt_tokens=20)
+LIMIT = 60.0  # seconds after which a contender is killed
+
+
+def items(place: Place) -> list[Item]:
+    order = [("tiny", pair) for pair in PAIRS] if place.tiny else ORDER
+    return [
+        Item(f"{size} {name}", partial(measured, size, name, place)) for size, pair in order for name in pair
+    ]
+
+
+def random_model(size: str, place: Place) -> str:
+    """The folder of a Qwen2 with random weights, written once a run of the proof."""
+    folder = place.scratch / size
+    if not (folder / "tokenizer_config.json").exists():  # written last
+        random_qwen(folder, device=place.device, **SIZES[size])
+    return str(folder)
+
+
+def measured(size: str, name: str, place: Place, rows: list[Row]) -> None:
+    contender = next(c for c in CONTENDERS if c.name == name)
+    shape = TINY_STEP if place.tiny else STEP
+    job = Job(
+        contender, shape, random_model(size, place), place.device, steps=1 if place.tiny else 3, seconds=15.0,
+        predict=contender.trainer == "ours",
+    )  # fmt: skip
+    row = in_subprocess(job, min(LIMIT, max(1.0, place.left())))
+    label = f"{size}, {shape.answers} x {shape.new_tokens}"
+    rows.append({"shape": label, "contender": name, "beside": contender.beside, **row})
+
+
