@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import date
 from itertools import groupby
 from pathlib import Path
@@ -30,6 +30,7 @@ COLUMNS = {  # key of a row: (heading, format)
     "rounds": ("rounds", "d"),
     "of the floor": ("of the bare GEMMs", ".0%"),
     "of the strict floor": ("without allocation", ".0%"),
+    "bound": ("bound", ".0%"),
     "extra MB": ("extra MB", ".0f"),
     "D error": ("D error", ".0e"),
     "dX error": ("dX error", ".0e"),
@@ -111,13 +112,18 @@ def markdown(meta: dict[str, Any], rows: list[Row]) -> str:
         "peak during the call less what was there before, dX, and dW in fp32. Errors: relative, against float64, on",
         "peaked logits with the teacher near the student, on the first rows where the case is large.",
     ]
+    return "\n".join([*lines, *case_tables(rows)]) + "\n"
+
+
+def case_tables(rows: list[Row]) -> Iterator[str]:
+    """A table for each case; columns that no row has are left out."""
+    columns = {key: column for key, column in COLUMNS.items() if key == "spread" or any(key in row for row in rows)}
     for label, group in by_case(rows):
-        lines += ["", f"**{label}**", "", "| variant | " + " | ".join(h for h, _ in COLUMNS.values()) + " | note |"]
-        lines.append("|---|" + "---:|" * len(COLUMNS) + "---|")
+        yield from ("", f"**{label}**", "", "| variant | " + " | ".join(h for h, _ in columns.values()) + " | note |")
+        yield "|---|" + "---:|" * len(columns) + "---|"
         for row in group:
-            numbers = [cell(row, key, form) for key, (_, form) in COLUMNS.items()]
-            lines.append("| " + " | ".join([row["variant"], *numbers, row.get("note", "")]) + " |")
-    return "\n".join(lines) + "\n"
+            numbers = [cell(row, key, form) for key, (_, form) in columns.items()]
+            yield "| " + " | ".join([row["variant"], *numbers, row.get("note", "")]) + " |"
 
 
 def by_case(rows: list[Row]) -> list[tuple[str, list[Row]]]:

@@ -14,13 +14,10 @@ larger share of the bare products. `chunked` takes its chunk sizes from the code
 N tokens, V vocabulary, H hidden size, C tokens of a chunk.
 """
 
-import argparse
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-from .shapes import HEADS, Shape
+from .shapes import Shape
 
 MIB = 2**20
 TB, TFLOP = 1e12, 1e12

@@ -78,10 +78,10 @@ def records(shape: Shape, tokenizer: Any) -> list[dict[str, str]]:
     return rows
 
 
-def random_qwen(folder: Path, **sizes: int) -> str:
+def random_qwen(folder: Path, device: str = "cpu", **sizes: int) -> str:
     """Writes a Qwen2.5-0.5B with random weights and a tokenizer of bytes, for a machine that gets no weights.
 
-    sizes: fields of its config that differ. Returns the folder.
+    device: where the weights are drawn. sizes: fields of the config that differ. Returns the folder.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
@@ -113,7 +113,9 @@ def random_qwen(folder: Path, **sizes: int) -> str:
         "pad_token_id": tokenizer.pad_token_id,
     }
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(Qwen2Config(**shape | sizes)).save_pretrained(folder)
+    with torch.device(device):
+        lm = AutoModelForCausalLM.from_config(Qwen2Config(**shape | sizes))
+    lm.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
 

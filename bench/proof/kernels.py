@@ -7,7 +7,6 @@ The products are told apart by their shapes, which the profiler records: (C, H)(
 from functools import partial
 from typing import Any
 
-import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
@@ -69,5 +68,3 @@ def phase_of(operator: str, shapes: Any, problem: Problem) -> str | None:
     if len(a) != 2 or len(b) != 2:
         return None
     return "logits" if b[1] == vocab else "dW" if a[0] == vocab else "dX" if a[1] == vocab else "logits"
-
-

@@ -28,15 +28,14 @@ def items(place: Place) -> list[Item]:
 def llama(place: Place, dtype: torch.dtype) -> Any:
     """A random Llama of 27M weights (tiny: 20 thousand) as a LanguageModel."""
     import transformers
+
     from sdft.model.loading import LanguageModel
 
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 300}
     if not place.tiny:
         sizes = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 6, "vocab_size": 16_000}
-    config = transformers.LlamaConfig(
-        **sizes, num_attention_heads=8, num_key_value_heads=4, tie_word_embeddings=True
-    )
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=8, num_key_value_heads=4, tie_word_embeddings=True)
     lm = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).to(place.device)
     device = torch.device("cuda", 0) if place.device == "cuda" else torch.device("cpu")
     return LanguageModel(lm, device, torch.bfloat16, 0, (1,))
@@ -56,7 +55,9 @@ def moved(parameters: list[Tensor], step: int, device: str) -> Iterator[Tensor]:
 
 def apart(pairs: Any) -> float:
     """The largest relative distance of pairs of tensors, each moved to the second one's device."""
-    return max(((a.to(b.device).double() - b.double()).norm() / b.double().norm().clamp(min=1e-30)).item() for a, b in pairs)
+    return max(
+        ((a.to(b.device).double() - b.double()).norm() / b.double().norm().clamp(min=1e-30)).item() for a, b in pairs
+    )
 
 
 def teacher(place: Place, dtype: torch.dtype) -> Iterator[Found]:

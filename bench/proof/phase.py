@@ -1,19 +1,16 @@
-"""What a phase is made of, and the process that runs one: an item's rows are on the disk before the next item begins.
+"""What a phase is made of, and the stream: an item's rows are on the disk before the next item begins.
 
 The stream is a file of JSON lines, one event a line:
 
-    {"event": "phase", "phase": NAME, "items": [names], "seconds": budget}
+    {"event": "phase", "phase": NAME, "items": [names]}
     {"event": "begins", "phase": NAME, "item": name, "number": n}
     {"event": "ends", "phase": NAME, "item": name, "number": n, "rows": [...], "seconds": s, "error": traceback or null}
     {"event": "skipped", "phase": NAME, "item": name, "number": n, "error": why}
 """
 
-import gc
 import json
 import os
-import sys
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,36 +66,3 @@ class Stream:
             except json.JSONDecodeError:
                 continue
         return found
-
-
-def work(phase: str, items: list[Item], place: Place, first: int, stream: Stream) -> None:
-    """Runs the items from number `first` on, in this process. Exits with LOST if the GPU no longer answers."""
-    for number, item in enumerate(items):
-        if number < first:
-            continue
-        who = {"phase": phase, "item": item.name, "number": number}
-        if place.left() < 0:
-            stream.write("skipped", **who, error=OUT_OF_TIME)
-            continue
-        stream.write("begins", **who)
-        start, rows, error = time.monotonic(), [], None
-        try:
-            item.run(rows)
-        except Exception:
-            error = traceback.format_exc(limit=-8)
-        stream.write("ends", **who, rows=rows, seconds=round(time.monotonic() - start, 3), error=error)
-        if error is not None and place.device == "cuda" and not device_answers():
-            sys.exit(LOST)
-        gc.collect()
-
-
-def device_answers() -> bool:
-    """False after an illegal access: then every CUDA call of the process fails."""
-    import torch
-
-    try:
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-    except RuntimeError:
-        return False
-    return True

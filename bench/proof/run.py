@@ -1,0 +1,75 @@
+"""Runs a phase in processes of its own, so that nothing it does can end the proof."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from .phase import LOST, OUT_OF_TIME, Place, Stream
+from .phases import Phase
+
+ROOT = Path(__file__).parents[2]
+
+
+def run_phase(phase: Phase, place: Place, stream: Stream, log: Path) -> None:
+    """Runs all items of a phase before place.deadline, in as many processes as it takes; every item gets an event."""
+    first = 0
+    while True:
+        code = in_process(phase, place, first, stream, log)
+        events = [event for event in stream.read() if event.get("phase") == phase.name]
+        names = next((event["items"] for event in events if event["event"] == "phase"), None)
+        if names is None:
+            stream.write("phase", phase=phase.name, items=["start"])
+            stream.write("skipped", phase=phase.name, item="start", number=0, error=ending(code, log))
+            return
+        done = {event["number"] for event in events if event["event"] in ("ends", "skipped")}
+        begun = max((event["number"] for event in events if event["event"] == "begins"), default=-1)
+        if begun not in done and begun >= 0:
+            stream.write("skipped", phase=phase.name, item=names[begun], number=begun, error=ending(code, log))
+            done.add(begun)
+        rest = [number for number in range(len(names)) if number not in done]
+        if code is None or not rest or place.left() < 0:
+            for number in rest:
+                stream.write("skipped", phase=phase.name, item=names[number], number=number, error=OUT_OF_TIME)
+            return
+        if code not in (0, LOST) and rest[0] == first:  # no item was reached: the next process would end alike
+            stream.write("skipped", phase=phase.name, item=names[first], number=first, error=ending(code, log))
+            rest = rest[1:]
+            if not rest:
+                return
+        first = rest[0]
+
+
+def in_process(phase: Phase, place: Place, first: int, stream: Stream, log: Path) -> int | None:
+    """The exit status of a process that runs the phase from item `first` on; None if its time was over."""
+    told = {"name": phase.name, "module": phase.module, "first": first, "stream": str(stream.path)}
+    told |= {"device": place.device, "tiny": place.tiny, "deadline": place.deadline, "scratch": str(place.scratch)}
+    command = [sys.executable, "-m", "bench.proof.child", json.dumps(told)]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    if place.device == "cpu":
+        environment["TRITON_INTERPRET"] = "1"  # Triton reads it when a kernel is defined
+    with log.open("a") as file:
+        file.write(f"\n== {phase.name} from item {first}\n")
+        file.flush()
+        child = subprocess.Popen(
+            command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
+        try:
+            return child.wait(max(1.0, place.left() + 1))
+        except subprocess.TimeoutExpired:
+            return None
+        finally:  # also if this process is told to end; the group holds what the phase started itself
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+
+
+def ending(code: int | None, log: Path) -> str:
+    """How a process ended, for the event of its last item."""
+    if code is None:
+        return "cut off: the phase's time was over"
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return f"the process ended with status {code}\n" + "\n".join(lines[-12:])
