@@ -12,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-slow test-all test-harness test-trl bench bench-step bench-gpu bench-step-gpu test-gpu wheel wheels lint clean
+.PHONY: demo test test-slow test-all test-harness test-trl bench bench-step gpu-proof wheel wheels lint clean
 
 $(VENV)/installed: pyproject.toml constraints.txt Makefile
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'sdft needs Python 3.11 or later; run: make PYTHON=python3.11 ...')"
@@ -72,14 +72,8 @@ ON_GPU = site=; if [ -d $(WHEELS) ]; then site=$$(mktemp -d) && $(PYTHON) -m pip
 	--disable-pip-version-check --target $$site $(WHEELS)/*.whl || exit; fi; \
 	PYTHONPATH=$$site:kernels:.:$$PYTHONPATH $(PYTHON)
 
-bench-gpu:
-	@$(ON_GPU) -m bench.gpu $(ARGS)
-
-bench-step-gpu:
-	@$(ON_GPU) -m bench.step --device cuda --model random-0.5b $(ARGS)
-
-test-gpu:
-	@$(ON_GPU) -m pytest -p no:cacheprovider -m gpu tests/fused_loss/test_gpu.py tests/fused_loss/test_compat_liger.py $(ARGS)
+gpu-proof:
+	@$(ON_GPU) -m bench.proof $(ARGS)
 
 # The wheel of the commit that is checked out, the same bytes whoever builds it, where and when: from what git holds and
 # not from this folder, with the commit's time, plain file modes, and the setuptools of constraints.txt. (pip before 25.3
@@ -91,7 +85,7 @@ wheel:
 	PIP_BUILD_CONSTRAINT="$$source/constraints.txt" $(PYTHON) -m pip wheel --quiet --disable-pip-version-check --no-deps -w $(DIST) "$$source"; \
 	$(PYTHON) -m pip hash $(DIST)/sdft-*.whl
 
-# The peers of bench-gpu, and of their needs and ours what a machine with transformers may lack.
+# The peers of gpu-proof, and of their needs and ours what a machine with transformers may lack.
 wheels:
 	$(PYTHON) -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: -c constraints.txt \
 		--python-version $(WHEELS_PYTHON) -d $(WHEELS) \

@@ -1,4 +1,17 @@
-"""The fused loss beside its peers. Run from the repository's root: `make bench` (CPU), `make bench-gpu` (one GPU)."""
+"""What is measured, and what should come out. Every program runs from the repository's root.
+
+    make bench                    test_linear_divergence.py: the loss and its peers on a CPU
+    make bench-step               step.py: whole training steps, ours and TRL's
+    make gpu-proof                proof/: everything on one GPU in ten minutes
+    python -m bench.roofline      what a loss costs by arithmetic, and its bound
+    python -m bench.docs          writes the generated tables of docs/
+    python -m bench.integrations  numbers of docs/integrations.md
+    python -m bench.memory        the plan's prediction and the measured peak
+    python -m bench.lora_lag      a number of docs/lora.md
+    python -m bench.resources     registers and shared memory of the compiled kernels
+
+cases.py, peers.py, measure.py and report.py are what the first three share; results/ holds what they found.
+"""
 
 import importlib.util
 import sys

@@ -45,7 +45,7 @@ class Case:
             "V": vocab,
             "H": hidden,
             "N": self.tokens,
-            "dtype": self.dtype,
+            "dtype": f"{self.dtype} under bf16 autocast" if self.trainer else self.dtype,
             "divergence": self.divergence,
             "head": "frozen" if self.frozen else "trained",
         }

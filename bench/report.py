@@ -1,6 +1,6 @@
-"""What was measured, written down: JSON, a Markdown table, two pictures, and a summary for a terminal.
+"""What was measured, written down: JSON, a Markdown table, and a summary for a terminal.
 
-`python -m bench.report bench/results/NAME.json` writes the table and the pictures of a JSON file again.
+`python -m bench.report bench/results/NAME.json` writes the table of a JSON file again.
 """
 
 import importlib.metadata
@@ -11,7 +11,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from datetime import date
 from itertools import groupby
@@ -38,9 +37,6 @@ COLUMNS = {  # key of a row: (heading, format)
 }
 PACKAGES = ("triton", "transformers", "liger-kernel", "trl", "fla-core")
 SUMMARY_CHARACTERS = 11_000
-# Okabe and Ito's colours, told apart by colour-blind readers; the markers tell apart what shares a colour.
-COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-MARKERS = "osD^vPX<>*hp"
 
 
 def device_name() -> str:
@@ -91,14 +87,12 @@ def stem_of(meta: dict[str, Any]) -> str:
     return re.sub(r"[^a-z0-9]+", "-", meta["device"].lower()).strip("-")
 
 
-def write(path: Path, meta: dict[str, Any], rows: list[Row], pictures: bool = False) -> None:
-    """path.json and path.md, with pictures also path-memory.png and path-floor.png; copies in $OUT if that is set."""
+def write(path: Path, meta: dict[str, Any], rows: list[Row]) -> None:
+    """path.json and path.md; copies in $OUT if that is set."""
     path.parent.mkdir(parents=True, exist_ok=True)
     files = [path.with_suffix(".json"), path.with_suffix(".md")]
     files[0].write_text(json.dumps(meta | {"rows": rows}, indent=1) + "\n")
     files[1].write_text(markdown(meta, rows))
-    if pictures:
-        files += draw(path, rows)
     if out := os.environ.get("OUT"):
         for file in files:
             shutil.copy(file, out)
@@ -167,63 +161,7 @@ def brief(row: Row) -> str:
     return "OOM" if note.startswith("out of memory") else "x" if note.startswith("raises") else "-"
 
 
-def draw(path: Path, rows: list[Row]) -> list[Path]:
-    """The two pictures; none without matplotlib or without times."""
-    try:
-        import matplotlib
-    except ImportError:
-        return []
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    rows = [row for row in rows if "of the floor" in row]
-    if not rows:
-        return []
-    names = list(dict.fromkeys(row["variant"] for row in rows))
-    styles = {n: {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]} for i, n in enumerate(names)}
-    # Both show the commonest kind of case, so that one variable changes along the axis.
-    kind = commonest(rows, ("dtype", "divergence", "head"))
-    model = commonest([row for row in rows if alike(row, kind)], ("model",))
-    tokens = commonest([row for row in rows if alike(row, kind)], ("N",))
-    pictures = []
-    for name, key, fixed, x, label, log in (
-        ("memory", "extra MB", kind | model, "N", "extra memory, MB", True),
-        ("floor", "of the floor", kind | tokens, "model", "time of the bare GEMMs / time", False),
-    ):
-        figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-        for variant, style in styles.items():
-            mine = [row for row in rows if row["variant"] == variant and alike(row, fixed) and row.get(key)]
-            points = sorted((row[x], row[key]) for row in mine)
-            if points:
-                fill = "none" if any("note" in row for row in mine) else "full"
-                axes.plot(*zip(*points, strict=True), label=variant, ls="-" if log else "", fillstyle=fill, **style)
-        axes.set(ylabel=label, xlabel="tokens N; a line ends where the device's memory does" if log else "")
-        axes.set_title(", ".join(str(v) for v in fixed.values()) + " (hollow: inexact)", fontsize=10)
-        if log:
-            axes.set_xscale("log", base=2)
-            axes.set_yscale("log")
-        else:
-            axes.set_ylim(0, 1.05)
-        axes.grid(alpha=0.3)
-        figure.legend(loc="outside right upper", fontsize=8, frameon=False)
-        pictures.append(path.with_name(f"{path.name}-{name}.png"))
-        figure.savefig(pictures[-1], dpi=150)
-        plt.close(figure)
-    return pictures
-
-
-def alike(row: Row, fixed: dict[str, Any]) -> bool:
-    return all(row[k] == v for k, v in fixed.items())
-
-
-def commonest(rows: list[Row], keys: tuple[str, ...]) -> dict[str, Any]:
-    """The values of these keys that most cases share; the first of equals."""
-    cases = dict.fromkeys(tuple(row[k] for k in LABELS) for row in rows)
-    counts = Counter(tuple(dict(zip(LABELS, case, strict=True))[k] for k in keys) for case in cases)
-    return dict(zip(keys, counts.most_common(1)[0][0], strict=True))
-
-
 if __name__ == "__main__":
     source = Path(sys.argv[1])
     saved = json.loads(source.read_text())
-    write(source.with_suffix(""), {k: v for k, v in saved.items() if k != "rows"}, saved["rows"], pictures=True)
+    write(source.with_suffix(""), {k: v for k, v in saved.items() if k != "rows"}, saved["rows"])

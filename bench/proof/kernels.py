@@ -1,7 +1,7 @@
 """One call by kernel: time of each, and of each phase of the costs (bench/roofline.py) with its rates.
 
 The products are told apart by their shapes, which the profiler records: (C, H)(H, V) makes logits, (V, C)(C, H) dW,
-(C, V)(V, H) dX. What the other operators of torch launch is `copies`; the rest are the loss's own Triton kernels, `rows`.
+(C, V)(V, H) dX. What other operators of torch launch is `copies`; the rest are the loss's own Triton kernels, `rows`.
 """
 
 from functools import partial

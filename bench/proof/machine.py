@@ -3,7 +3,9 @@
 import importlib.metadata
 import importlib.util
 import statistics
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -16,7 +18,7 @@ MODULES = (
     "triton", "transformers", "huggingface_hub", "httpx", "peft", "accelerate", "safetensors", "datasets", "tomli_w",
     "trl", "liger_kernel", "fla", "matplotlib",
 )  # fmt: skip
-REPEATS = 10
+REPEATS, WARM_UP = 10, 3
 
 
 def items(place: Place) -> list[Item]:
@@ -57,10 +59,12 @@ def rates(place: Place, rows: list[Row]) -> None:
     rows.append({"what": f"copy of {source.nbytes / 1e9:.2g} GB", "ms": ms, "TB/s": 2e-9 * source.nbytes / ms})
 
 
-def median(clock: Cpu | Cuda, run: partial) -> float:
-    for _ in range(3):
+def median(clock: Cpu | Cuda, run: Callable[[], Any]) -> float:
+    """Milliseconds of a run, after warm-up; fewer runs on a CPU, where only the tiny program comes."""
+    warm_up, repeats = (WARM_UP, REPEATS) if clock.name == "cuda" else (1, 3)
+    for _ in range(warm_up):
         run()
-    return statistics.median(clock.milliseconds(run) for _ in range(REPEATS))
+    return statistics.median(clock.milliseconds(run) for _ in range(repeats))
 
 
 def packages(rows: list[Row]) -> None:

@@ -267,9 +267,11 @@ DTYPES = (torch.float32, torch.bfloat16)
 CHECKS = (
     *(Check(f"teacher, {str(d).removeprefix('torch.')}", partial(teacher, dtype=d)) for d in DTYPES),
     *(Check(f"optimizer, {str(d).removeprefix('torch.')}", partial(optimizer, dtype=d)) for d in DTYPES),
-    *(Check(f"activations{', checkpointing' if c else ''}", partial(activations, checkpointing=c)) for c in (False, True)),
+    *(Check(f"activations{', checkpointing' if again else ''}", partial(activations, checkpointing=again))
+      for again in (False, True)),
     Check("bytes of the teacher", teacher_bytes, needs_gpu=True),
     Check("the teacher's average beside the next forward", teacher_beside_the_forward, needs_gpu=True),
     *(Check(f"a run{', LoRA' if rank else ''}", partial(whole_run, rank=rank)) for rank in (0, 4)),
-    *(Check(name, partial(eight_bits, name=name), needs_gpu=True) for name in ("adamw_8bit", "paged_adamw_8bit")),
+    *(Check(name, partial(eight_bits, name=name), needs_gpu=True, module="bitsandbytes")
+      for name in ("adamw_8bit", "paged_adamw_8bit")),
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The loss and other projects' losses: errors against float64 first, then memory and time, all of a case interleaved."""
+"""The loss and other projects' losses: errors against float64 first, then memory and time, interleaved."""
 
 from functools import partial
 

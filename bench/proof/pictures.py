@@ -3,9 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from ..report import COLOURS, MARKERS
 from .phase import Row
 
+# Okabe and Ito's colours, told apart by colour-blind readers; the markers tell apart what shares a colour.
+COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+MARKERS = "osD^vPX<>*hp"
 PHASES = ("rollout", "score", "loss", "backward", "update")  # of a training step
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import report as tables
-from ..roofline import DEVICES, Device, cost
+from ..costs import DEVICES, Device, cost
 from ..shapes import Shape
 from ..step import COLUMNS as STEP_COLUMNS
 from ..step import compare
@@ -83,7 +83,7 @@ def predict(found: Found) -> None:
     if device is None:
         return
     for row in rows_of(found, "ours"):
-        if row.get("impl") == "triton" and row["dtype"] in ("bfloat16", "float32"):
+        if row.get("impl") == "triton":
             row["bound"] = cost(shape_of(row), device, workspace=row["workspace"]).bound
     for row in rows_of(found, "kernels"):
         if row.get("phase") and row["impl"] == "triton":

@@ -6,6 +6,7 @@ N tokens, V vocabulary, H hidden size.
 """
 
 import contextlib
+import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -49,6 +50,7 @@ class Check:
     run: Callable[[Place], Iterator[Found]]
     needs_gpu: bool = False  # it asks the CUDA runtime
     gigabytes: float = 0.0  # of free GPU memory
+    module: str = ""  # that it needs and that may be missing
 
     def __str__(self) -> str:
         return self.name
@@ -71,6 +73,8 @@ def recorded(check: Check, place: Place, rows: list[Row]) -> None:
 
 def cannot(check: Check, place: Place) -> str:
     """Why the check cannot run there; empty if it can."""
+    if check.module and importlib.util.find_spec(check.module) is None:
+        return f"{check.module} is missing"
     if place.device != "cuda":
         return "needs a GPU" if check.needs_gpu else ""
     free = torch.cuda.mem_get_info()[0] / 1e9
@@ -344,6 +348,13 @@ def top_k(place: Place, dtype: torch.dtype) -> Iterator[Found]:
 # What a call may not do.
 
 
+def chosen(place: Place) -> Iterator[Found]:
+    """impl=None is Triton on a GPU, bit for bit."""
+    inputs = draw(place, 64, 1000, 64, torch.bfloat16)
+    values = [linear_divergence(*inputs, impl=impl) for impl in (None, "triton")]
+    yield Found("difference to impl='triton'", (values[0] - values[1]).abs().item(), 0.0)
+
+
 def self_test(place: Place) -> Iterator[Found]:
     from sdft_kernels.__main__ import main
 
@@ -474,6 +485,7 @@ CHECKS = (
     *(Check(f"{vocab} tokens", partial(long_vocabulary, vocab=vocab)) for vocab in (151_936, 262_144)),
     Check("models far apart", far_apart),
     Check("a teacher of another width", other_teacher),
+    Check("Triton is chosen", chosen, needs_gpu=True),
     Check("the host never waits", host_never_waits, needs_gpu=True),
     Check("memory stays within the budget", memory_budget, needs_gpu=True),
     Check("products of narrow operands", narrow_products, needs_gpu=True),

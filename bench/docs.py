@@ -1,0 +1,99 @@
+"""The generated tables of docs/: `python -m bench.docs` writes them; a test holds them to what the commands print.
+
+A table stands between two comments, <!-- NAME --> and <!-- end of NAME -->.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from . import roofline
+from .proof import report
+
+ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).parent / "results"
+NOT_MEASURED = "**Not measured on a GPU.** `make gpu-proof` fills this in."
+
+
+def between(text: str, name: str) -> str:
+    """What stands between the comments of a name. Raises ValueError if they are not there."""
+    _, begin, rest = text.partition(f"<!-- {name} -->\n")
+    found, end, _ = rest.partition(f"\n<!-- end of {name} -->")
+    if not begin or not end:
+        raise ValueError(f"no comments <!-- {name} --> and <!-- end of {name} -->, each on a line of its own")
+    return found
+
+
+def replaced(text: str, name: str, block: str) -> str:
+    """The text with another block between the comments of a name."""
+    old = f"<!-- {name} -->\n{between(text, name)}\n<!-- end of {name} -->"
+    return text.replace(old, f"<!-- {name} -->\n{block}\n<!-- end of {name} -->")
+
+
+def put_into(path: Path, name: str, block: str) -> None:
+    path.write_text(replaced(path.read_text(), name, block))
+
+
+def proofs() -> list[tuple[Path, report.Found]]:
+    """The results of `make gpu-proof` that are kept, not those of --tiny."""
+    found = [(path, json.loads(path.read_text())) for path in sorted(RESULTS.glob("*.json"))]
+    return [(path, data) for path, data in found if data.get("meta", {}).get("tiny") is False]
+
+
+def gpu() -> str:
+    """The loss on every GPU that was measured: ours at the default workspace, then the peers."""
+    lines: list[str] = []
+    for path, data in proofs():
+        lines += [f"{data['meta']['device']} ([all of it](../bench/results/{path.stem}.md)):", ""]
+        lines += ["| | ms | of the bare products | bound | extra MB | dX error |", "|---|---:|---:|---:|---:|---:|"]
+        lines += [loss_line(row) for row in report.rows_of(data, "ours") if "ms" in row and is_default(row)]
+        lines += [loss_line(row) for row in report.rows_of(data, "peers") if "of the floor" in row]
+        lines += [""]
+    return "\n".join(lines).strip() or NOT_MEASURED
+
+
+def is_default(row: report.Row) -> bool:
+    return bool(row["impl"]) and row["workspace"] is None
+
+
+def loss_line(row: report.Row) -> str:
+    bound = f"{row['bound']:.0%}" if "bound" in row else ""
+    who = f"{row['model']}, {row['head']}, N = {row['N']}, {row['divergence']}, {row['dtype']}: {row['variant']}"
+    extra, error = row.get("extra MB") or 0, row.get("dX error")
+    note = f" ({row['note']})" if "note" in row else ""
+    cells = [f"{row['ms']:.3g}", f"{row['of the floor']:.0%}", bound, f"{extra:.0f}", f"{error:.0e}" if error else ""]
+    return f"| {who}{note} | {' | '.join(cells)} |"
+
+
+def steps() -> str:
+    """Whole training steps and rollouts on every GPU that was measured."""
+    lines: list[str] = []
+    for path, data in proofs():
+        lines += [f"{data['meta']['device']} ([all of it](../bench/results/{path.stem}.md)):", ""]
+        lines += [*report.step_table(report.rows_of(data, "steps")), ""]
+        lines += [*report.table([row for row in report.rows_of(data, "rollout") if "decoder" in row]), ""]
+    return "\n".join(lines).strip() or NOT_MEASURED
+
+
+BLOCKS: tuple[tuple[str, str, Callable[[], str]], ...] = (
+    ("docs/kernels.md", "bounds", roofline.tables),
+    ("docs/kernels.md", "gpu", gpu),
+    ("docs/performance.md", "gpu steps", steps),
+)
+
+
+def stale() -> Iterator[tuple[str, str]]:
+    """File and name of every block that is not what its command makes now."""
+    for file, name, make in BLOCKS:
+        if between((ROOT / file).read_text(), name) != make():
+            yield file, name
+
+
+def main() -> None:
+    for file, name, make in BLOCKS:
+        put_into(ROOT / file, name, make())
+        print(f"{file}: {name}")
+
+
+if __name__ == "__main__":
+    main()
