@@ -24,7 +24,7 @@ class Device:
     narrow: float  # FLOP/s of bf16 and fp16 products
     wide: float  # FLOP/s of fp32 products without TF32
     bandwidth: float  # bytes/s of the device's memory, read and written bytes together
-    memory: int  # bytes
+    memory: int | None  # bytes; None for a CPU
     source: str
 
 
@@ -190,9 +190,9 @@ def plan_of(shape: Shape, device: Device, workspace: int | None) -> Plan:
 
 def default_workspace(device: Device) -> int:
     """Bytes, by the code that runs."""
-    from sdft_kernels.workspace import default_workspace
+    from sdft_kernels import workspace
 
-    return default_workspace(device.memory)
+    return workspace.default_workspace(device.memory)
 
 
 def chunked(shape: Shape, device: Device, workspace: int | None, row_bytes: float = 18.0) -> Made:
@@ -316,6 +316,11 @@ def cost(shape: Shape, device: Device, design: str = "chunked", workspace: int |
     """The kernels of a design. workspace: bytes; None is the default of the code that runs."""
     kernels, chunk = DESIGNS[design](shape, device, workspace)
     return Cost(shape, device, tuple(kernels), chunk)
+
+
+def bound_of(kernels: Iterable[Kernel], shape: Shape, device: Device) -> float:
+    """The largest possible share of the bare products."""
+    return Cost(shape, device, tuple(kernels), 0).bound
 
 
 def wire_bytes(shape: Shape, ranks: int) -> dict[str, float]:

@@ -6,6 +6,7 @@ A table stands between two comments, <!-- NAME --> and <!-- end of NAME -->.
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from . import roofline
 from .proof import report
@@ -18,16 +19,18 @@ NOT_MEASURED = "**Not measured on a GPU.** `make gpu-proof` fills this in."
 def between(text: str, name: str) -> str:
     """What stands between the comments of a name. Raises ValueError if they are not there."""
     _, begin, rest = text.partition(f"<!-- {name} -->\n")
-    found, end, _ = rest.partition(f"\n<!-- end of {name} -->")
+    found, end, _ = rest.partition(f"<!-- end of {name} -->")
     if not begin or not end:
         raise ValueError(f"no comments <!-- {name} --> and <!-- end of {name} -->, each on a line of its own")
-    return found
+    return found.removesuffix("\n")
 
 
 def replaced(text: str, name: str, block: str) -> str:
     """The text with another block between the comments of a name."""
-    old = f"<!-- {name} -->\n{between(text, name)}\n<!-- end of {name} -->"
-    return text.replace(old, f"<!-- {name} -->\n{block}\n<!-- end of {name} -->")
+    before, _, rest = text.partition(f"<!-- {name} -->\n")
+    _, _, after = rest.partition(f"<!-- end of {name} -->")
+    between(text, name)
+    return f"{before}<!-- {name} -->\n{block}\n<!-- end of {name} -->{after}"
 
 
 def put_into(path: Path, name: str, block: str) -> None:
@@ -37,7 +40,11 @@ def put_into(path: Path, name: str, block: str) -> None:
 def proofs() -> list[tuple[Path, report.Found]]:
     """The results of `make gpu-proof` that are kept, not those of --tiny."""
     found = [(path, json.loads(path.read_text())) for path in sorted(RESULTS.glob("*.json"))]
-    return [(path, data) for path, data in found if data.get("meta", {}).get("tiny") is False]
+    return [(path, data) for path, data in found if isinstance(data, dict) and is_proof(data)]
+
+
+def is_proof(data: dict[str, Any]) -> bool:
+    return "phases" in data and data["meta"].get("tiny") is False
 
 
 def gpu() -> str:

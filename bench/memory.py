@@ -263,15 +263,9 @@ def describe() -> str:
     return f"{device_name()}, {threads} threads, {versions}, commit {commit}"
 
 
-def put_into_docs(name: str, text: str) -> None:
-    """Replaces what docs/memory.md holds between the two comments of that name."""
-    path = ROOT / "docs/memory.md"
-    before, _, rest = path.read_text().partition(f"<!-- {name} -->\n")
-    _, _, after = rest.partition(f"<!-- end of {name} -->")
-    path.write_text(f"{before}<!-- {name} -->\n{text}\n<!-- end of {name} -->{after}")
-
-
 def main() -> None:
+    from .docs import put_into
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", action="store_true", help="predictions for GPUs, into docs/memory.md")
     parser.add_argument("--only", nargs="*", default=[], choices=list(cases()), help="these configurations, not kept")
@@ -283,7 +277,7 @@ def main() -> None:
         return
     if a.table:
         text = table()
-        put_into_docs("table", text)
+        put_into(ROOT / "docs/memory.md", "table", text)
         print(text)
         return
     rows = compare(a.only)
@@ -295,7 +289,7 @@ def main() -> None:
     (RESULTS / "memory-cpu.md").write_text(
         f"# Peak memory, predicted and measured\n\n`python -m bench.memory`\n\n{text}\n"
     )
-    put_into_docs("measured", text)
+    put_into(ROOT / "docs/memory.md", "measured", text)
     worst = max(abs(row["peak"]["predicted"] / row["peak"]["measured"] - 1) for row in rows)
     print(f"The worst peak is off by {worst:.1%}; the bar is {BAR:.0%}.")
     if worst > BAR:

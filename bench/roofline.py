@@ -111,7 +111,6 @@ def measured_cpu() -> Device:
     import statistics
     import time
 
-    import psutil
     import torch
 
     def seconds(run: Callable[[], object]) -> float:
@@ -126,7 +125,7 @@ def measured_cpu() -> Device:
     source = torch.randn(2**26)
     rate = 2.0 * 1024**3 / seconds(lambda: a @ a)
     bandwidth = 2.0 * source.nbytes / seconds(source.clone)
-    return Device("CPU", rate, rate, bandwidth, psutil.virtual_memory().total, "measured now, fp32")
+    return Device("CPU", rate, rate, bandwidth, None, "measured now, fp32")
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
