@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sdft import files
 from sdft.data import checks
 from sdft.data.records import parse_record
 from sdft.errors import SdftError
@@ -42,36 +43,15 @@ def check_record(record: Record, where: str) -> None:
             raise SdftError(f"{where}: the demonstration {shown.response!r} is not right by check {example.check!r}")
 
 
-def read_text(source: Path) -> str:
-    """The text of a UTF-8 file."""
+def read_rows(source: Path, left_out: list[str]) -> list[tuple[str, Any]]:
+    """(where, object) of a JSON list, or of a JSONL file, whose broken lines are named in `left_out`."""
+    text = files.read_text(source)
+    if not text.lstrip().startswith("["):
+        return [(line.where, line.row) for line in files.read_json_lines(source, broken=left_out)]
     try:
-        return source.read_text(encoding="utf-8")
-    except OSError as error:
-        raise SdftError(f"{source}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise SdftError(f"{source}: not UTF-8 ({error}); save it as UTF-8") from None
-
-
-def read_rows(source: Path) -> Iterator[tuple[str, Any]]:
-    """(where, object) of a JSON list, or of every line of JSONL; (where, its error) of a line that is no JSON."""
-    text = read_text(source)
-    if text.lstrip().startswith("["):
-        try:
-            yield from ((f"{source}[{i}]", row) for i, row in enumerate(json.loads(text)))
-        except ValueError as error:
-            raise SdftError(f"{source}: not JSON ({error})") from None
-        return
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                row = error
-            yield f"{source}:{number}", row
-
-
-def _no_object(where: str, row: Any) -> str:
-    return f"{where}: not a JSON object{f' ({row})' if isinstance(row, Exception) else ''}"
+        return [(f"{source}[{i}]", row) for i, row in enumerate(json.loads(text))]
+    except ValueError as error:
+        raise SdftError(f"{source}: not JSON ({error})") from None
 
 
 def as_jsonl(records: list[Record]) -> str:
@@ -112,7 +92,7 @@ def read_toolalpaca(source: Path) -> Converted:
     taken, nor the hint that follows the request.
     """
     try:
-        apis = json.loads(read_text(source))
+        apis = json.loads(files.read_text(source))
     except ValueError as error:
         raise SdftError(f"{source}: not JSON ({error})") from None
     if not isinstance(apis, list) or not all(isinstance(api, dict) for api in apis):
@@ -211,9 +191,9 @@ def read_sciknoweval(source: Path, domain: str = "", level: str = "") -> Convert
     and the text of the right choice. `domain` ("Chemistry") and `level` ("L3") take only those questions.
     """
     found, there = Converted(), set()
-    for where, row in read_rows(source):
+    for where, row in read_rows(source, found.left_out):
         if not isinstance(row, dict):
-            found.left_out.append(_no_object(where, row))
+            found.left_out.append(f"{where}: not a JSON object")
             continue
         details = row.get("details")
         of_level = details.get("level") if isinstance(details, dict) else None
@@ -274,12 +254,12 @@ def read_knowledge(source: Path) -> dict[str, Converted]:
     - `rephrased` (optional): the question in other words, or others with the same answer. `ood`: asked so, checked
       as in `lenient`.
     """
-    files = {name: Converted() for name in ("train", "strict", "lenient", "ood")}
-    left_out = files["train"].left_out
+    kinds = {name: Converted() for name in ("train", "strict", "lenient", "ood")}
+    left_out = kinds["train"].left_out
     others: list[tuple[str, str, Record]] = []  # where, article, a rephrased question as a record
-    for where, row in read_rows(source):
+    for where, row in read_rows(source, left_out):
         if not isinstance(row, dict):
-            left_out.append(_no_object(where, row))
+            left_out.append(f"{where}: not a JSON object")
         elif not all(isinstance(row.get(k), str) and row[k].strip() for k in ("title", "article")):
             left_out.append(f"{where}: needs a 'title' and an 'article'")
         elif not isinstance(row.get("questions"), list) or not row["questions"]:
@@ -293,19 +273,19 @@ def read_knowledge(source: Path) -> dict[str, Converted]:
                     left_out.append(str(error))
                     continue
                 for name, record in made.items():
-                    files[name].add(record, row["title"], place)
+                    kinds[name].add(record, row["title"], place)
                 reworded = question.get("rephrased") or []
                 others += [(place, row["title"], {**made["lenient"], "prompt": other}) for other in reworded]
-    trained = {record["prompt"] for record in files["train"].records}
+    trained = {record["prompt"] for record in kinds["train"].records}
     for place, title, record in others:
         if record["prompt"] in trained:
             left_out.append(f"{place}: 'rephrased' repeats the trained question {record['prompt']!r}")
         else:
-            files["ood"].add(record, title, place)
-    left_out += files["ood"].left_out
-    if not files["train"].records and not left_out:
+            kinds["ood"].add(record, title, place)
+    left_out += kinds["ood"].left_out
+    if not kinds["train"].records and not left_out:
         raise SdftError(f"{source}: no articles in it")
-    return files
+    return kinds
 
 
 def _question_records(question: Any, row: Record, where: str) -> dict[str, Record]:

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
 
+from sdft import files
 from sdft.config import DataConfig, TeacherConfig
 from sdft.errors import SdftError
 
@@ -67,30 +68,14 @@ def load_records(path: str, split: str = "train") -> list[Example]:
     Raises SdftError that names file and line for a record that is empty, not JSON, or lacks a field.
     """
     if path.endswith((".jsonl", ".json")):
-        rows: Iterable[tuple[str, Any]] = _read_jsonl(Path(path))
+        lines = files.read_json_lines(Path(path), "data file")
+        rows: Iterable[tuple[str, Any]] = ((line.where, line.row) for line in lines)
     else:
         rows = ((f"{path}[{i}]", row) for i, row in enumerate(_read_datasets(path, split)))
     examples = [parse_record(row, where) for where, row in rows]
     if not examples:
         raise SdftError(f"{path}: no records in it")
     return examples
-
-
-def _read_jsonl(path: Path) -> Iterable[tuple[str, Any]]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise SdftError(f"data file {path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise SdftError(f"data file {path}: not UTF-8 ({error}); save it as UTF-8") from None
-    # Not splitlines(): U+2028 and its kind are legal inside a JSON string.
-    for number, line in enumerate(text.rstrip("\n").split("\n"), start=1):
-        if not line.strip():
-            raise SdftError(f"{path}:{number}: empty line; remove it")
-        try:
-            yield f"{path}:{number}", json.loads(line)
-        except json.JSONDecodeError as error:
-            raise SdftError(f"{path}:{number}: not a JSON object on one line ({error.msg})") from None
 
 
 def _read_datasets(path: str, split: str) -> Iterable[dict[str, Any]]:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from sdft import files
 from sdft.data import convert, skills
 from sdft.data.convert import Converted, Record
 from sdft.errors import SdftError
@@ -39,21 +40,21 @@ def toolalpaca(source: Path, held_out: float = 0.3, seed: int = 0) -> Task:
     would have told, such as {"id": ${id from search}}, or are no JSON: nobody can know what to say, so they are apart.
     """
     found = convert.read_toolalpaca(source)
-    files: dict[str, list[Record]] = {"train": [], "seen": [], "new": [], "placeholders": []}
+    made: dict[str, list[Record]] = {"train": [], "seen": [], "new": [], "placeholders": []}
     new = _draw(found.groups, held_out, f"toolalpaca/{seed}")
     for api in dict.fromkeys(found.groups):
         records = [r for r, group in zip(found.records, found.groups, strict=True) if group == api]
         whole = [r for r in records if not convert.has_placeholder(r)]
-        files["placeholders"] += [r for r in records if convert.has_placeholder(r)]
+        made["placeholders"] += [r for r in records if convert.has_placeholder(r)]
         requests = [r["prompt"] for r in whole]
         seen = _draw(requests, 0.2 if held_out else 0.0, f"toolalpaca/{seed}/{api}")
         for record in whole:
-            files["new" if api in new else "seen" if record["prompt"] in seen else "train"].append(record)
-    count = len(files["placeholders"])
+            made["new" if api in new else "seen" if record["prompt"] in seen else "train"].append(record)
+    count = len(made["placeholders"])
     notes = (
         (f"{count} requests with placeholders in their calls are kept apart: no model can fill them",) if count else ()
     )
-    return Task(files, tuple(found.left_out), notes)
+    return Task(made, tuple(found.left_out), notes)
 
 
 def sciknoweval(source: Path, domain: str = "", level: str = "", held_out: float = 0.1, seed: int = 0) -> Task:
@@ -77,10 +78,10 @@ def knowledge(source: Path) -> Task:
 
 def _split(found: Converted, held_out: float, key: str) -> dict[str, list[Record]]:
     away = _draw(found.groups, held_out, key)
-    files: dict[str, list[Record]] = {"train": [], "eval": []}
+    made: dict[str, list[Record]] = {"train": [], "eval": []}
     for record, group in zip(found.records, found.groups, strict=True):
-        files["eval" if group in away else "train"].append(record)
-    return files
+        made["eval" if group in away else "train"].append(record)
+    return made
 
 
 def _draw(groups: Sequence[str], share: float, key: str) -> set[str]:
@@ -101,7 +102,7 @@ def write(task: Task, folder: Path) -> list[str]:
     """
     full = {folder / f"{name}.jsonl": records for name, records in task.files.items() if records}
     for path, records in full.items():
-        if path.exists() and convert.read_text(path) != convert.as_jsonl(records):
+        if path.exists() and files.read_text(path) != convert.as_jsonl(records):
             raise SdftError(f"{path} exists and holds something else; give another folder, or remove it")
     if not full:
         raise SdftError(f"no valid record is left; the first was left out because of {task.left_out[0]}")

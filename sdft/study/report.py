@@ -6,7 +6,6 @@ files give the same bytes.
 
 import base64
 import html
-import json
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -568,7 +567,7 @@ def _disagreement(answers: Sequence[dict[str, Any]]) -> int:
 
 def _answers_of(folder: Path, name: str) -> list[dict[str, Any]]:
     path = folder / f"{name}.jsonl"
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    return [line.row for line in files.read_json_lines(path)] if path.exists() else []
 
 
 def _short(text: str) -> str:

@@ -132,7 +132,7 @@ def test_unreadable_files(tmp_path: Path, jsonl: Any) -> None:
     with pytest.raises(SdftError, match=r"none\.jsonl: cannot be read \(No such file"):
         load_records(str(tmp_path / "none.jsonl"))
     (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "\xe9"}\n')
-    with pytest.raises(SdftError, match=r"latin\.jsonl: not UTF-8"):
+    with pytest.raises(SdftError, match=r"latin\.jsonl:1: not UTF-8"):
         load_records(str(tmp_path / "latin.jsonl"))
     with pytest.raises(SdftError, match=r"d\.jsonl:1: empty line"):
         load_records(jsonl(""))

@@ -200,14 +200,15 @@ def test_sciknoweval_names_what_it_leaves_out(tmp_path: Path) -> None:
     task = tasks.sciknoweval(source, held_out=0)
     assert [r["demonstration"][:6] for r in task.files["train"]] == ["The an", "Boilin"]
     assert [line.removeprefix(f"{source}:").split(" (")[0] for line in task.left_out] == [
+        "9: a line must be a JSON object, not list",
+        "10: empty line; remove it",
+        "11: not a JSON object on one line",
         "3: the demonstration 'The answer is A.' is not right by check 'choice'",
         "4: 2 choices with the labels A, A",
         "5: answerKey 'E' is none of A, B, C, D",
         "6: type 'true_or_false' without choices and answerKey is no multiple choice",
         "7: needs a 'question' and 'choices' with the lists 'text' and 'label'",
         "8: needs a 'question' and 'choices' with the lists 'text' and 'label'",
-        "9: not a JSON object",
-        "11: not a JSON object",
     ]
 
 
@@ -263,13 +264,13 @@ def test_knowledge_names_what_it_leaves_out(tmp_path: Path) -> None:
     assert [r["prompt"] for r in task.files["train"]] == ["Q1?", "Q5?"]
     assert [r["prompt"] for r in task.files["ood"]] == ["Q6?"]
     assert [line.removeprefix(f"{source}:") for line in task.left_out] == [
+        "5: a line must be a JSON object, not str",
         "1: question 1: needs a 'question' and an 'answer'",
         "1: question 2: the demonstration 'c' is not right by check 'contains_all'",
         "1: question 3: the demonstration 'b' is not right by check 'contains_all'",
         "2: needs a 'title' and an 'article'",
         "3: needs a list of 'questions'",
         "4: needs a 'title' and an 'article'",
-        "5: not a JSON object",
         "1: question 4: 'rephrased' repeats the trained question 'Q1?'",
         "1: question 4: 'prompt' must be a non-empty string, not 3",
     ]
