@@ -61,7 +61,8 @@ class Job:
 def records(shape: Shape, tokenizer: Any) -> list[dict[str, str]]:
     """One record an answer: the demo's commands, as many in a prompt as its length needs."""
     from sdft.data import skills
-    from sdft.data.records import Message, encode_chat
+    from sdft.data.prompts import encode_chat
+    from sdft.data.records import Message
 
     pool = cycle(skills.demo()["commands-train"])
     rows = []

@@ -411,7 +411,8 @@ def check(config: Config, count: int = 32, show: int = 3) -> bool:
     from rich.console import Console
     from rich.table import Table
 
-    from sdft.data.records import encode_chat, load_records, set_chat_template, teacher_messages
+    from sdft.data.formats import load_records
+    from sdft.data.prompts import encode_chat, set_chat_template, teacher_messages
     from sdft.evaluation import accuracy
     from sdft.model import loading
 
@@ -490,7 +491,7 @@ def eval_command(args: list[str]) -> None:
     a = parse(EvalArgs, args, "sdft eval")
     if not a.data and not a.harness:
         raise SdftError("nothing to evaluate on; give DATA.jsonl, or --harness with tasks such as hellaswag,winogrande")
-    from sdft.data.records import load_records
+    from sdft.data.formats import load_records
     from sdft.evaluation import accuracy, harness
 
     if a.samples < 0 or (a.samples and a.temperature <= 0):
@@ -525,7 +526,7 @@ def task_names(a: EvalArgs) -> list[str]:
 
 def eval_records(a: EvalArgs, tokenizer: Any, model: Any, examples: list[Any], system: str) -> None:
     """Greedy answers to the records; prints some, writes all, prints the accuracy."""
-    from sdft.data.convert import write_jsonl
+    from sdft.data.formats import write_jsonl
     from sdft.evaluation import accuracy
 
     prompts = accuracy.student_prompts(tokenizer, examples, system)
@@ -570,7 +571,8 @@ def generate_command(args: list[str]) -> None:
     import torch
 
     from sdft.config import RolloutConfig
-    from sdft.data.records import Message, encode_chat
+    from sdft.data.prompts import encode_chat
+    from sdft.data.records import Message
     from sdft.rollout.sampling import generate
 
     tokenizer, model = _load(ModelConfig(name=a.model, device=a.device))
@@ -583,7 +585,7 @@ def generate_command(args: list[str]) -> None:
 
 
 def _load(config: ModelConfig, template: str = "", needs_chat: bool = True) -> tuple[Any, Any]:
-    from sdft.data.records import set_chat_template
+    from sdft.data.prompts import set_chat_template
     from sdft.model import loading
 
     tokenizer, stop_ids = loading.load_tokenizer(config)

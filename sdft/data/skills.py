@@ -8,9 +8,8 @@ No request of an evaluation file stands in `train`.
 
 import random
 from collections.abc import Iterator, Sequence
-from typing import Any
 
-Record = dict[str, Any]
+from sdft.data.records import Record
 
 CAPITALS = {
     "France": "Paris", "Germany": "Berlin", "Italy": "Rome", "Spain": "Madrid", "Japan": "Tokyo",

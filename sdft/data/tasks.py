@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sdft import files
-from sdft.data import convert, skills
-from sdft.data.convert import Converted, Record
+from sdft.data import formats, skills, sources
+from sdft.data.records import Record
+from sdft.data.sources import Converted
 from sdft.errors import SdftError
 
 
@@ -33,19 +34,19 @@ def demo(style: str = "terse") -> Task:
 
 
 def toolalpaca(source: Path, held_out: float = 0.3, seed: int = 0) -> Task:
-    """Tool calls from a ToolAlpaca file, see convert.read_toolalpaca.
+    """Tool calls from a ToolAlpaca file, see sources.read_toolalpaca.
 
     new: every request of `held_out` of the APIs, none of which is trained. seen: a fifth of the requests of each other
     API (none where `held_out` is 0). train: the rest. placeholders: requests whose calls hold what an earlier call
     would have told, such as {"id": ${id from search}}, or are no JSON: nobody can know what to say, so they are apart.
     """
-    found = convert.read_toolalpaca(source)
+    found = sources.read_toolalpaca(source)
     made: dict[str, list[Record]] = {"train": [], "seen": [], "new": [], "placeholders": []}
     new = _draw(found.groups, held_out, f"toolalpaca/{seed}")
     for api in dict.fromkeys(found.groups):
         records = [r for r, group in zip(found.records, found.groups, strict=True) if group == api]
-        whole = [r for r in records if not convert.has_placeholder(r)]
-        made["placeholders"] += [r for r in records if convert.has_placeholder(r)]
+        whole = [r for r in records if not sources.has_placeholder(r)]
+        made["placeholders"] += [r for r in records if sources.has_placeholder(r)]
         requests = [r["prompt"] for r in whole]
         seen = _draw(requests, 0.2 if held_out else 0.0, f"toolalpaca/{seed}/{api}")
         for record in whole:
@@ -58,21 +59,21 @@ def toolalpaca(source: Path, held_out: float = 0.3, seed: int = 0) -> Task:
 
 
 def sciknoweval(source: Path, domain: str = "", level: str = "", held_out: float = 0.1, seed: int = 0) -> Task:
-    """Multiple choice from a SciKnowEval file, see convert.read_sciknoweval.
+    """Multiple choice from a SciKnowEval file, see sources.read_sciknoweval.
 
     eval: `held_out` of the questions, a question that stands there twice on one side only. train: the rest.
     """
-    found = convert.read_sciknoweval(source, domain, level)
+    found = sources.read_sciknoweval(source, domain, level)
     return Task(_split(found, held_out, f"sciknoweval/{seed}"), tuple(found.left_out))
 
 
 def knowledge(source: Path) -> Task:
-    """Articles and questions about them, see convert.read_knowledge.
+    """Articles and questions about them, see sources.read_knowledge.
 
     train: the questions, with article and full answer as demonstration. strict, lenient: the same questions without
     the article, all facts or the main fact demanded. ood: the rephrased questions.
     """
-    found = convert.read_knowledge(source)
+    found = sources.read_knowledge(source)
     return Task({name: c.records for name, c in found.items()}, tuple(found["train"].left_out))
 
 
@@ -102,13 +103,13 @@ def write(task: Task, folder: Path) -> list[str]:
     """
     full = {folder / f"{name}.jsonl": records for name, records in task.files.items() if records}
     for path, records in full.items():
-        if path.exists() and files.read_text(path) != convert.as_jsonl(records):
+        if path.exists() and files.read_text(path) != formats.as_jsonl(records):
             raise SdftError(f"{path} exists and holds something else; give another folder, or remove it")
     if not full:
         raise SdftError(f"no valid record is left; the first was left out because of {task.left_out[0]}")
     lines = []
     for path, records in full.items():
-        convert.write_jsonl(path, records)
+        formats.write_jsonl(path, records)
         lines.append(f"{len(records):6} records in {path}")
     lines += task.notes
     if task.left_out:

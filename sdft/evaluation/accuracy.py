@@ -7,7 +7,8 @@ from typing import Any
 
 from sdft.config import RolloutConfig
 from sdft.data import checks
-from sdft.data.records import Example, encode_chat, student_messages
+from sdft.data.prompts import encode_chat, student_messages
+from sdft.data.records import Example
 from sdft.errors import SdftError
 from sdft.model.loading import LanguageModel
 from sdft.rollout.sampling import Completion, generate

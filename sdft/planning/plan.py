@@ -11,7 +11,7 @@ from typing import Any
 
 from sdft import devices as memory
 from sdft.config import Config, get, override
-from sdft.data.records import TokenizedExample
+from sdft.data.dataset import TokenizedExample
 from sdft.errors import SdftError, first_line
 from sdft.planning.costs import (
     BF16,
@@ -375,7 +375,7 @@ def work_of(config: Config) -> Work:
 
 def works_of(config: Config, examples: Sequence[TokenizedExample]) -> Iterator[Work]:
     """Every step of the run (the first MOST_STEPS), as `work_of`; examples: its `tokenized` data."""
-    from sdft.data.records import batch_indices
+    from sdft.data.dataset import batch_indices
 
     demonstrated = config.answers == "demonstrations"
     repeats = 1 if demonstrated else config.rollout.per_prompt
@@ -398,7 +398,8 @@ def steps_of(config: Config, records: int) -> int:
 
 def tokenized(config: Config) -> Sequence[TokenizedExample]:
     """The training data as token ids; what is over a length budget is left out."""
-    from sdft.data.records import load_records, tokenize
+    from sdft.data.dataset import tokenize
+    from sdft.data.formats import load_records
     from sdft.model.loading import load_tokenizer
 
     tokenizer, stop_ids = load_tokenizer(config.model)

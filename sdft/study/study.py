@@ -255,7 +255,7 @@ def _check(study: Study, where: str) -> None:
 
 
 def _check_data(study: Study) -> None:
-    from sdft.data.records import load_records
+    from sdft.data.formats import load_records
     from sdft.evaluation.accuracy import check_evaluable
 
     for path in {task.train for task in study.tasks} | ({study.drift_on} - {""}):
@@ -491,7 +491,7 @@ def evaluate_on_all(study: Study, config: Config, tokenizer: Any, model: Any, an
 
     And the metrics of lm_eval's tasks, where there are some; all that it reports in answers/harness.json.
     """
-    from sdft.data.records import load_records
+    from sdft.data.formats import load_records
     from sdft.evaluation import accuracy as evaluate
 
     answers.mkdir(parents=True, exist_ok=True)
@@ -515,7 +515,7 @@ def drift_from_base(
     """How far a model is from the base along its own greedy answers (evaluation.drift): "new" to prompts of the task's
     evaluation, "prior" to those of `study.drift_on` or the prior skills, `study.drift` of each, evenly taken."""
     from sdft.config import RolloutConfig
-    from sdft.data.records import load_records
+    from sdft.data.formats import load_records
     from sdft.evaluation import accuracy as evaluate
     from sdft.evaluation.drift import drift
 
@@ -544,7 +544,7 @@ def drift_from_base(
 def pass_at(study: Study, config: Config, tokenizer: Any, model: Any) -> dict[str, dict[str, float]]:
     """{set: {k: pass@k}} of every task's accuracy set, of `study.samples` answers at temperature 1 to each prompt."""
     from sdft.config import RolloutConfig
-    from sdft.data.records import load_records
+    from sdft.data.formats import load_records
     from sdft.evaluation import accuracy as evaluate
     from sdft.evaluation import pass_at_k
 
@@ -563,7 +563,7 @@ def pass_at(study: Study, config: Config, tokenizer: Any, model: Any) -> dict[st
 
 
 def _load(config: Config, name: str) -> tuple[Any, Any]:
-    from sdft.data.records import set_chat_template
+    from sdft.data.prompts import set_chat_template
     from sdft.model import loading
 
     model_config = override(config, {"model.name": name}).model
@@ -626,7 +626,7 @@ def plan_study(study: Study, machine: Any, prompt: int = 0, shown: int = 0, reco
     student and of the teacher (0: the student's and an answer's more); records: of every training file. Where `prompt`
     is 0, all three are read from the data. machine: a costs.Machine. Evaluations are not counted.
     """
-    from sdft.data.records import TokenizedExample
+    from sdft.data.dataset import TokenizedExample
     from sdft.model import flops
     from sdft.planning import plan
 

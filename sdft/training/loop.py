@@ -21,7 +21,9 @@ import torch
 
 from sdft import devices, files
 from sdft.config import Config, describe, get, load_config, to_toml, validate
-from sdft.data.records import Dataset, Example, TokenizedExample, batch_indices, load_records, tokenize
+from sdft.data.dataset import Dataset, TokenizedExample, batch_indices, tokenize
+from sdft.data.formats import load_records
+from sdft.data.records import Example
 from sdft.errors import FruitlessError, SdftError
 from sdft.evaluation import accuracy as evaluate
 from sdft.loss import TokenLoss, check_impl, cross_entropy_loss, divergence_loss

@@ -104,7 +104,8 @@ def test_every_phase_of_ours_is_known() -> None:
 
 def test_records_reach_their_length(load_tiny: Callable[..., Any]) -> None:
     tokenizer, _ = load_tiny()
-    from sdft.data.records import Message, encode_chat
+    from sdft.data.prompts import encode_chat
+    from sdft.data.records import Message
 
     def length(row: dict[str, str]) -> int:
         return len(encode_chat(tokenizer, [Message(role="user", content=row["prompt"])], ""))

@@ -9,20 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sdft.config import DataConfig, TeacherConfig
-from sdft.data.records import (
+from sdft.data.dataset import batch_indices, tokenize
+from sdft.data.formats import load_records
+from sdft.data.prompts import (
     IN_PROMPT,
-    Demonstration,
-    Example,
-    batch_indices,
     encode_chat,
     encode_target,
-    load_records,
-    parse_record,
     set_chat_template,
     student_messages,
     teacher_messages,
-    tokenize,
 )
+from sdft.data.records import Demonstration, Example, parse_record
 from sdft.errors import SdftError
 
 SYSTEM = {"role": "system", "content": "be brief"}

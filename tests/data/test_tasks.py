@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sdft import cli
-from sdft.data import convert, tasks
+from sdft.data import sources, tasks
 from sdft.data.checks import prepare
-from sdft.data.records import load_records
+from sdft.data.formats import load_records
 from sdft.errors import SdftError
 from sdft.evaluation.accuracy import check_evaluable
 
@@ -214,7 +214,7 @@ def test_sciknoweval_names_what_it_leaves_out(tmp_path: Path) -> None:
 
 @given(st.lists(st.integers(0, 12), min_size=2, max_size=30), st.floats(0, 1), st.integers())
 def test_no_question_on_both_sides(numbers: list[int], share: float, seed: int) -> None:
-    found = convert.Converted()
+    found = sources.Converted()
     for n in numbers:
         found.add({"prompt": f"q{n}", "answer": "a"}, f"q{n}", "f:1")
     files = tasks._split(found, share, str(seed))

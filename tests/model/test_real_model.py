@@ -30,7 +30,8 @@ def config(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def held_out_divergence(model: Any, config: Any, tokenizer: Any, stop_ids: tuple[int, ...]) -> float:
     """Mean divergence between student and the *initial* teacher on the demonstrations of unseen phrasings."""
-    from sdft.data.records import load_records, tokenize
+    from sdft.data.dataset import tokenize
+    from sdft.data.formats import load_records
     from sdft.loss import divergence_loss
     from sdft.score.batch import lay_out
     from sdft.score.teacher import Teacher
@@ -48,7 +49,7 @@ def held_out_divergence(model: Any, config: Any, tokenizer: Any, stop_ids: tuple
 
 
 def test_a_few_steps_lower_the_divergence_on_held_out_prompts(config: Any) -> None:
-    from sdft.data.records import load_records
+    from sdft.data.formats import load_records
     from sdft.model import loading
     from sdft.training.loop import train
 

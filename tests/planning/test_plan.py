@@ -431,7 +431,8 @@ def test_lengths_in_place_of_data(weightless: Path, tmp_path: Path, capsys: Any)
 
 
 def test_the_data_gives_the_longest_step(make_config: Callable[..., Any]) -> None:
-    from sdft.data.records import batch_indices, load_records, tokenize
+    from sdft.data.dataset import batch_indices, tokenize
+    from sdft.data.formats import load_records
     from sdft.model.loading import load_tokenizer
 
     c = make_config()

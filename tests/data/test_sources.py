@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from sdft.data.checks import check_tool_call, parse_tool_calls
-from sdft.data.convert import read_toolalpaca, write_jsonl
-from sdft.data.records import load_records
+from sdft.data.formats import load_records, write_jsonl
+from sdft.data.sources import read_toolalpaca
 from sdft.errors import SdftError
 
 REAL = Path(__file__).resolve().parents[3] / "shared/data/toolalpaca/eval_simulated.json"

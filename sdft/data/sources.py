@@ -9,10 +9,8 @@ from typing import Any
 
 from sdft import files
 from sdft.data import checks
-from sdft.data.records import parse_record
+from sdft.data.records import Record, parse_record
 from sdft.errors import SdftError
-
-Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -52,20 +50,6 @@ def read_rows(source: Path, left_out: list[str]) -> list[tuple[str, Any]]:
         return [(f"{source}[{i}]", row) for i, row in enumerate(json.loads(text))]
     except ValueError as error:
         raise SdftError(f"{source}: not JSON ({error})") from None
-
-
-def as_jsonl(records: list[Record]) -> str:
-    """Records one a line."""
-    return "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
-
-
-def write_jsonl(path: Path, records: list[Record]) -> None:
-    """Writes records one a line; raises SdftError where that fails."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(as_jsonl(records), encoding="utf-8")
-    except OSError as error:
-        raise SdftError(f"{path}: cannot be written ({error.strerror})") from None
 
 
 # ToolAlpaca.
