@@ -25,7 +25,9 @@ from torch import Tensor
 from sdft.config import Config, override
 from sdft.model import lora
 from sdft.score.batch import lay_out
-from sdft.training.loop import Run, set_up, train_step
+from sdft.training.run import Run
+from sdft.training.setup import set_up
+from sdft.training.step import train_step
 
 CAPITALS = {"Zorvia": "Lumar", "Bekland": "Tano", "Quilia": "Rando", "Morna": "Ashel"}
 

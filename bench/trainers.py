@@ -170,8 +170,9 @@ def run_ours(job: Job, rows: list[dict[str, str]]) -> Row:
     """Steps of our trainer. No checkpoint and no model is written."""
     from sdft import devices
     from sdft.config import Config, override, validate
-    from sdft.training import loop
     from sdft.training.metrics import MetricsLog
+    from sdft.training.setup import set_up
+    from sdft.training.step import train_step
 
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder, "train.jsonl")
@@ -201,12 +202,12 @@ def run_ours(job: Job, rows: list[dict[str, str]]) -> Row:
         devices.settle()  # as train.train does
         predicted = prediction(config) if job.predict else {}
         clock = Clock(job)
-        run = loop.set_up(config, output)
+        run = set_up(config, output)
         whole = run.rollout_batch, run.micro_batch_tokens
         run.model.stop_ids = (NO_TOKEN,)
         log, losses = MetricsLog(output, 0, (), asdict(config)), []
         for step in range(job.steps + 1):
-            line = loop.train_step(run, step, output)
+            line = train_step(run, step, output)
             log.write({"step": step + 1, **line})
             losses.append(line["loss"])
             if not clock.step_ended(line["seconds"]):

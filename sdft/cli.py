@@ -347,7 +347,14 @@ def train_command(args: list[str]) -> None:
     check_preset(config, parsed)
     from sdft.training.loop import train
 
-    train(parsed)
+    train(parsed, memory_advice)
+
+
+def memory_advice(config: Config) -> str:
+    """What to change in a config that ran out of memory."""
+    from sdft.planning import plan
+
+    return plan.advice_after_running_out(config)
 
 
 def check_preset(file: Config, parsed: Config) -> None:

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import resource
 import sys
 from functools import partial
 from typing import Any
@@ -58,3 +59,11 @@ def return_freed_within(lm: nn.Module, device: torch.device) -> None:
     for i, block in enumerate(blocks, start=1):
         if i in forward | backward:
             block.register_forward_hook(partial(after, i in forward, i in backward))
+
+
+def peak_memory(device: torch.device) -> int:
+    """Peak bytes so far: allocated on the GPU, or resident in the process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,8 +1,9 @@
-"""Hidden states and heads -> the loss of a micro-batch, and what the metrics need of it.
+"""Hidden states and heads -> the loss of a micro-batch, and per-token values for the metrics.
 
 Legend: N completion rows, H hidden size, V vocabulary.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -30,7 +31,7 @@ class TokenLoss:
 
 
 def check_impl(config: LossConfig, device: torch.device) -> None:
-    """Raises SdftError where the implementation asked for cannot run on the device; one token tells."""
+    """Raises SdftError if loss.impl cannot run on the device; tries it on one token."""
     if config.impl == "auto":
         return
     one = torch.zeros(2, 1, device=device)
@@ -43,13 +44,14 @@ def check_impl(config: LossConfig, device: torch.device) -> None:
 def divergence_loss(
     hidden: Tensor,  # (N, H_s)
     head: Head,
-    teacher_hidden: Tensor,  # (N, H_t)
-    teacher_head: Head,
+    teacher: tuple[Tensor, Head] | None,  # hidden states (N, H_t) and head; needed
     labels: Tensor,  # (N,)
     weights: Tensor,  # (N,)
     config: LossConfig,
 ) -> tuple[Tensor, TokenLoss]:
-    """sum_n w_n D_n by the fused loss (design sections 2 and 3), and per-token values at no extra pass."""
+    """sum_n w_n D_n, the divergence between student and teacher, by the fused loss; 0-dim float32, and token values."""
+    assert teacher is not None, "a divergence compares with a teacher"
+    teacher_hidden, teacher_head = teacher
     loss, tokens = linear_divergence(
         hidden,
         head.weight,
@@ -83,32 +85,53 @@ def divergence_loss(
 def cross_entropy_loss(
     hidden: Tensor,  # (N, H)
     head: Head,
+    teacher: None,
     labels: Tensor,  # (N,)
     weights: Tensor,  # (N,)
     config: LossConfig,
 ) -> tuple[Tensor, TokenLoss]:
-    """The cross-entropy of the labels by the student's probabilities p, 0-dim float32, and per-token values.
+    """sum_n w_n (-log p(label_n)) by the student's probabilities p, 0-dim float32, and token values (SFT)."""
+    total, ce = _weighted_cross_entropy(hidden, head, labels, weights, by_probability=False)
+    return total, TokenLoss(ce)
 
-        sft    sum_n w_n (-log p(label_n))
-        dft    sum_n w_n stop_gradient(p(label_n)) (-log p(label_n))
 
-    The weights are the same for both: they sum to 1 over the step, and DFT's probabilities are not normalised, so that
-    a step of unlikely tokens is a small one (Wu et al. 2025, arXiv 2508.05629). DFT's gradient is that of
-    -sum_n w_n p(label_n). The logits of CE_ROWS rows exist at a time and are recomputed backward.
+def weighted_cross_entropy_loss(
+    hidden: Tensor,  # (N, H)
+    head: Head,
+    teacher: None,
+    labels: Tensor,  # (N,)
+    weights: Tensor,  # (N,)
+    config: LossConfig,
+) -> tuple[Tensor, TokenLoss]:
+    """sum_n w_n stop_gradient(p(label_n)) (-log p(label_n)), 0-dim float32, and token values (DFT).
+
+    The weights w sum to 1 over the step, as for SFT, and the probabilities are not normalised: a step of unlikely
+    tokens is a small one (Wu et al. 2025, arXiv 2508.05629). The gradient is that of -sum_n w_n p(label_n).
     """
+    total, ce = _weighted_cross_entropy(hidden, head, labels, weights, by_probability=True)
+    return total, TokenLoss(ce * ce.neg().exp(), student_logprob=-ce)
+
+
+LOSSES: dict[str, Callable[..., tuple[Tensor, TokenLoss]]] = {
+    "divergence": divergence_loss,
+    "cross_entropy": cross_entropy_loss,
+    "weighted_cross_entropy": weighted_cross_entropy_loss,
+}
+"""The losses by the names that a `Method` uses. All take the same arguments."""
+
+
+def _weighted_cross_entropy(
+    hidden: Tensor, head: Head, labels: Tensor, weights: Tensor, by_probability: bool
+) -> tuple[Tensor, Tensor]:
+    """The weighted sum, and the cross-entropy of each label (N,); logits of CE_ROWS rows exist at a time."""
     total, values = hidden.new_zeros((), dtype=torch.float32), []
     for start in range(0, len(labels), CE_ROWS):
         rows = slice(start, start + CE_ROWS)
         ce = checkpoint(_cross_entropy, hidden[rows], head, labels[rows], use_reentrant=False)  # (n,)
-        if config.method == "dft":
-            total = total + (ce * ce.detach().neg().exp() * weights[rows]).sum()
-        else:
-            total = total + (ce * weights[rows]).sum()
+        weighted = ce * ce.detach().neg().exp() if by_probability else ce
+        total = total + (weighted * weights[rows]).sum()
         values.append(ce.detach())
-    ce = torch.cat(values) if values else weights.new_zeros(0)  # (N,)
-    if config.method == "dft":
-        return total, TokenLoss(ce * ce.neg().exp(), student_logprob=-ce)
-    return total, TokenLoss(ce)
+    return total, torch.cat(values) if values else weights.new_zeros(0)
 
 
 def _cross_entropy(hidden: Tensor, head: Head, labels: Tensor) -> Tensor:

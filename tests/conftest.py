@@ -173,8 +173,8 @@ def make_config(
 
 @pytest.fixture
 def make_run(make_config: Callable[..., Any]) -> Callable[..., Any]:
-    """make_run(**overrides) is a Run of train.py, set up as for that config, before its first step."""
-    from sdft.training.loop import set_up
+    """make_run(**overrides) is a Run, set up as for that config, before its first step."""
+    from sdft.training.setup import set_up
 
     def make(kind: str = "llama", **overrides: Any) -> Any:
         config = make_config(kind, **overrides)

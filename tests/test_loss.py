@@ -12,7 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sdft import loss as loss_module
 from sdft.rollout.sampling import Completion
-from sdft.training.loop import Run, accumulate_gradients, train_step
+from sdft.training.gradients import accumulate_gradients
+from sdft.training.run import Run
+from sdft.training.step import train_step
 
 ANSWERS = [[5, 6, 257], [7, 8, 9, 10, 11, 12, 257], [13], [14, 15]]
 

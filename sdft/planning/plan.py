@@ -6,7 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sdft import devices as memory
@@ -26,7 +26,6 @@ from sdft.planning.costs import (
     passes_of,
     share_of,
 )
-from sdft.training.metrics import peak_memory
 
 GIB, MIB = 2**30, 2**20
 COLOURS = {  # of the terms, in the order they are shown
@@ -198,6 +197,15 @@ def advice(shape: ModelShape, config: Config, work: Work, machine: Machine) -> l
     return said
 
 
+def advice_after_running_out(config: Config) -> str:
+    """What to change in a config that ran out of memory, in a sentence."""
+    shape, work, machine = shape_of(config), work_of(config), this_machine(config)
+    # It did run out, whatever was predicted: so the advice must make the prediction smaller.
+    less = int(0.9 * predict(shape, config, work, machine).peak)
+    changes = advice(shape, config, work, replace(machine, memory=min(less, machine.memory)))
+    return "By `sdft plan`: " + "; ".join(changes) + "."
+
+
 def _applies(changes: dict[str, Any], config: Config, machine: Machine) -> bool:
     """Whether a remedy changes anything that can be changed here."""
     for key, value in changes.items():
@@ -323,7 +331,9 @@ def resident(config: Config) -> int:
     import torch
     import transformers.modeling_utils  # noqa: F401
 
-    import sdft.training.loop  # noqa: F401
+    import sdft.evaluation.accuracy
+    import sdft.score.teacher
+    import sdft.update.optim  # noqa: F401
 
     if config.lora.rank:
         import peft  # noqa: F401
@@ -334,7 +344,7 @@ def resident(config: Config) -> int:
     if sys.platform == "linux":
         with open("/proc/self/statm") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    return peak_memory(x.device)  # of a process that has not yet freed anything large
+    return memory.peak_memory(x.device)  # of a process that has not yet freed anything large
 
 
 def parse_size(text: str) -> int:

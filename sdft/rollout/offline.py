@@ -1,10 +1,10 @@
-"""Answers sampled once, before the first step (rollout.source = offline).
+"""Completions sampled once, before the first step (rollout.source = offline).
 
-    OUTPUT/offline.jsonl               what the answers depend on, and the seconds they took; then a line for each
-                                       training record, in the data's order: its answers as text, and as token ids
+    OUTPUT/offline.jsonl               what the completions depend on, and the seconds they took; then a line for each
+                                       training record, in the data's order: its completions as text and as token ids
     OUTPUT/offline-unfinished.jsonl    while they are sampled: the same first line, then a line for each batch
 
-The first file is complete or not there. A run that is killed before goes on after the second one's last whole line:
+The first file is complete or not there. A run that is killed before continues after the last whole line of the second:
 every batch is seeded by its place alone.
 """
 
@@ -22,90 +22,106 @@ import torch
 from sdft import files
 from sdft.errors import SdftError
 
+Ids = list[int]
+
 
 @dataclass(frozen=True)
 class Offline:
-    answers: tuple[tuple[list[int], ...], ...]  # token ids; of each record, each of its answers
+    completions: tuple[tuple[Ids, ...], ...]  # token ids: for each record, each of its completions
     seconds: float  # that sampling took, over all its attempts
 
     @property
     def digest(self) -> str:
         """sha256 of every token id."""
-        return hashlib.sha256(json.dumps(self.answers).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(self.completions).encode()).hexdigest()
 
 
 def collect(
     output: Path,
     origin: dict[str, Any],
-    prompts: Sequence[list[int]],
+    prompts: Sequence[Ids],
     per_prompt: int,
     batch_size: int,
     seed: int,
-    sample: Callable[[list[list[int]]], list[list[int]]],
-    decode: Callable[[list[int]], str],
+    sample: Callable[[list[Ids]], list[Ids]],
+    decode: Callable[[Ids], str],
 ) -> Offline:
-    """Reads OUTPUT/offline.jsonl, or samples `per_prompt` answers to every prompt and writes it; prints progress.
+    """Reads OUTPUT/offline.jsonl, or samples `per_prompt` completions of every prompt and writes it; prints progress.
 
-    origin: all that the answers depend on, by name. sample: token ids of prompts -> of one answer each, drawn from
-    torch's global generator. Raises SdftError where a file is there that has another origin, or is damaged.
+    origin: all that the completions depend on, by name. sample: token ids of prompts -> of one completion each, drawn
+    from torch's global generator. Raises SdftError if a file is there that has another origin, or is damaged.
     """
     finished, unfinished = output / "offline.jsonl", output / "offline-unfinished.jsonl"
     if finished.exists():
-        written, *lines = _read(finished, origin)
-        if len(lines) != len(prompts) or any(len(line.get("ids", ())) != per_prompt for line in lines):
-            raise SdftError(f"{finished}: not the {len(prompts)} lines that were written; delete it to sample anew")
+        found = read_finished(finished, origin, len(prompts), per_prompt)
         unfinished.unlink(missing_ok=True)
-        return Offline(tuple(tuple(line["ids"]) for line in lines), written["seconds"])
-    # Like lengths together: less padding.
+        return found
+    # Prompts of like lengths together: less padding.
     order = sorted((i for i in range(len(prompts)) for _ in range(per_prompt)), key=lambda i: len(prompts[i]))
-    done = _read(unfinished, origin)[1:] if unfinished.exists() else []
-    ids: list[list[int]] = [answer for line in done for answer in line["ids"]]
-    seconds = sum((line["seconds"] for line in done), 0.0)
-    here = len(ids)
-    print(f"{len(order)} answers are sampled before the first step; an interrupted run goes on with --resume.")
-    if here:
-        print(f"{here} of them are there.")
+    in_order, seconds = sample_all(unfinished, origin, [prompts[i] for i in order], batch_size, seed, sample)
+    completions: list[list[Ids]] = [[] for _ in prompts]
+    for i, ids in zip(order, in_order, strict=True):
+        completions[i].append(ids)
+    rows = [{"origin": origin, "seconds": seconds}, *({"answers": [*map(decode, c)], "ids": c} for c in completions)]
     files.write_text(
-        unfinished, "".join(json.dumps(line) + "\n" for line in ({"origin": origin}, *done))
-    )  # without half a line
+        finished, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    )  # for people to read
+    unfinished.unlink()
+    return Offline(tuple(map(tuple, completions)), seconds)
+
+
+def read_finished(path: Path, origin: dict[str, Any], records: int, per_prompt: int) -> Offline:
+    """The completions in a whole file. Raises SdftError if it has another origin, or is damaged."""
+    first, *lines = read_lines(path, origin)
+    if len(lines) != records or any(len(line.get("ids", ())) != per_prompt for line in lines):
+        raise SdftError(f"{path}: not the {records} lines that were written; delete it to sample again")
+    return Offline(tuple(tuple(line["ids"]) for line in lines), first["seconds"])
+
+
+def sample_all(
+    unfinished: Path,
+    origin: dict[str, Any],
+    prompts: Sequence[Ids],
+    batch_size: int,
+    seed: int,
+    sample: Callable[[list[Ids]], list[Ids]],
+) -> tuple[list[Ids], float]:
+    """One completion of each prompt, in order, and the seconds that took; continues the file `unfinished`."""
+    done = read_lines(unfinished, origin)[1:] if unfinished.exists() else []
+    completions: list[Ids] = [ids for line in done for ids in line["ids"]]
+    seconds = sum((line["seconds"] for line in done), 0.0)
+    print(f"{len(prompts)} answers are sampled before the first step; --resume continues an interrupted run.")
+    if completions:
+        print(f"{len(completions)} of them are there.")
+    whole_lines = ({"origin": origin}, *done)
+    files.write_text(unfinished, "".join(json.dumps(line) + "\n" for line in whole_lines))
     with unfinished.open("a") as file:
-        while len(ids) < len(order):
-            torch.manual_seed(random.Random(f"{seed}/offline/{len(ids)}").getrandbits(63))
+        while len(completions) < len(prompts):
+            at = len(completions)
+            torch.manual_seed(random.Random(f"{seed}/offline/{at}").getrandbits(63))
             began = time.perf_counter()
-            new = sample([prompts[i] for i in order[len(ids) : len(ids) + batch_size]])
+            new = sample(list(prompts[at : at + batch_size]))
             took = time.perf_counter() - began
             try:
                 file.write(json.dumps({"ids": new, "seconds": took}) + "\n")
                 file.flush()
             except OSError as error:
                 raise SdftError(f"{unfinished}: not written: {files.why(error)}") from error
-            ids, seconds = ids + new, seconds + took
-            left = seconds / len(ids) * (len(order) - len(ids))
-            print(
-                f"answers {len(ids)}/{len(order)}  {sum(map(len, new)) / took:.0f} tok/s  ETA {left:.0f}s", flush=True
-            )
-    answers: list[list[list[int]]] = [[] for _ in prompts]
-    for i, answer in zip(order, ids, strict=True):
-        answers[i].append(answer)
-    rows = [{"origin": origin, "seconds": seconds}, *({"answers": [*map(decode, a)], "ids": a} for a in answers)]
-    files.write_text(finished, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))  # to be read
-    unfinished.unlink()
-    return Offline(tuple(map(tuple, answers)), seconds)
+            completions, seconds = completions + new, seconds + took
+            left = seconds / len(completions) * (len(prompts) - len(completions))
+            rate = sum(map(len, new)) / took
+            print(f"answers {len(completions)}/{len(prompts)}  {rate:.0f} tok/s  ETA {left:.0f}s", flush=True)
+    return completions, seconds
 
 
-def _read(path: Path, origin: dict[str, Any]) -> list[dict[str, Any]]:
-    """The whole lines of a file of that origin; a half-written last one is left out."""
-    lines: list[dict[str, Any]] = []
-    for text in path.read_text(encoding="utf-8").split("\n"):  # U+2028 and its kind may stand in an answer
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
+def read_lines(path: Path, origin: dict[str, Any]) -> list[dict[str, Any]]:
+    """The whole lines of a file, without a half-written last one. Raises SdftError if it has another origin."""
+    lines = [line.row for line in files.read_json_lines(path, "completions", allow_half_line=True)]
     there = lines[0].get("origin", {}) if lines else {}
     for name, now in origin.items():
         if there.get(name) != now:
             raise SdftError(
                 f"{path} holds answers of another run: its {name} is {there.get(name)!r}, and here it is {now!r}; "
-                "put that back, or delete the file to sample anew"
+                "put that back, or delete the file to sample again"
             )
     return lines

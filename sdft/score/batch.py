@@ -9,11 +9,10 @@ their prompts.
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
-
-from sdft.config import LossConfig
 
 
 @dataclass(frozen=True)
@@ -66,18 +65,19 @@ def lay_out(
     )
 
 
-def sequence_weights(lengths: Sequence[int], config: LossConfig) -> list[float]:
-    """For every sequence of an optimizer step, the weight of each of its unmasked tokens; over all, they sum to 1.
+def sequence_weights(
+    trained: Sequence[int], tokens: int, sequences: int, average: Literal["token", "sequence"]
+) -> list[float]:
+    """For each sequence, the weight of each of its trained tokens; over the whole optimizer step they sum to 1.
 
-    lengths: completion lengths of *all* sequences of the step, so that micro-batches add up to the mean over the
-    step and not to a mean of means. average = token: each unmasked token weighs the same. sequence: each sequence
-    that has such a token weighs the same, shared equally among its tokens. 0 for a sequence without any.
+    trained: the sequences' numbers of trained tokens. tokens, sequences: of the whole step (all micro-batches of all
+    ranks), how many tokens train and how many sequences have such a token; so micro-batches add up to the mean over
+    the step, and not to a mean of means. average: "token" gives every trained token the same weight, "sequence" gives
+    every sequence the same weight, shared equally among its tokens. The weight is 0 for a sequence without any.
     """
-    counted = [max(0, n - config.mask_first) for n in lengths]
-    tokens, sequences = sum(counted), sum(1 for n in counted if n)
-    if config.average == "token":
-        return [1.0 / tokens if n else 0.0 for n in counted]
-    return [1.0 / (n * sequences) if n else 0.0 for n in counted]
+    if average == "token":
+        return [1.0 / tokens if n else 0.0 for n in trained]
+    return [1.0 / (n * sequences) if n else 0.0 for n in trained]
 
 
 def micro_batches(lengths: Sequence[int], budget: int, packed: bool) -> list[list[int]]:

@@ -380,6 +380,7 @@ def remaining(spent: dict[str, list[float]], waiting: Sequence[str]) -> str:
 
 def run_stage(study: Study, cell: Cell, number: int) -> None:
     """Trains and evaluates one stage; then drops weights that nothing needs any more."""
+    from sdft.planning import plan
     from sdft.training.loop import train
     from sdft.training.metrics import read_metrics
 
@@ -397,7 +398,7 @@ def run_stage(study: Study, cell: Cell, number: int) -> None:
             begun = any((output / "checkpoints").glob("step-*"))
             if output.exists() and not begun:
                 files.remove(output, folder)  # nothing of it can be gone on from
-            train(override(config, {"train.resume": begun}))
+            train(override(config, {"train.resume": begun}), plan.advice_after_running_out)
             gc.collect()
         lines = read_metrics(output)
         tokens += sum(line.get("tokens", 0) for line in lines)

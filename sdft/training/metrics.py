@@ -1,23 +1,27 @@
-"""What a run tells: one JSON line a step, a progress bar, optional trackers."""
+"""What a run reports: one JSON line for each step, a progress bar, optional trackers."""
 
 import contextlib
 import json
 import math
 import os
-import resource
-import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 
-from sdft import files
+from sdft import files, parallel
 from sdft.errors import SdftError
 from sdft.loss import TokenLoss
 
 PHASES = ("rollout", "score", "loss", "backward", "update")
+TOKEN_VALUES = ("loss", "student_entropy", "teacher_entropy", "student_logprob", "teacher_logprob", "top1_agree")
+CPU = torch.device("cpu")
+BUCKETS = 32  # of positions: the last one begins at token 2^31 - 1
+
+
+Tracker = Callable[[dict[str, float], int], object]  # numbers by name, step
 
 
 class Phases:
@@ -43,60 +47,72 @@ class Phases:
     def seconds(self) -> dict[str, float]:
         """Sums by phase; on CUDA this waits for the last event."""
         if self.cuda and self.spans:
-            self.spans[-1][2].synchronize()  # not the whole device: the teacher's average may still be on its way
+            self.spans[-1][2].synchronize()  # not the whole device: the teacher's average may still be computed
         total = dict.fromkeys(PHASES, 0.0)
         for name, start, end in self.spans:
             total[name] += start.elapsed_time(end) / 1e3 if self.cuda else end - start
         return total
 
 
-def peak_memory(device: torch.device) -> int:
-    """Peak bytes so far: allocated on the GPU, or resident in the process on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+def token_metrics(
+    parts: Sequence[TokenLoss], positions: Sequence[Sequence[int]], device: torch.device = CPU
+) -> dict[str, Any]:
+    """Means over the trained tokens of a step, over all ranks, and the loss by position in the completion.
 
-
-def token_metrics(parts: Sequence[TokenLoss], positions: Sequence[Sequence[int]]) -> dict[str, Any]:
-    """Means over the trained tokens of a step, and the divergence by position in the answer.
-
-    parts: one TokenLoss a micro-batch; positions: the answer position of each of its rows. Positions are grouped
-    by powers of two: the first few tokens carry several times what the others do (design section 4).
+    parts: one TokenLoss for each micro-batch of this rank. positions: of each of its rows, the position in the
+    completion. Positions are grouped by powers of two: the first few tokens carry several times what the others do.
     """
-    values = torch.cat([part.loss for part in parts]) if parts else torch.zeros(0)
-    if not len(values):
+    sums = parallel.sum_over_ranks(token_sums(parts, positions).to(device)).cpu()  # (2, fields + buckets)
+    totals, counts = sums[0].float(), sums[1].float()
+    if not counts[0]:
         return {}
-    out: dict[str, Any] = {"token_loss": values.mean().item()}
-    for name in ("student_entropy", "teacher_entropy", "student_logprob", "teacher_logprob", "top1_agree"):
-        if getattr(parts[0], name) is not None:
-            out[name] = torch.cat([getattr(part, name) for part in parts]).float().mean().item()
-    where = torch.tensor([p for part in positions for p in part])
-    bucket = torch.log2(where.float() + 1).floor().long()
-    sums = torch.zeros(int(bucket.max()) + 1).index_add_(0, bucket, values.float().cpu())
-    counts = torch.bincount(bucket)
+    means = (totals / counts).tolist()
+    names = ("token_loss", *TOKEN_VALUES[1:])
+    out: dict[str, Any] = {name: means[i] for i, name in enumerate(names) if counts[i]}
     out["loss_by_position"] = {
-        f"{2**b - 1}-{2 ** (b + 1) - 2}": (sums[b] / n).item() for b, n in enumerate(counts.tolist()) if n
+        f"{2**b - 1}-{2 ** (b + 1) - 2}": means[len(names) + b] for b in range(BUCKETS) if counts[len(names) + b]
     }
     return out
 
 
+def token_sums(parts: Sequence[TokenLoss], positions: Sequence[Sequence[int]]) -> torch.Tensor:
+    """(2, fields + BUCKETS) float64: sums and counts of TOKEN_VALUES, and of the loss by bucket of positions."""
+    sums = torch.zeros(2, len(TOKEN_VALUES) + BUCKETS, dtype=torch.float64)
+    for i, name in enumerate(TOKEN_VALUES):
+        found = [getattr(part, name) for part in parts if getattr(part, name) is not None]
+        if found:
+            values = torch.cat(found).float()  # (N,)
+            sums[0, i], sums[1, i] = values.sum().item(), len(values)
+    if parts:
+        loss = torch.cat([part.loss for part in parts]).float().cpu()  # (N,)
+        bucket = torch.log2(torch.tensor([p + 1.0 for part in positions for p in part])).floor().long()  # (N,)
+        sums[0, len(TOKEN_VALUES) :] = torch.zeros(BUCKETS).index_add_(0, bucket, loss)
+        sums[1, len(TOKEN_VALUES) :] = torch.bincount(bucket, minlength=BUCKETS)
+    return sums
+
+
 class MetricsLog:
-    """metrics.jsonl of a run, and its trackers. Opening it for a resumed run drops lines after `step`."""
+    """metrics.jsonl of a run, and its trackers; on the main process only. For a resumed run, lines after `step` go."""
 
     def __init__(self, output: Path, step: int, trackers: Sequence[str], config: dict[str, Any]) -> None:
         self.path = output / "metrics.jsonl"
+        self.file: TextIO | None = None
+        self.trackers: list[Tracker] = []
+        if not parallel.is_main():
+            return
         kept = [line for line in read_metrics(output) if line["step"] <= step] if step else []
         files.write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
-        self.file: TextIO = self.path.open("a")
+        self.file = self.path.open("a")
         self.trackers = [_tracker(name, output, config) for name in trackers]
 
     def write(self, line: dict[str, Any]) -> None:
         """Appends one line and flushes it, so that a killed run keeps it; NaN and inf, which JSON lacks, are null.
 
-        Raises SdftError where the disk is full.
+        Raises SdftError if the disk is full.
         """
-        with self._told():
+        if self.file is None:
+            return
+        with self._clear_error():
             self.file.write(json.dumps(_finite(line), allow_nan=False) + "\n")
             self.file.flush()
         numbers = dict(_flatten(line))
@@ -104,31 +120,30 @@ class MetricsLog:
             tracker(numbers, line["step"])
 
     def sync(self) -> None:
-        """Waits until every line is on the disk: a checkpoint must not outlive, in a power cut, the lines before it."""
-        with self._told():
-            os.fsync(self.file.fileno())
+        """Waits until every line is on the disk: after a power cut, no checkpoint may be newer than the lines."""
+        if self.file is not None:
+            with self._clear_error():
+                os.fsync(self.file.fileno())
 
     @contextlib.contextmanager
-    def _told(self) -> Iterator[None]:
+    def _clear_error(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            raise SdftError(f"{self.path}: not written: {files.why(error)}; then --resume goes on") from error
+            raise SdftError(f"{self.path}: not written: {files.why(error)}; then continue with --resume") from error
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # it would write again what `write` has told could not be written
-            self.file.close()
+        if self.file is not None:
+            with contextlib.suppress(OSError):  # it would write again what `write` could not
+                self.file.close()
 
 
 def read_metrics(output: Path) -> list[dict[str, Any]]:
-    """All lines of a run's metrics.jsonl, none where there is no such file; a half-written last line is left out."""
-    path, lines = output / "metrics.jsonl", []
-    for text in path.read_text().splitlines() if path.exists() else ():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
-    return lines
+    """All lines of a run's metrics.jsonl, without a half-written last one. No lines if the file does not exist."""
+    path = output / "metrics.jsonl"
+    if not path.exists():
+        return []
+    return [line.row for line in files.read_json_lines(path, "metrics", allow_half_line=True)]
 
 
 def _finite(value: Any) -> Any:
@@ -154,7 +169,7 @@ def check_trackers(names: Sequence[str]) -> None:
             raise SdftError(f"train.trackers names {name!r}, which is not installed; run: pip install {name}")
 
 
-def _tracker(name: str, output: Path, config: dict[str, Any]) -> Any:
+def _tracker(name: str, output: Path, config: dict[str, Any]) -> Tracker:
     if name == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
 
@@ -173,7 +188,7 @@ def _tracker(name: str, output: Path, config: dict[str, Any]) -> Any:
 
 
 class ProgressBar:
-    """One live line on a terminal; elsewhere a plain line for each step."""
+    """One live line on a terminal, else a plain line for each step; on the main process only."""
 
     def __init__(self, step: int, steps: int) -> None:
         from rich.console import Console
@@ -187,7 +202,7 @@ class ProgressBar:
             TextColumn("ETA"),
             TimeRemainingColumn(),
             console=self.console,
-            disable=not self.console.is_terminal,
+            disable=not self.console.is_terminal or not parallel.is_main(),
         )
         self.task = self.live.add_task("", total=steps, completed=step)
         self.steps = steps
@@ -208,10 +223,10 @@ class ProgressBar:
 
     def say(self, text: str) -> None:
         """Prints a line above the bar."""
-        if self.console.is_terminal:
+        if self.console.is_terminal and parallel.is_main():
             self.live.console.print(text, highlight=False, markup=False)
         else:
-            print(text, flush=True)
+            parallel.report(text)
 
     def close(self) -> None:
         self.live.stop()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+from sdft import parallel
 from sdft.config import OptimConfig
 from sdft.errors import SdftError
 from sdft.offload import HostLane, buckets, pieces
@@ -140,6 +141,9 @@ def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
 
 
 def clip(parameters: Iterable[nn.Parameter], config: OptimConfig) -> Tensor:
-    """Scales the gradients to norm `clip_norm` at most; returns the norm before, 0-dim on the device."""
+    """Scales the gradients to norm `clip_norm` at most; returns the norm before, 0-dim on the device.
+
+    Gradients that are DTensors count whole: the norm is that of all ranks' parts.
+    """
     bound = config.clip_norm or float("inf")
-    return nn.utils.clip_grad_norm_(list(parameters), bound, foreach=True)
+    return parallel.whole(nn.utils.clip_grad_norm_(list(parameters), bound, foreach=True))

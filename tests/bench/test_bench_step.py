@@ -84,9 +84,9 @@ def test_what_cannot_run_is_a_note(job: Job) -> None:
 
 
 def test_a_step_that_went_on_in_halves_is_not_reported_as_whole(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sdft.training import loop
+    from sdft.training import step
 
-    accumulate, calls = loop.accumulate_gradients, []
+    accumulate, calls = step.accumulate_gradients, []
 
     def short(*args: Any) -> Any:
         calls.append(1)
@@ -94,7 +94,7 @@ def test_a_step_that_went_on_in_halves_is_not_reported_as_whole(job: Job, monkey
             raise MemoryError
         return accumulate(*args)
 
-    monkeypatch.setattr(loop, "accumulate_gradients", short)
+    monkeypatch.setattr(step, "accumulate_gradients", short)
     assert trainers.run_one(job)["note"] == "not possible: out of memory"
 
 

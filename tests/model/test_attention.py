@@ -10,7 +10,8 @@ from sdft.model import attention
 from sdft.model.loading import backbone, enable_packing
 from sdft.rollout.sampling import Completion
 from sdft.score.batch import lay_out
-from sdft.training.loop import accumulate_gradients, train_step
+from sdft.training.gradients import accumulate_gradients
+from sdft.training.step import train_step
 
 CPU = torch.device("cpu")
 LENGTHS = (7, 1, 90, 12)  # 90 is over the tiny Gemma's window of 64

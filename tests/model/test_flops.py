@@ -12,7 +12,8 @@ from sdft.errors import SdftError
 from sdft.model import flops
 from sdft.model.loading import add_lora, backbone
 from sdft.model.shape import ModelShape, Work
-from sdft.training import loop
+from sdft.training import gradients
+from sdft.training.step import train_step
 
 
 def loaded(load_tiny: Any, kind: str) -> tuple[Any, ModelShape]:
@@ -118,9 +119,9 @@ def test_a_step_is_the_sum_of_its_parts(load_tiny: Any) -> None:
 def test_a_step_says_what_it_took(method: str, make_run: Any, tmp_path: Path, monkeypatch: Any) -> None:
     run = make_run(**{"loss.method": method})
     seen: list[Any] = []
-    own = loop.lay_out
-    monkeypatch.setattr(loop, "lay_out", lambda *a: seen.append(a) or own(*a))
-    line = loop.train_step(run, 0, tmp_path)
+    own = gradients.lay_out
+    monkeypatch.setattr(gradients, "lay_out", lambda *a: seen.append(a) or own(*a))
+    line = train_step(run, 0, tmp_path)
     sides = [(tuple(map(len, prompts)), tuple(map(len, answers))) for prompts, answers, *_ in seen]
     (prompts, answers), shown = sides[0], [p for p, _ in sides[1:]]
     work = Work(prompts, shown[0] if shown else (), answers)

@@ -13,6 +13,7 @@ import torch
 from sdft.cli import main
 from sdft.errors import SdftError
 from sdft.training import loop
+from sdft.training.finish import finish
 
 SETTINGS = {"model.quantize": "4bit", "lora.rank": 3, "teacher.kind": "base"}
 QUANTIZED: list[dict[str, Any]] = [
@@ -93,7 +94,7 @@ def test_the_frozen_weights_are_4_bits(bitsandbytes: Any, make_run: Any) -> None
 def test_stages_of_a_quantized_model(earlier: str, make_run: Any, nudge: Any, tmp_path: Path) -> None:
     first = make_run(**SETTINGS | {"train.output": str(tmp_path / "first")})
     nudge(first.model)
-    folder = loop.finish(first, tmp_path / "first")
+    folder = finish(first, tmp_path / "first")
     rank = 0 if earlier == "continue" else 2
     second = make_run(**SETTINGS | {"lora.earlier": earlier, "lora.rank": rank, "model.name": str(folder)})
     assert torch.equal(logits(second.model.lm), logits(first.model.lm))

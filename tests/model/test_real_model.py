@@ -44,7 +44,7 @@ def held_out_divergence(model: Any, config: Any, tokenizer: Any, stop_ids: tuple
     with torch.no_grad(), model.autocast():
         hidden = batch.select(model.hidden(batch.input_ids))
         weights = torch.full((len(batch.labels),), 1 / len(batch.labels))
-        loss, _ = divergence_loss(hidden, model.head(), teacher, head, batch.labels, weights, config.loss)
+        loss, _ = divergence_loss(hidden, model.head(), (teacher, head), batch.labels, weights, config.loss)
     return loss.item()
 
 

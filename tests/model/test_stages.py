@@ -15,6 +15,7 @@ from sdft.errors import SdftError
 from sdft.model import loading, lora
 from sdft.score.teacher import Teacher
 from sdft.training import loop
+from sdft.training.finish import finish
 
 IDS = torch.arange(3, 43).reshape(2, 20) * 5 % 256
 KINDS: dict[str, dict[str, Any]] = {
@@ -42,7 +43,7 @@ def stage(make_run: Callable[..., Any], nudge: Any, tmp_path: Path) -> Callable[
     def make(name: str, kind: str = "llama", seed: int = 0, **settings: Any) -> tuple[Any, Path]:
         run = make_run(kind, **{"train.output": str(tmp_path / name), "teacher.kind": "base"} | settings)
         nudge(run.model, seed)
-        return run, loop.finish(run, tmp_path / name)
+        return run, finish(run, tmp_path / name)
 
     return make
 
@@ -211,7 +212,7 @@ def test_the_merged_base_counts_where_disk_is_short(
     folder = stage("first", **{"lora.rank": 3})[1]
     settings = {"lora.rank": 2, "model.name": str(folder)}
     base = sum(p.numel() for p in make_run().model.lm.parameters()) * 4
-    monkeypatch.setattr(loop.shutil, "disk_usage", lambda path: type("Usage", (), {"free": base}))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": base}))
     make_run(**settings | {"lora.earlier": "stack"})
     with pytest.raises(SdftError, match="may be needed for checkpoints and model"):
         make_run(**settings | {"lora.earlier": "merge"})

@@ -87,7 +87,7 @@ def test_adapters_are_counted(lora: dict[str, Any]) -> None:
 @pytest.mark.parametrize("kind", ["ema", "base", "live"])
 def test_what_a_run_holds(make_run: Callable[..., Any], kind: str, rank: int, dtype: str) -> None:
     """Weights, teacher, gradients and moments, against the tensors of a real run after one step."""
-    from sdft.training.loop import train_step
+    from sdft.training.step import train_step
 
     settings = {"teacher.kind": kind, "lora.rank": rank, "model.weights_dtype": dtype}
     settings["model.compute_dtype"] = dtype

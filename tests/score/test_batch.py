@@ -9,7 +9,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdft.config import LossConfig
 from sdft.model.loading import enable_packing
 from sdft.score.batch import lay_out, micro_batches, sequence_weights
 
@@ -70,23 +69,29 @@ def test_packed_is_padded_without_the_padding(seed: int, count: int, mask: int) 
 lengths = st.lists(st.integers(0, 20), min_size=1, max_size=12)
 
 
-@given(lengths=lengths, mask=st.integers(0, 5))
-def test_token_weights_are_the_mean_over_all_tokens(lengths: list[int], mask: int) -> None:
-    counted = [max(0, n - mask) for n in lengths]
-    weights = sequence_weights(lengths, LossConfig(mask_first=mask, average="token"))
-    total = sum(counted)
-    assert weights == [1 / total if n else 0 for n in counted]
+@given(trained=lengths)
+def test_token_weights_are_the_mean_over_all_tokens(trained: list[int]) -> None:
+    total = sum(trained)
+    weights = sequence_weights(trained, total, sum(n > 0 for n in trained), "token")
+    assert weights == [1 / total if n else 0 for n in trained]
 
 
-@given(lengths=lengths, mask=st.integers(0, 5))
-def test_sequence_weights_are_a_mean_of_means(lengths: list[int], mask: int) -> None:
-    counted = [max(0, n - mask) for n in lengths]
-    weights = sequence_weights(lengths, LossConfig(mask_first=mask, average="sequence"))
-    shares = [w * n for w, n in zip(weights, counted, strict=True)]
-    live = sum(n > 0 for n in counted)
-    assert shares == pytest.approx([1 / live if n else 0 for n in counted])
+@given(trained=lengths)
+def test_sequence_weights_are_a_mean_of_means(trained: list[int]) -> None:
+    live = sum(n > 0 for n in trained)
+    weights = sequence_weights(trained, sum(trained), live, "sequence")
+    shares = [w * n for w, n in zip(weights, trained, strict=True)]
+    assert shares == pytest.approx([1 / live if n else 0 for n in trained])
     assert sum(shares) == pytest.approx(1 if live else 0)
-    assert all(w == 0 for w, n in zip(weights, counted, strict=True) if not n)
+    assert all(w == 0 for w, n in zip(weights, trained, strict=True) if not n)
+
+
+@given(trained=lengths, parts=st.integers(1, 4), average=st.sampled_from(["token", "sequence"]))
+def test_weights_of_parts_of_a_step_are_those_of_the_whole(trained: list[int], parts: int, average: Any) -> None:
+    total = sum(trained), sum(n > 0 for n in trained)
+    whole = sequence_weights(trained, *total, average)
+    for part in range(parts):
+        assert sequence_weights(trained[part::parts], *total, average) == whole[part::parts]
 
 
 @given(lengths=lengths, budget=st.integers(0, 60), packed=st.booleans())

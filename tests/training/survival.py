@@ -34,13 +34,15 @@ from typing import Any, NoReturn
 os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1"}
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # conftest.py
+
 import peft  # noqa: F401  # here, so that no attempt spends time on it
 import torch
 import transformers
-from conftest import byte_tokenizer, tiny_config  # the folder of a script is on its path
+from conftest import byte_tokenizer, tiny_config
 
 from sdft.config import Config, override
-from sdft.training import checkpoint, loop
+from sdft.training import checkpoint, guard, loop
 
 MODES: dict[str, dict[str, Any]] = {
     "full": {"teacher.kind": "ema", "teacher.ema_alpha": 0.1},
@@ -50,10 +52,10 @@ MODES: dict[str, dict[str, Any]] = {
 # Where a run can be killed, and what announces that it is there.
 PLACES = {
     "set-up": (loop, "set_up"),
-    "sampling": (loop, "answer_offline"),
+    "sampling": (loop, "sample_before_training"),
     "load": (loop, "resume"),
     "step": (loop, "train_step"),
-    "evaluation": (loop, "evaluate_now"),
+    "evaluation": (guard, "evaluate"),
     "save": (checkpoint, "save_checkpoint"),
     "removal": (checkpoint, "prune"),
     "finish": (loop, "finish"),

@@ -14,7 +14,7 @@ from sdft.errors import SdftError
 from sdft.evaluation import accuracy
 from sdft.evaluation.accuracy import Answer, EvalResult
 from sdft.rollout.sampling import generate
-from sdft.training import checkpoint, loop
+from sdft.training import checkpoint, guard, loop
 from sdft.training.checkpoint import checkpoints, latest
 from sdft.training.metrics import read_metrics
 
@@ -35,17 +35,17 @@ def scores(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """scores(guard=[...], new=[...]) are the right answers of 100 in the evaluations at steps 0, 1, 2, ..."""
 
     def give(**series: list[int]) -> None:
-        own, asked = loop.evaluate_now, []
+        own, asked = guard.evaluate, []
 
-        def evaluate_now(run: Any, step: int, *args: Any) -> None:
+        def evaluate(run: Any, step: int, output: Path) -> Any:
             asked[:] = [series[name][step] for name in run.evals]
-            own(run, step, *args)
+            return own(run, step, output)
 
         def scripted(*args: Any) -> EvalResult:
             right = asked.pop(0)
             return EvalResult(tuple(Answer("", (), "", i < right) for i in range(100)))
 
-        monkeypatch.setattr(loop, "evaluate_now", evaluate_now)
+        monkeypatch.setattr(guard, "evaluate", evaluate)
         monkeypatch.setattr(accuracy, "evaluate", scripted)
 
     return give
@@ -181,7 +181,8 @@ def test_a_kill_changes_nothing(
     scores(guard=[BASE, 50, 52, 49, 40, 50, 50])
     loop.train(make_config(**settings))
     split = settings | {"train.output": str(tmp_path / "split")}
-    own, calls = getattr(loop, place), [0]
+    module = guard if place == "back_to_best" else loop
+    own, calls = getattr(module, place), [0]
 
     def killed(*args: Any) -> Any:
         calls[0] += 1
@@ -190,7 +191,7 @@ def test_a_kill_changes_nothing(
         return own(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, place, killed)
+        patch.setattr(module, place, killed)
         with pytest.raises(RuntimeError, match="power cut"):
             loop.train(make_config(**split))
     loop.train(make_config(**split | {"train.resume": True}))
@@ -210,7 +211,7 @@ def test_another_keep_best_on_resume_forgets_no_way_back(
     settings |= {"eval.sets": {"new": str(tmp_path / "new.jsonl")}}
     with monkeypatch.context() as patch:
         patch.setattr(loop, "finish", lambda *a: pytest.fail("not yet"))
-        patch.setattr(loop, "back_to_best", lambda *a: pytest.fail("not yet"))
+        patch.setattr(guard, "back_to_best", lambda *a: pytest.fail("not yet"))
         with pytest.raises(pytest.fail.Exception):
             loop.train(make_config(**settings))
     loop.train(make_config(**settings | {"train.resume": True, "train.keep_best": "new"}))

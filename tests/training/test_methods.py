@@ -11,14 +11,17 @@ import torch
 
 from sdft import config
 from sdft.errors import SdftError
-from sdft.model import flops
+from sdft.model import flops, loading
 from sdft.model.shape import ModelShape
 from sdft.planning import plan
 from sdft.rollout.sampling import generate
 from sdft.score.batch import lay_out
-from sdft.training import loop
+from sdft.training import completions, loop
 from sdft.training.checkpoint import latest
+from sdft.training.completions import complete, sample_before_training
+from sdft.training.gradients import accumulate_gradients
 from sdft.training.metrics import read_metrics
+from sdft.training.step import train_step
 
 TIMES = ("seconds", "tokens_per_second", "peak_memory")
 OFFLINE = {"rollout.source": "offline", "rollout.per_prompt": 2, "rollout.batch_size": 7}
@@ -105,22 +108,22 @@ def sampled(output: Path) -> list[Any]:
 )
 def test_steps_train_on_what_was_sampled_before_them(settings: dict[str, Any], make_run: Any, tmp_path: Path) -> None:
     run = make_run(**OFFLINE | settings)
-    line = loop.answer_offline(run, tmp_path / "run")
+    line = sample_before_training(run, tmp_path / "run")
     rows = sampled(tmp_path / "run")[1:]
     assert line["offline_answers"] == 24 == sum(len(row["ids"]) for row in rows)
     shape = ModelShape.from_config(run.model.inner.config)
     asked = [len(e.teacher_prompt) for e in run.data.examples for _ in e.samples]
     assert line["flops"] == flops.answer_flops(shape, asked, [len(ids) for e in run.data.examples for ids in e.samples])
     assert [e.samples for e in run.data.examples] == [tuple(row["ids"]) for row in rows]
-    examples, completions = loop.answers(run, list(run.data.examples[:3]), 0)
-    assert [c.ids for c in completions] == [ids for row in rows[:3] for ids in row["ids"]]
+    examples, completed = complete(run, list(run.data.examples[:3]), 0)
+    assert [c.ids for c in completed] == [ids for row in rows[:3] for ids in row["ids"]]
     assert [e.prompt for e in examples] == [e.prompt for e in run.data.examples[:3] for _ in range(2)]
-    assert [c.truncated for c in completions] == [c.ids[-1] != 257 for c in completions]
+    assert [c.truncated for c in completed] == [c.ids[-1] != 257 for c in completed]
     assert rows[0]["answers"][0] == run.tokenizer.decode(rows[0]["ids"][0], skip_special_tokens=True)
-    step = loop.train_step(run, 0, tmp_path)
+    step = train_step(run, 0, tmp_path)
     masked = run.config.loss.mask_first
-    scored = loop.accumulate_gradients(run, examples, completions)
-    assert sum(map(len, scored.positions)) == sum(len(c.ids) - masked for c in completions)
+    scored = accumulate_gradients(run, examples, completed)
+    assert sum(map(len, scored.positions)) == sum(len(c.ids) - masked for c in completed)
     assert step["tokens"] > 0
     assert ("teacher_logprob" in step) == (run.teacher is not None)
 
@@ -129,7 +132,7 @@ def test_the_start_answers_with_the_demonstration_in_context(make_run: Any, tmp_
     run = make_run(**OFFLINE | {"rollout.temperature": 0.0})
     want = generate(run.model, [e.teacher_prompt for e in run.data.examples], run.config.rollout)
     without = generate(run.model, [e.prompt for e in run.data.examples], run.config.rollout)
-    loop.answer_offline(run, tmp_path / "run")
+    sample_before_training(run, tmp_path / "run")
     assert [e.samples for e in run.data.examples] == [(c.ids, c.ids) for c in want]
     assert [c.ids for c in want] != [c.ids for c in without]
 
@@ -138,7 +141,7 @@ def test_samples_differ_within_a_record_and_by_seed(make_run: Any, tmp_path: Pat
     found = []
     for seed in (0, 1):
         run = make_run(**OFFLINE | {"train.seed": seed, "train.output": str(tmp_path / f"{seed}")})
-        loop.answer_offline(run, tmp_path / f"{seed}")
+        sample_before_training(run, tmp_path / f"{seed}")
         found.append([e.samples for e in run.data.examples])
     assert found[0] != found[1]
     assert any(a != b for a, b in found[0])
@@ -154,7 +157,7 @@ def test_an_offline_run_resumes_bit_for_bit(
     assert "answers 24/24" in capsys.readouterr().out
     run, split = tmp_path / "run", tmp_path / "split"
     again = settings | {"train.output": str(split)}
-    for module, name, call in ((loop, "generate", 3), (loop, "train_step", 3)):
+    for module, name, call in ((completions, "generate", 3), (loop, "train_step", 3)):
         with monkeypatch.context() as patch:
             fails_at(patch, module, name, call)
             with pytest.raises(RuntimeError, match="power cut"):
@@ -166,7 +169,7 @@ def test_an_offline_run_resumes_bit_for_bit(
     out = capsys.readouterr().out
     assert "14 of them are there.\nanswers 21/24" in out
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "generate", lambda *a: pytest.fail("sampled again"))
+        patch.setattr(completions, "generate", lambda *a: pytest.fail("sampled again"))
         loop.train(make_config(**again | {"train.resume": True}))
     assert not (split / "offline-unfinished.jsonl").exists()
     assert sampled(split)[1:] == sampled(run)[1:]
@@ -194,7 +197,7 @@ def test_an_offline_file_of_another_run_is_refused(make_config: Any, tmp_path: P
         refused(
             json.dumps(other) + "\n" + "".join(rows), f"answers of another run: its {name} is '?{value}'?, and here"
         )
-    refused(head + "".join(rows[:-1]), "not the 12 lines that were written; delete it to sample anew")
+    refused(head + "".join(rows[:-1]), "not the 12 lines that were written; delete it to sample again")
     first = json.loads(rows[0])
     first["ids"][0] = [5, 6, 257]
     refused(head + json.dumps(first) + "\n" + "".join(rows[1:]), "are not those that .* was trained on; put them back")
@@ -212,10 +215,10 @@ def test_memory_that_runs_out_while_sampling(make_run: Any, tmp_path: Path, monk
             raise MemoryError
         return generate(model, prompts, rollout, weights)
 
-    monkeypatch.setattr(loop, "generate", short)
-    loop.answer_offline(run, tmp_path / "run")
+    monkeypatch.setattr(completions, "generate", short)
+    sample_before_training(run, tmp_path / "run")
     assert sizes == [7, 3, 3, 3, 3]
-    assert "answers before the first step: out of memory" in capsys.readouterr().out
+    assert "completions before the first step: out of memory" in capsys.readouterr().out
 
 
 def test_the_plan_of_an_offline_run(make_config: Any) -> None:
@@ -274,7 +277,7 @@ def test_the_teacher_is_the_base_and_not_the_sft_model(stages: dict[str, Any], m
     torch.testing.assert_close(head.logits(hidden), want, rtol=1e-4, atol=1e-4)
     assert (own - want).abs().max() > 0.1
     before = head.logits(hidden)
-    loop.train_step(run, 0, Path(run.config.train.output))
+    train_step(run, 0, Path(run.config.train.output))
     torch.testing.assert_close(head.logits(run.teacher.hidden(batch)[0]), before, rtol=0, atol=0)
 
 
@@ -296,7 +299,7 @@ def test_reinvocation_brings_the_student_back(
 
 def test_offline_answers_of_another_model(stages: dict[str, Any], make_run: Any, load_tiny: Any) -> None:
     run = make_run(**stages | {"rollout.source": "offline", "rollout.temperature": 0.0})
-    loop.answer_offline(run, Path(run.config.train.output))
+    sample_before_training(run, Path(run.config.train.output))
     want = generate(load_tiny()[1], [e.prompt for e in run.data.examples], run.config.rollout)
     assert [e.samples for e in run.data.examples] == [(c.ids,) for c in want]
 
@@ -348,7 +351,7 @@ def test_another_tokenizer_or_none(make_run: Any, tmp_path: Path, model_folder: 
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.add_tokens(["<more>"])
     tokenizer.save_pretrained(name)
-    monkeypatch.setattr(loop.models, "load", lambda *a: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(loading, "load", lambda *a: pytest.fail("weights were loaded"))
     for given, words in (
         (name, "has another tokenizer than model.name"),
         ("./none", "teacher.model = './none': no such"),

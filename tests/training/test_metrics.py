@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from sdft.devices import peak_memory
 from sdft.errors import SdftError
 from sdft.loss import TokenLoss
 from sdft.training import metrics
@@ -17,7 +18,6 @@ from sdft.training.metrics import (
     Phases,
     ProgressBar,
     check_trackers,
-    peak_memory,
     read_metrics,
     token_metrics,
 )

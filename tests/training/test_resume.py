@@ -19,10 +19,13 @@ import torch
 from sdft import files
 from sdft.config import to_toml
 from sdft.errors import SdftError
+from sdft.loss import LOSSES
 from sdft.model import loading
-from sdft.training import checkpoint, loop
+from sdft.training import checkpoint, guard, loop
+from sdft.training import step as step_module
 from sdft.training.checkpoint import checkpoints, latest
 from sdft.training.metrics import MetricsLog, read_metrics
+from sdft.training.step import NonFiniteError
 
 TIMES = ("seconds", "tokens_per_second", "peak_memory")
 RUNS = {
@@ -106,7 +109,7 @@ def test_ctrl_c_and_resume(
             with pytest.raises(KeyboardInterrupt):
                 loop.train(make_config(**settings | split | {"train.resume": step > 0}))
         assert latest(tmp_path / "split").name == f"step-{step + 1:06d}"
-        assert f"Stopped after step {step + 1}; saved. Go on with --resume." in capsys.readouterr().out
+        assert f"Stopped after step {step + 1}; saved. Continue with --resume." in capsys.readouterr().out
         assert signal.getsignal(signal.SIGINT) is handler
     loop.train(make_config(**settings | split | {"train.resume": True}))
     assert f"Resumed after step {step + 1} from" in capsys.readouterr().out
@@ -174,7 +177,7 @@ def stopped(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
 
 def test_another_run_in_the_folder(stopped: Any, tmp_path: Path) -> None:
     before = (tmp_path / "run" / "config.toml").read_text()
-    with pytest.raises(SdftError, match="holds another run; give another folder, or --resume to go on with it"):
+    with pytest.raises(SdftError, match="holds another run; give another folder, or --resume to continue it"):
         loop.train(stopped(**{"train.resume": False}))
     assert (tmp_path / "run" / "config.toml").read_text() == before
 
@@ -204,7 +207,7 @@ def test_a_run_goes_on_with_the_batches_that_fitted(
     """Memory runs out once, in the second step, for the gradients and for the rollout."""
 
     def short_of_memory(patch: pytest.MonkeyPatch, name: str) -> None:
-        own, calls = getattr(loop, name), [0]
+        own, calls = getattr(step_module, name), [0]
 
         def fails_once(*args: Any) -> Any:
             calls[0] += 1
@@ -212,12 +215,12 @@ def test_a_run_goes_on_with_the_batches_that_fitted(
                 raise MemoryError
             return own(*args)
 
-        patch.setattr(loop, name, fails_once)
+        patch.setattr(step_module, name, fails_once)
 
     settings |= {"train.save_every": 1}
     for output, stops in (("run", False), ("split", True)):
         with monkeypatch.context() as patch:
-            short_of_memory(patch, "answers")
+            short_of_memory(patch, "complete")
             short_of_memory(patch, "accumulate_gradients")
             if stops:
                 at_step(patch, 4, crash)
@@ -352,11 +355,11 @@ def scores(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """scores(new=[...], old=[...]) are the accuracies of the evaluations at steps 0, 1, 2, ..."""
 
     def give(**series: list[float]) -> None:
-        def evaluate_now(run: Any, step: int, log: Any, bar: Any) -> None:
+        def evaluate(run: Any, step: int, output: Path) -> dict[str, Any]:
             run.result = {name: values[step] for name, values in series.items()}
-            log.write({"step": step, "eval": run.result})
+            return {"step": step, "eval": run.result}
 
-        monkeypatch.setattr(loop, "evaluate_now", evaluate_now)
+        monkeypatch.setattr(guard, "evaluate", evaluate)
 
     return give
 
@@ -425,7 +428,7 @@ def test_a_best_that_has_gone_is_sought_anew(
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-000002")
     loop.train(make_config(**settings | {"train.resume": True, "train.resume_step": 3}))
     out = capsys.readouterr().out
-    assert "The checkpoint that was best on new: 50.0% after step 2 is not there any more" in out
+    assert "The best checkpoint (on new: 50.0% after step 2) is gone" in out
     assert "Best on new: 50.0% after step 5" in out
     shutil.rmtree(tmp_path / "run" / "set-aside-after-step-000003")
     back = {"train.resume": True, "train.resume_step": 4, "train.keep_best": ""}
@@ -508,7 +511,7 @@ def test_a_disk_full_within_a_run(
 def test_a_run_stopped_by_nan_goes_on_and_skips(
     make_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own = loop.divergence_loss
+    own = LOSSES["divergence"]
     bad = {"calls": 0}
 
     def nan_at_third(*args: Any) -> Any:
@@ -516,8 +519,8 @@ def test_a_run_stopped_by_nan_goes_on_and_skips(
         loss, part = own(*args)
         return (loss * float("nan") if bad["calls"] == 3 else loss), part
 
-    monkeypatch.setattr(loop, "divergence_loss", nan_at_third)
-    with pytest.raises(loop.NonFiniteError, match=r"step 3: .*--resume --train\.on-nonfinite skip"):
+    monkeypatch.setitem(LOSSES, "divergence", nan_at_third)
+    with pytest.raises(NonFiniteError, match=r"step 3: .*--resume --train\.on-nonfinite skip"):
         loop.train(make_config())
     assert latest(tmp_path / "run").name == "step-000002"
     bad["calls"] = 2

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from sdft.errors import SdftError
+from sdft.planning import plan
 from sdft.training import loop
 from sdft.training.metrics import read_metrics
 from sdft.training.retry import ran_out_of_memory, retry_with_less
@@ -98,7 +99,7 @@ def test_twice_out_of_memory_is_a_clear_error(
 ) -> None:
     tried = out_of_memory_over(monkeypatch, 0)
     with pytest.raises(SdftError) as error:
-        loop.train(make_config())
+        loop.train(make_config(), plan.advice_after_running_out)
     assert len(tried) == 2
     for words in (
         "step 1, gradients: out of memory also in halves",
@@ -108,6 +109,12 @@ def test_twice_out_of_memory_is_a_clear_error(
         "--resume",
     ):
         assert words in str(error.value)
+
+
+def test_without_a_prediction_the_advice_is_general(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    out_of_memory_over(monkeypatch, 0)
+    with pytest.raises(SdftError, match=r"also in halves .*Lower train.micro_batch_tokens and rollout.batch_size; "):
+        loop.train(make_config())
 
 
 def test_rollouts_too(make_config: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:

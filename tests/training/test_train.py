@@ -14,12 +14,15 @@ import torch
 
 from sdft.config import RolloutConfig, load_config
 from sdft.errors import SdftError
+from sdft.loss import LOSSES
 from sdft.model import loading
 from sdft.rollout.sampling import generate
 from sdft.training import loop
 from sdft.training.checkpoint import latest
-from sdft.training.loop import NonFiniteError, accumulate_gradients, answers, train_step
+from sdft.training.completions import complete
+from sdft.training.gradients import accumulate_gradients
 from sdft.training.metrics import read_metrics
+from sdft.training.step import NonFiniteError, train_step
 
 FIELDS = {
     "step", "loss", "grad_norm", "lr", "teacher_tracked", "token_loss", "student_entropy", "teacher_entropy",
@@ -146,7 +149,7 @@ def test_who_answers(make_run: Any, nudge: Any) -> None:
 
     def who(source: str, step: int = 0) -> list[str]:
         run.config = replace(run.config, rollout=replace(config, source=source))
-        got_examples, got = answers(run, examples, step)
+        got_examples, got = complete(run, examples, step)
         assert got_examples == examples
         kinds = ["student" if c == s else "teacher" for c, s in zip(got, by_student, strict=True)]
         assert all(c == (s if k == "student" else t)
@@ -161,7 +164,7 @@ def test_who_answers(make_run: Any, nudge: Any) -> None:
 
 def test_several_answers_to_a_prompt(make_run: Any, tmp_path: Path) -> None:
     run = make_run(**{"rollout.per_prompt": 3})
-    examples, got = answers(run, list(run.data.examples[:2]), 0)
+    examples, got = complete(run, list(run.data.examples[:2]), 0)
     assert examples == [run.data.examples[0]] * 3 + [run.data.examples[1]] * 3
     assert len({tuple(c.ids) for c in got}) == 6
     line = train_step(run, 0, tmp_path)
@@ -226,7 +229,7 @@ def test_sft_learns_the_skill(make_run: Any, tmp_path: Path) -> None:
 
 def poison(monkeypatch: pytest.MonkeyPatch, how: str, call: int) -> None:
     """The `call`-th loss (from 1) is NaN or inf, or finite with a gradient that is not."""
-    calls, own = [0], loop.divergence_loss
+    calls, own = [0], LOSSES["divergence"]
 
     def bad(hidden: torch.Tensor, *args: Any) -> Any:
         calls[0] += 1
@@ -238,7 +241,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, how: str, call: int) -> None:
         loss, part = own(hidden, *args)
         return loss * float(how), part
 
-    monkeypatch.setattr(loop, "divergence_loss", bad)
+    monkeypatch.setitem(LOSSES, "divergence", bad)
 
 
 def tensors(run: Any) -> list[torch.Tensor]:

@@ -11,9 +11,10 @@ from torch import nn
 
 from sdft import offload
 from sdft.errors import SdftError
+from sdft.model import loading
 from sdft.model.loading import saved_activations
 from sdft.offload import HostLane, buckets, pieces
-from sdft.training import loop
+from sdft.training import loop, setup
 from sdft.training.checkpoint import latest
 
 CPU = torch.device("cpu")
@@ -79,7 +80,7 @@ def test_an_offloaded_run_is_the_same_run(
     tmp_path: Path,
 ) -> None:
     """Bit for bit, interrupted and resumed, also where only one of the two parts is offloaded."""
-    monkeypatch.setattr(loop, "check_offload", lambda *a: None)
+    monkeypatch.setattr(setup, "check_offload", lambda *a: None)
     monkeypatch.setattr(offload, "BUCKET", 1024)  # many buckets, which cut across the parameters
     loop.train(make_config(**SETTINGS[kind]))
     settings = SETTINGS[kind] | {"train.output": str(tmp_path / "off")}
@@ -102,7 +103,7 @@ def test_an_offloaded_run_is_the_same_run(
 
 @pytest.mark.parametrize("key", EVERYTHING)
 def test_offloading_needs_a_gpu(key: str, make_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop.models, "load", lambda *a: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(loading, "load", lambda *a: pytest.fail("weights were loaded"))
     with pytest.raises(SdftError, match=f"{key} = true moves memory from a CUDA device .* the model runs on cpu"):
         loop.train(make_config(**{key: True, "model.device": "cpu"}))
 

@@ -1,0 +1,42 @@
+"""The state of a training run: what a step reads and changes. Nothing outside sdft.training uses it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from sdft.config import Config
+from sdft.data.dataset import Dataset
+from sdft.data.records import Example
+from sdft.methods import Method
+from sdft.model.loading import LanguageModel
+from sdft.score.teacher import Teacher
+from sdft.training.metrics import Phases
+
+
+def general_advice(config: Config) -> str:
+    """What to change in a config that ran out of memory, if nothing has predicted its memory."""
+    return "Lower train.micro_batch_tokens and rollout.batch_size; `sdft plan` finds what fits."
+
+
+@dataclass
+class Run:
+    config: Config
+    method: Method
+    model: LanguageModel
+    tokenizer: Any
+    data: Dataset
+    evals: dict[str, tuple[list[Example], list[list[int]]]]  # by set: examples and the token ids of their prompts
+    teacher: Teacher | None  # None if the method needs none
+    optimizer: torch.optim.Optimizer
+    steps: int
+    phases: Phases
+    micro_batch_tokens: int  # the config's, halved if memory ran out
+    rollout_batch: int  # the config's, halved if memory ran out
+    frozen: str  # digest of the weights that no checkpoint holds
+    result: dict[str, Any] = field(default_factory=dict)  # the newest evaluation: accuracy by set
+    best: dict[str, Any] = field(default_factory=dict)  # the best evaluation so far: on, step, accuracy
+    guard: dict[str, Any] = field(default_factory=dict)  # of eval.guard: baseline; stopped, once it has stopped the run
+    offline: str = ""  # digest of the completions sampled before the first step
+    advise: Callable[[Config], str] = general_advice
