@@ -93,7 +93,7 @@ def test_resume(in_file: bool, config_file: Any, tmp_path: Path, capsys: Any, re
 def test_ctrl_c_exits_with_130(config_file: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from sdft.training import loop
 
-    def stop(config: Any) -> None:
+    def stop(config: Any, advise: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(loop, "train", stop)

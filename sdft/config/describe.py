@@ -6,11 +6,11 @@ from sdft.config.sections import Config
 def describe(config: Config) -> str:
     """What is trained, in words: the first lines a run prints."""
     shown = "" if config.teacher.context == "none" else f", shown the demonstration ({config.teacher.context})"
-    if not config.loss.has_teacher:
+    if not config.method.needs_teacher:
         on = {
             "demonstrations": "the demonstrations",
             "offline": f"answers that the model at its start{shown}, gives before the first step",
-        }[config.answers]
+        }[config.method.completions]
         how = {"sft": "", "dft": ", each token weighted by the probability that the student gives it"}
         return f"{config.loss.method.upper()}: cross-entropy of the student on {on}{how[config.loss.method]}."
     direction = {

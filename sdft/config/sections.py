@@ -12,6 +12,7 @@ from pydantic.dataclasses import dataclass
 
 from sdft.config.settings import FREE_ON_RESUME, LIST, STRICT, Settings
 from sdft.errors import SdftError
+from sdft.methods import Method, choose_method
 
 Count = Annotated[int, Field(ge=0, le=10**9)]
 Positive = Annotated[int, Field(ge=1, le=10**9)]
@@ -216,7 +217,10 @@ def other_teacher_rules(c: "Config") -> None:
     if not other:
         return
     require(
-        c.loss.has_teacher, c, "teacher.model", f"has no effect with loss.method = {method!r}; set loss.method = 'sdft'"
+        c.method.needs_teacher,
+        c,
+        "teacher.model",
+        f"has no effect with loss.method = {method!r}; set loss.method = 'sdft'",
     )
     require(
         c.teacher.kind == "base",
@@ -258,7 +262,7 @@ class RolloutConfig(Settings, section="rollout"):
 def rollout_rules(c: "Config") -> None:
     """Raises SdftError if the source of the completions does not fit the method."""
     require(
-        c.loss.has_teacher or c.rollout.source in ("student", "offline"),
+        c.method.needs_teacher or c.rollout.source in ("student", "offline"),
         c,
         "rollout.source",
         f"has no effect with loss.method = {c.loss.method!r}, which trains on the demonstrations; leave it out, or set "
@@ -286,11 +290,6 @@ class LossConfig(Settings, section="loss"):
     """Work space of the fused loss in bytes; 0 takes the default of the fused loss."""
     impl: Literal["auto", "torch", "triton"] = "auto"
     """Implementation of the fused loss; auto chooses by device."""
-
-    @property
-    def has_teacher(self) -> bool:
-        """Whether the loss compares with a teacher; a cross-entropy (sft, dft) does not."""
-        return self.method == "sdft"
 
 
 @rule
@@ -454,11 +453,9 @@ class Config(Settings, section=""):
     train: TrainConfig = field(default_factory=TrainConfig)
 
     @property
-    def answers(self) -> Literal["demonstrations", "sampled", "offline"]:
-        """What the steps train on: demonstrations, samples drawn in each step, or samples drawn before the first."""
-        if self.rollout.source == "offline":
-            return "offline"
-        return "sampled" if self.loss.has_teacher else "demonstrations"
+    def method(self) -> Method:
+        """How the run trains, by loss.method and rollout.source."""
+        return choose_method(self.loss.method, self.rollout.source)
 
 
 def validate(config: Config) -> None:

@@ -113,13 +113,13 @@ class Work:
     @classmethod
     def uniform(cls, config: Config, prompt: int, teacher_prompt: int, completion: int) -> "Work":
         """A step whose sequences all have the same lengths."""
-        repeats = 1 if config.answers == "demonstrations" else config.rollout.per_prompt
+        repeats = 1 if config.method.completions == "demonstrations" else config.rollout.per_prompt
         count = config.train.batch_size * repeats
         return cls(
             (prompt,) * count,
-            (teacher_prompt,) * count if config.loss.has_teacher else (),
+            (teacher_prompt,) * count if config.method.needs_teacher else (),
             (completion,) * count,
-            (teacher_prompt,) * config.rollout.batch_size if config.answers == "offline" else (),
+            (teacher_prompt,) * config.rollout.batch_size if config.method.completions == "offline" else (),
         )
 
     @property

@@ -114,7 +114,7 @@ class Costs:
     def teacher(self) -> int:
         """EMA masters, or the copy of the start; a `base` teacher beside an adapter is the adapter switched off."""
         kind = self.config.teacher.kind
-        if not self.config.loss.has_teacher or kind == "live" or (kind == "base" and self.rank):
+        if not self.config.method.needs_teacher or kind == "live" or (kind == "base" and self.rank):
             return 0
         if kind == "base" or self.config.teacher.offload:
             return self.item * self.trained
@@ -263,7 +263,7 @@ class Costs:
     def loss(self, rows: int) -> int:
         """Work space of the fused loss, or of the cross-entropy, at N rows."""
         s, config = self.shape, self.config
-        if not config.loss.has_teacher:
+        if not config.method.needs_teacher:
             rows = min(rows, CE_ROWS)  # logits in the compute dtype and in fp32, log-probabilities, two gradients
             return rows * s.vocab * (2 * self.c + 3 * FP32) + self.head_trains * self.autocast * s.head * self.c
         if self.machine.kind == "cuda" and config.loss.impl != "torch":

@@ -217,7 +217,7 @@ def _applies(changes: dict[str, Any], config: Config, machine: Machine) -> bool:
     if "lora.rank" in changes and config.teacher.model:  # whose weights need full fine-tuning
         return False
     if "teacher.offload" in changes:
-        averaged = config.teacher.kind == "ema" and config.loss.has_teacher
+        averaged = config.teacher.kind == "ema" and config.method.needs_teacher
         return averaged and not config.lora.rank and config.model.weights_dtype == "bfloat16"
     if "optim.offload" in changes:
         return config.optim.name == "adamw"
@@ -387,7 +387,7 @@ def works_of(config: Config, examples: Sequence[TokenizedExample]) -> Iterator[W
     """Every step of the run (the first MOST_STEPS), as `work_of`; examples: its `tokenized` data."""
     from sdft.data.dataset import batch_indices
 
-    demonstrated = config.answers == "demonstrations"
+    demonstrated = config.method.completions == "demonstrations"
     repeats = 1 if demonstrated else config.rollout.per_prompt
     every = tuple(len(e.teacher_prompt) for e in examples for _ in range(repeats))
     for step in range(min(steps_of(config, len(examples)), MOST_STEPS)):
@@ -395,9 +395,9 @@ def works_of(config: Config, examples: Sequence[TokenizedExample]) -> Iterator[W
         chosen = [e for e in chosen for _ in range(repeats)]
         yield Work(
             tuple(len(e.prompt) for e in chosen),
-            tuple(len(e.teacher_prompt) for e in chosen) if config.loss.has_teacher else (),
+            tuple(len(e.teacher_prompt) for e in chosen) if config.method.needs_teacher else (),
             tuple(len(e.target) if demonstrated else config.rollout.max_new_tokens for e in chosen),
-            every if config.answers == "offline" else (),
+            every if config.method.completions == "offline" else (),
         )
 
 

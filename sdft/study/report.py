@@ -446,7 +446,7 @@ def _training(f: Found) -> Iterator[Block]:
     for number, column in enumerate(columns):
         for name, row in f.best.items():
             cells = [cell for cell, _ in row.cells if cell.seed in row.complete]
-            distils = [c.loss.has_teacher for c in study.stage_configs(s, cells[0], number, s.config.model.name)]
+            distils = [c.method.needs_teacher for c in study.stage_configs(s, cells[0], number, s.config.model.name)]
             runs = [_metrics(s, cell, number) for cell in cells]  # seed, phase, line
             if True in distils:
                 last = len(distils) - 1 - distils[::-1].index(True)

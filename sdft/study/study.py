@@ -663,7 +663,7 @@ def plan_study(study: Study, machine: Any, prompt: int = 0, shown: int = 0, reco
         alike = json.dumps([asdict(override(config, SAME | {"train.epochs": 1.0, "train.steps": 0})), heaviest.sizes])
         peaks[alike] = peaks.get(alike) or plan.peak(shape, config, heaviest, machine)
         total = sum(flops.step_flops(shape, config, work).total for work in works) * steps // len(works)
-        if config.answers == "offline":
+        if config.method.completions == "offline":
             total += flops.answer_flops(shape, asked, [answer] * len(asked))
         planned.append(Planned(name, counts[key], steps, peaks[alike], total))
     return planned

@@ -20,9 +20,9 @@ from sdft.training.run import Run
 
 def complete(run: Run, batch: Sequence[TokenizedExample], step: int) -> tuple[list[TokenizedExample], list[Completion]]:
     """The completions of a step, and for each its example: an example is repeated if it has several completions."""
-    if run.method.completions == "demonstrations":
+    if run.config.method.completions == "demonstrations":
         return list(batch), [Completion(e.target, truncated=False) for e in batch]
-    if run.method.completions == "offline":
+    if run.config.method.completions == "offline":
         pairs = [(e, Completion(ids, ids[-1] not in run.model.stop_ids)) for e in batch for ids in e.samples]
         return [example for example, _ in pairs], [completion for _, completion in pairs]
     rollout = run.config.rollout

@@ -37,8 +37,8 @@ def sequence_sizes(run: Run, examples: Sequence[TokenizedExample], completions: 
 def accumulate_gradients(run: Run, examples: Sequence[TokenizedExample], completions: Sequence[Completion]) -> Scored:
     """Scores and backpropagates this rank's share of a step; gradients add up in the parameters."""
     config, model, device = run.config, run.model, run.model.device
-    masked = run.method.masked_tokens(config.loss.mask_first)
-    token_losses = LOSSES[run.method.loss]
+    masked = run.config.method.masked_tokens(config.loss.mask_first)
+    token_losses = LOSSES[run.config.method.loss]
     trained = [max(0, len(c.ids) - masked) for c in completions]
     # Over all micro-batches and ranks, before any backward.
     tokens, sequences = parallel.sum_counts([sum(trained), sum(n > 0 for n in trained)], device)

@@ -41,7 +41,7 @@ def train_in(output: Path, config: Config, advise: Callable[[Config], str] = gen
     run = set_up(config, output, advise)
     if start_from is None:
         files.write_text(output / "config.toml", to_toml(config))  # only now: a config refused above is not a run
-    sampled = sample_before_training(run, output) if run.method.completions == "offline" else {}
+    sampled = sample_before_training(run, output) if run.config.method.completions == "offline" else {}
     step = 0
     if start_from is not None:
         step = resume(run, *start_from)

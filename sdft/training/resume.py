@@ -9,32 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from sdft import files, parallel
-from sdft.config import Config
+from sdft.config import Config, free_on_resume
 from sdft.errors import SdftError
 from sdft.training import checkpoint
 from sdft.training.metrics import MetricsLog, read_metrics
 from sdft.training.run import Run
-
-# Settings that may differ between a run and its resumption: they change nothing that was computed. The last ones do
-# change how what follows is rounded or drawn, yet a run that memory has stopped must be able to resume with less.
-FREE_ON_RESUME = (
-    "train.resume",
-    "train.resume_step",
-    "train.trackers",
-    "train.save_every",
-    "train.keep_checkpoints",
-    "train.keep_best",
-    "train.on_nonfinite",
-    "train.output",
-    "train.micro_batch_tokens",
-    "rollout.batch_size",
-    "teacher.offload",
-    "optim.offload",
-    "eval.batch_size",
-    "loss.chunk_bytes",
-    "model.gradient_checkpointing",
-    "model.activation_offload",
-)
 
 
 def starting_point(config: Config, output: Path) -> tuple[Path, dict[str, Any]] | None:
@@ -66,10 +45,10 @@ def check_same_run(before: dict[str, Any], config: Config, source: Path) -> None
 
     before: the settings in the file or folder `source`, by dotted name.
     """
-    default, now = dotted(asdict(Config())), dotted(asdict(config))
+    free, default, now = free_on_resume(), dotted(asdict(Config())), dotted(asdict(config))
     for key in now:
         was = before.get(key, default.get(key))  # a setting that an earlier version did not have
-        if key not in FREE_ON_RESUME and json.dumps(was) != json.dumps(now[key]):  # a tuple is a list in a file
+        if key not in free and json.dumps(was) != json.dumps(now[key]):  # a tuple is a list in a file
             raise SdftError(
                 f"--resume: {key} was {was!r} in {source} and is now {now[key]!r}; put it back, or start another run"
             )
@@ -101,7 +80,7 @@ def facts(run: Run) -> dict[str, Any]:
     return {
         "data": run.data.digest,
         "frozen": run.frozen,
-        "config": {k: v for k, v in dotted(asdict(run.config)).items() if k not in FREE_ON_RESUME},
+        "config": {k: v for k, v in dotted(asdict(run.config)).items() if k not in free_on_resume()},
         "result": run.result,
         "best": run.best,
         "guard": run.guard,

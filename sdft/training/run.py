@@ -9,7 +9,6 @@ import torch
 from sdft.config import Config
 from sdft.data.dataset import Dataset
 from sdft.data.records import Example
-from sdft.methods import Method
 from sdft.model.loading import LanguageModel
 from sdft.score.teacher import Teacher
 from sdft.training.metrics import Phases
@@ -23,7 +22,6 @@ def general_advice(config: Config) -> str:
 @dataclass
 class Run:
     config: Config
-    method: Method
     model: LanguageModel
     tokenizer: Any
     data: Dataset

@@ -17,7 +17,7 @@ from sdft.data.records import Example
 from sdft.errors import SdftError
 from sdft.evaluation import accuracy
 from sdft.loss import check_impl
-from sdft.methods import Method, choose_method
+from sdft.methods import Method
 from sdft.model import lean, loading
 from sdft.model.loading import LanguageModel
 from sdft.score.teacher import Teacher, check_other, other_weights
@@ -54,7 +54,7 @@ def set_up(config: Config, output: Path, advise: Callable[[Config], str] = gener
 
     advise: what to change in a config that ran out of memory. Raises SdftError for anything that does not fit.
     """
-    method = choose_method(config.loss.method, config.rollout.source)
+    method = config.method
     device = check_before_loading(config, method)
     records = load_records(config.data.train, config.data.split)
     eval_records = {name: load_records(path) for name, path in config.eval.all_sets.items()}
@@ -81,7 +81,6 @@ def set_up(config: Config, output: Path, advise: Callable[[Config], str] = gener
     check_space(config, method, model, output)
     return Run(
         config=config,
-        method=method,
         model=model,
         tokenizer=tokenizer,
         data=data,

@@ -61,9 +61,9 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The configs that were trained, in order."""
     own, configs = loop.train, []
 
-    def watched(config: Any) -> Path:
+    def watched(config: Any, *args: Any) -> Path:
         configs.append(config)
-        return own(config)
+        return own(config, *args)
 
     monkeypatch.setattr(loop, "train", watched)
     return configs

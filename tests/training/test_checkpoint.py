@@ -148,7 +148,9 @@ SMALL_DISK = """
 import sys, torch
 from pathlib import Path
 from types import SimpleNamespace
-from sdft import SdftError, checkpoint, files
+from sdft import files
+from sdft.errors import SdftError
+from sdft.training import checkpoint
 output = Path("/mnt")
 big, small = torch.nn.Parameter(torch.zeros(300_000)), torch.nn.Parameter(torch.zeros(10))
 for which in ("weights", "optimizer"):  # 1.2 MB on a disk of 1 MiB, in a safetensors file and in torch's own
