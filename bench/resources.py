@@ -1,11 +1,12 @@
 """What the Triton kernels compile to, on any machine: registers, spills, shared memory, widths of their accesses.
 
-    python bench/resources.py            print the table
-    python bench/resources.py --write    and keep it as bench/results/resources.json and .md
+    python bench/resources.py            print the table for the installed Triton
+    python bench/resources.py --write    and keep it, with the oldest Triton's, as bench/results/resources.json and .md
 
-Every kernel is compiled ahead of time with the block sizes that ship, for NVIDIA sm_80, sm_90 and sm_100 and
-for AMD gfx942; the numbers are read from the machine code by the disassembler inside the triton wheel.
-tests/fused_loss/test_resources.py holds a fresh compilation to the kept table.
+Every kernel is compiled ahead of time with the block sizes that ship, for GPUs of several generations; the numbers
+are read from the machine code by the disassembler inside the triton wheel. The oldest Triton that pyproject.toml
+admits is installed in a folder of its own and run in a process of its own. tests/fused_loss/test_resources.py holds a
+fresh compilation to the kept table.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,18 +27,33 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "kernels"))  # a checkout works without an install
 
 import triton  # noqa: E402
-from sdft_kernels import row_kernels, tuning  # noqa: E402
+from sdft_kernels import row_kernels, row_math, tuning  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
+
+@dataclass(frozen=True)
+class Device:
+    """A GPU to compile for, and what it holds."""
+
+    target: GPUTarget
+    shared_bytes: int  # that one block may ask for
+    warps: int  # that one multiprocessor holds
+    registers: int = 65536  # of one multiprocessor
+
+    @property
+    def limits(self) -> tuning.Limits:
+        return tuning.Limits(self.target.warp_size)
+
+
+KIB = 1024
+DEVICES = {  # CUDA C++ programming guide, table of compute capabilities; CDNA 3 instruction set, section 3
+    "sm_80": Device(GPUTarget("cuda", 80, 32), 163 * KIB, 64),
+    "sm_90": Device(GPUTarget("cuda", 90, 32), 227 * KIB, 64),
+    "sm_100": Device(GPUTarget("cuda", 100, 32), 227 * KIB, 64),
+    "sm_120": Device(GPUTarget("cuda", 120, 32), 99 * KIB, 48),
+    "gfx942": Device(GPUTarget("hip", "gfx942", 64), 64 * KIB, 32, 4 * 512 * 64),
 }
-REGISTERS = {"sm_80": 65536, "sm_90": 65536, "sm_100": 65536, "gfx942": 4 * 512 * 64}  # of one multiprocessor
-FULL = {"sm_80": 64, "sm_90": 64, "sm_100": 64, "gfx942": 32}  # warps that one multiprocessor holds
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TABLE = HERE / "results" / "resources"
 
@@ -49,16 +66,16 @@ class Variant:
     types: dict[str, str]
     constants: dict[str, Any]
     options: dict[str, Any] = field(default_factory=dict)
-    gemm: bool = False  # a kernel with matrix products, which must use the tensor cores
 
 
 def row_variant(target: str, kind: str, logits: str, grad: str | None, **on: bool) -> Variant:
     """row_kernel on a vocabulary of many tiles; `on` switches its flags."""
     heavy = any(on.get(name, False) for name in ("S_BIAS", "T_BIAS", "S_CAP", "T_CAP"))
-    block, warps = tuning.row_blocks(target, 2**20, heavy)
+    tile = tuning.row_tile(DEVICES[target].limits, 2**20, heavy, 2 if logits == "bf16" or on.get("S_BIAS") else 4)
     flags = ("TOKENS", "LABELS", "WEIGHTS", "INDEX", "GATHER", "S_BIAS", "T_BIAS", "S_CAP", "T_CAP")
     constants = {name: on.get(name, False) for name in flags}
-    constants |= {"KIND": row_kernels.KINDS[kind], "GRAD": grad is not None, "BLOCK": block, "ROUND": False}
+    constants |= {"KIND": row_math.KINDS[kind], "GRAD": grad is not None, "ROUND": False}
+    constants |= {"BLOCK": tile.block, "THREADS": tile.threads, "EACH": tile.each}
     constants["NARROW"] = grad not in (None, logits)
     types = dict.fromkeys(("s_ptr", "t_ptr"), f"*{logits}!") | {"d_ptr": "*fp32!"}
     types |= dict.fromkeys(("s_stride", "t_stride", "g_stride", "V"), "i32!") | {"lo": "i32"}
@@ -78,7 +95,7 @@ def row_variant(target: str, kind: str, logits: str, grad: str | None, **on: boo
     }
     types |= {name: kind for name, (there, kind) in optional.items() if there}
     constants |= {name: None for name, (there, _) in optional.items() if not there}
-    return Variant(row_kernels.row_kernel, types, constants, {"num_warps": warps, "enable_fp_fusion": True})
+    return Variant(row_kernels.row_kernel, types, constants, tile.options)
 
 
 def variants(target: str) -> dict[str, Variant]:
@@ -114,6 +131,15 @@ def compiled(variant: Variant, target: GPUTarget) -> Any:
     return triton.compile(source, target=target, options=variant.options)
 
 
+def loops(sass: str) -> list[str]:
+    """The text of every loop of a listing: from a label to a branch back to it."""
+    lines = sass.splitlines()
+    labels = {found[1]: i for i, line in enumerate(lines) if (found := re.match(r"\s*(\.L_\w+):", line))}
+    branches = ((i, re.search(r"\bBRA\b.*`\((\.L_\w+)\)", line)) for i, line in enumerate(lines))
+    spans = ((labels.get(found[1], i), i) for i, found in branches if found)
+    return ["\n".join(lines[start : end + 1]) for start, end in spans if start < end]
+
+
 def nvidia_resources(binary: bytes) -> dict[str, int]:
     """Registers, spills and accesses of a cubin."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -124,7 +150,8 @@ def nvidia_resources(binary: bytes) -> dict[str, int]:
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout + usage.stderr)
     if found is None or not sass:
         raise RuntimeError(f"cuobjdump said nothing of registers: {usage.stdout} {usage.stderr}")
-    count = lambda pattern: len(re.findall(pattern, sass))  # noqa: E731
+    count = lambda pattern, text=sass: len(re.findall(pattern, text))  # noqa: E731
+    longest = max(loops(sass), key=len, default="")
     return {
         "registers": int(found[1]),
         "stack": int(found[2]),
@@ -132,13 +159,15 @@ def nvidia_resources(binary: bytes) -> dict[str, int]:
         "loads": count(r"\b(?:LDG|LDGSTS|UTMALDG|UBLKCP)"),
         "wide loads": count(r"\b(?:LDG|LDGSTS)\.\S*128") + count(r"\b(?:UTMALDG|UBLKCP)"),
         "wide stores": count(r"\bSTG\.\S*128") + count(r"\bUTMASTG"),
-        "HGMMA": count(r"\bHGMMA"),
-        "matrix": count(r"\b(?:HGMMA|HMMA|UTCHMMA|UTCQMMA)"),
+        "longest loop": count(r"/\*[0-9a-f]{4,}\*/ +\S", longest),
+        "its barriers": count(r"\bBAR\.", longest),
+        "its shuffles": count(r"\bSHFL\.", longest),
+        "cluster barriers": count(r"\bUCGABAR_ARV"),
     }
 
 
 def amd_resources(assembly: str) -> dict[str, int]:
-    """The same of AMD assembly; vector registers, the accumulation ones among them."""
+    """The same of AMD assembly, loops apart; vector registers, the accumulation ones among them."""
 
     def number(name: str) -> int:
         found = re.search(rf"\.{name}:\s*(\d+)", assembly)
@@ -153,42 +182,73 @@ def amd_resources(assembly: str) -> dict[str, int]:
         "loads": count(r"(?:global|buffer)_load"),
         "wide loads": count(r"(?:global|buffer)_load_dwordx4"),
         "wide stores": count(r"(?:global|buffer)_store_dwordx4"),
-        "HGMMA": 0,
-        "matrix": count(r"v_mfma"),
+        "longest loop": 0,
+        "its barriers": 0,
+        "its shuffles": 0,
+        "cluster barriers": 0,
     }
 
 
 def measure(target: str, name: str) -> dict[str, Any]:
     """One row of the table."""
-    variant = variants(target)[name]
-    kernel = compiled(variant, TARGETS[target])
+    device = DEVICES[target]
+    kernel = compiled(variants(target)[name], device.target)
     amd = target.startswith("gfx")
     row = amd_resources(kernel.asm["amdgcn"]) if amd else nvidia_resources(kernel.asm["cubin"])
     warps = kernel.metadata.num_warps
-    granule = 8 * TARGETS[target].warp_size
-    per_block = warps * -(-row["registers"] * TARGETS[target].warp_size // granule) * granule
-    resident = min(FULL[target], REGISTERS[target] // max(1, per_block) * warps)
+    granule = 8 * device.target.warp_size
+    per_block = warps * -(-row["registers"] * device.target.warp_size // granule) * granule
+    resident = min(device.warps, device.registers // max(1, per_block) * warps)
     return {
-        "target": target, "kernel": name, **row, "shared bytes": kernel.metadata.shared, "warps": warps,
-        "warps resident": resident, "gemm": variant.gemm,
+        "triton": triton.__version__, "target": target, "kernel": name, **row,
+        "shared bytes": kernel.metadata.shared, "shared limit": device.shared_bytes,
+        "warps": warps, "warps resident": resident,
     }  # fmt: skip
 
 
-def table(workers: int = 2) -> list[dict[str, Any]]:
-    """All kernels on all targets."""
-    jobs = [(target, name) for target in TARGETS for name in variants(target)]
+def table(targets: Iterable[str] = DEVICES, kernels: str = "", workers: int = 2) -> list[dict[str, Any]]:
+    """The kernels whose names match the expression `kernels`, on all targets."""
+    jobs = [(target, name) for target in targets for name in variants(target) if re.search(kernels, name)]
+    if len(jobs) <= workers:  # not worth a process
+        return [measure(*job) for job in jobs]
     with ProcessPoolExecutor(workers) as pool:
         return list(pool.map(measure, *zip(*jobs, strict=True)))
 
 
+def oldest_triton() -> Path:
+    """The folder of the oldest Triton that pyproject.toml admits, installed there if it is not yet."""
+    admitted = re.search(r"triton>=([\d.]+)", (HERE.parent / "pyproject.toml").read_text())
+    assert admitted, "pyproject.toml has no lower bound of triton"
+    version = admitted[1] + ".0" * (2 - admitted[1].count("."))
+    folder = Path(tempfile.gettempdir()) / f"sdft-triton-{version}"
+    if not (folder / "triton" / "__init__.py").exists():
+        command = [sys.executable, "-m", "pip", "install", "--no-deps", "--target", folder, f"triton=={version}"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"triton {version} cannot be installed: {done.stderr.strip()}")
+    return folder
+
+
+def oldest_table(targets: Iterable[str], kernels: str) -> list[dict[str, Any]]:
+    """The table of the oldest Triton, made in a process of its own."""
+    path = os.pathsep.join([str(oldest_triton()), str(HERE.parent / "kernels")])
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch) / "rows.json"
+        command = [sys.executable, __file__, "--json", file, "--targets", *targets, "--kernels", kernels]
+        subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, check=True, stdout=subprocess.DEVNULL)
+        return json.loads(file.read_text())["rows"]
+
+
 def markdown(rows: list[dict[str, Any]]) -> str:
-    columns = [k for k in rows[0] if k not in ("gemm", "matrix")]
+    versions = " and ".join(dict.fromkeys(row["triton"] for row in rows))
+    columns = list(rows[0])
     lines = [
-        f"Compiled by triton {triton.__version__} with the shipped block sizes; `python bench/resources.py --write`.",
-        "No GPU was involved. Warps resident: as many as the registers of one multiprocessor hold.",
+        f"Compiled by triton {versions} with the shipped block sizes; `python bench/resources.py --write`.",
+        "No GPU was involved. Warps resident: as many as the registers of one multiprocessor hold. Longest loop: its",
+        "instructions.",
         "",
         "| " + " | ".join(columns) + " |",
-        "|---|---|" + "---:|" * (len(columns) - 2),
+        "|---|---|---|" + "---:|" * (len(columns) - 3),
     ]
     lines += ["| " + " | ".join(str(row[k]) for k in columns) + " |" for row in rows]
     return "\n".join(lines) + "\n"
@@ -196,15 +256,20 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--write", action="store_true", help="keep the table under bench/results")
+    parser.add_argument("--write", action="store_true", help="keep the table under bench/results, both Tritons in it")
     parser.add_argument("--json", type=Path, help="write the rows there")
+    parser.add_argument("--targets", nargs="+", default=list(DEVICES), choices=list(DEVICES), help="all by default")
+    parser.add_argument("--kernels", default="", help="only kernels whose names match this regular expression")
+    parser.add_argument("--oldest", action="store_true", help="the oldest Triton that pyproject.toml admits instead")
     args = parser.parse_args()
-    rows = table()
-    print(markdown(rows))
+    wanted = args.targets, args.kernels
+    rows = oldest_table(*wanted) if args.oldest or args.write else []
+    rows += [] if args.oldest else table(*wanted)
     if args.write:
         TABLE.with_suffix(".md").write_text(markdown(rows))
+    print(markdown(rows))
     for path in filter(None, (args.json, TABLE.with_suffix(".json") if args.write else None)):
-        path.write_text(json.dumps({"triton": triton.__version__, "rows": rows}, indent=1) + "\n")
+        path.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,19 @@
-"""Block sizes and warps of every Triton kernel, per class of device: the whole of our autotuning.
+"""Block sizes and warps of every Triton kernel, from what a device has: the whole of our autotuning.
 
 Chosen by compiled resources (bench/resources.py: no spills, registers that leave enough warps per
 multiprocessor), NOT YET by time on a GPU. bench/gpu.py --sweep is the measurement that would overrule them.
 """
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
+
+
+class Limits(NamedTuple):
+    """What of a device a tile depends on."""
+
+    warp_size: int  # threads
 
 
 class RowBlocks(NamedTuple):
@@ -17,27 +24,45 @@ class RowBlocks(NamedTuple):
     heavy_warps: int  # with a bias or a softcap, whose registers would spill otherwise
 
 
-ROW_BLOCKS = {
-    "sm_80": RowBlocks(2048, 4, 8),
-    "sm_90": RowBlocks(2048, 4, 8),
-    "sm_100": RowBlocks(2048, 4, 8),
-    "gfx942": RowBlocks(4096, 8, 8),
-}
+class RowTile(NamedTuple):
+    """A tile of row_kernel: entries, warps, threads, and entries that a thread reads at once."""
+
+    block: int
+    warps: int
+    threads: int
+    each: int
+    options: dict[str, int | bool]  # of the compiler
 
 
-def device_class(device: torch.device) -> str:
-    """The row of the tables for a device; the nearest one below for a device without a row of its own."""
-    if torch.version.hip is not None:
-        return "gfx942"
-    if device.type != "cuda":  # the interpreter
-        return "sm_90"
-    major, _ = torch.cuda.get_device_capability(device)
-    return "sm_100" if major >= 10 else "sm_90" if major == 9 else "sm_80"
+# By threads of a warp: 16 entries a thread, 8 with a bias or a softcap. Rows need next to no shared memory, and every
+# GPU with warps of 32 that Triton compiles for has 65536 registers.
+ROW_BLOCKS = {32: RowBlocks(2048, 4, 8), 64: RowBlocks(4096, 8, 8)}
+INTERPRETER = Limits(32)
+HEAVY_REGISTERS = 80  # of a thread, for 24 warps a multiprocessor; left to itself ptxas 12.9 takes 64 and spills
+VECTOR_BYTES = 16  # of the widest access of a thread
 
 
-def row_blocks(target: str, vocab: int, heavy: bool) -> tuple[int, int]:
-    """(entries per tile, warps) for rows of `vocab` entries on a device class; no tile is longer than the row needs."""
-    row = ROW_BLOCKS[target]
-    warps = row.heavy_warps if heavy else row.warps
+@cache
+def limits_of(device: torch.device) -> Limits:
+    """The limits of a device; NVIDIA's for the interpreter, which has none."""
+    if device.type != "cuda":
+        return INTERPRETER
+    return Limits(torch.cuda.get_device_properties(device).warp_size)
+
+
+def row_tile(limits: Limits, vocab: int, heavy: bool, item_bytes: int) -> RowTile:
+    """For rows of `vocab` logits; no tile is longer than the row needs.
+
+    `item_bytes` is an entry's size in the narrowest tensor read: Triton gives a thread 16 bytes of that one, and tiles
+    laid out otherwise would have to be exchanged between threads.
+    """
+    row = ROW_BLOCKS[limits.warp_size]
+    block, warps = row.block, row.heavy_warps if heavy else row.warps
     need = max(32, 1 << (vocab - 1).bit_length())
-    return (row.block, warps) if need >= row.block else (need, max(1, min(warps, need // 256)))
+    if need < block:
+        block, warps = need, max(1, min(warps, need // 256))
+    each = VECTOR_BYTES // item_bytes
+    options: dict[str, int | bool] = {"num_warps": warps, "enable_fp_fusion": True}
+    if heavy and limits.warp_size == 32:  # an option of NVIDIA's compiler alone
+        options["maxnreg"] = HEAVY_REGISTERS
+    return RowTile(block, warps, min(warps * limits.warp_size, block // each), each, options)

@@ -1,0 +1,224 @@
+"""Triton: the math of a row of logits, in three steps: statistics, merge, gradient.
+
+The statistics of any set of a row's entries are eight numbers, and those of two sets merge into those of their
+union: sets may be the entries of one thread, of one block of threads, or of one part of the vocabulary. Math and
+names: design section 2. Everything counts from a side's maximum: sums of s − t would lose the digits of a common
+offset. Exponentials are powers of two, the unit that the hardware computes.
+
+    m    the maximum                        z    Σ e^(· − m)
+    b    Σ e^(· − m)·(· − m), for entropies (0 unless TOKENS)
+    a    Σ e^(s − m_s)·((s − m_s) − (t − m_t)); for the forward KL Σ e^(t − m_t)·((t − m_t) − (s − m_s))
+    top  the student's best logit among the teacher's best tokens (unless not TOKENS)
+"""
+
+import triton
+import triton.language as tl
+
+REVERSE = tl.constexpr(0)
+FORWARD = tl.constexpr(1)
+JSD = tl.constexpr(2)
+KINDS = {"reverse_kl": 0, "forward_kl": 1, "jsd": 2}
+LOG2E = tl.constexpr(1.4426950408889634)
+MAX_RATIO = tl.constexpr(80.0)  # e^u overflows past 88; beyond 80 the smaller side cannot be seen (see rows.py)
+
+
+@triton.jit
+def exp(x):
+    """e^x, 0 below the smallest normal number."""
+    return tl.exp2(x * LOG2E)
+
+
+@triton.jit
+def tanh(x):
+    """tanh from exp, and from its series where 1 − exp would cancel."""
+    e = exp(-2.0 * tl.abs(x))
+    far = (1.0 - e) / (1.0 + e)
+    y = x * x
+    near = x * (1.0 + y * (-1.0 / 3 + y * (2.0 / 15 + y * (-17.0 / 315 + y * (62.0 / 2835)))))
+    return tl.where(tl.abs(x) < 0.3, near, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def activate(raw, inner, outer, CAP: tl.constexpr):
+    """Raw logits -> final ones: raw·inner, or outer·tanh(raw·inner) under a softcap."""
+    z = raw * inner
+    if CAP:
+        z = outer * tanh(z)
+    return z
+
+
+@triton.jit
+def load_logits(ptr, bias_ptr, cols, V, inner, outer, BIAS: tl.constexpr, CAP: tl.constexpr, MASKED: tl.constexpr):
+    """The final logits of one row at `cols`, in fp32; −inf past the vocabulary."""
+    if MASKED:
+        raw = tl.load(ptr + cols, mask=cols < V, other=-float("inf")).to(tl.float32)
+        if BIAS:
+            raw += tl.load(bias_ptr + cols, mask=cols < V, other=0.0).to(tl.float32)
+    else:
+        raw = tl.load(ptr + cols).to(tl.float32)
+        if BIAS:
+            raw += tl.load(bias_ptr + cols).to(tl.float32)
+    z = activate(raw, inner, outer, CAP)
+    if MASKED and CAP:  # the softcap turns −inf into −outer
+        z = tl.where(cols < V, z, -float("inf"))
+    return z
+
+
+@triton.jit
+def finite_or_zero(m):
+    """The maximum to subtract: 0 in place of −inf, so that −inf − −inf never arises."""
+    return tl.where(m == -float("inf"), 0.0, m)
+
+
+@triton.jit
+def weighted(weight, f):
+    """weight·f, and 0 where the weight is 0 whatever f is."""
+    return tl.where(weight == 0.0, 0.0, weight * f)
+
+
+@triton.jit
+def lane_sum(x, EACH: tl.constexpr):
+    """(R, T·E) -> (T,): each thread adds up its entries."""
+    x = tl.sum(x, 0)
+    return tl.sum(tl.reshape(x, (x.shape[0] // EACH, EACH)), 1)
+
+
+@triton.jit
+def lane_max(x, EACH: tl.constexpr):
+    """(R, T·E) -> (T,): each thread's largest entry."""
+    x = tl.max(x, 0)
+    return tl.max(tl.reshape(x, (x.shape[0] // EACH, EACH)), 1)
+
+
+@triton.jit
+def across(lanes, EACH: tl.constexpr):
+    """(T,) -> (1, T·E), to meet a tile."""
+    wide = tl.broadcast_to(lanes[:, None], (lanes.shape[0], EACH))
+    return tl.reshape(wide, (1, lanes.shape[0] * EACH))
+
+
+@triton.jit
+def add_tile(s, t, m_s, z_s, b_s, m_t, z_t, b_t, a, top, KIND: tl.constexpr, TOKENS: tl.constexpr,
+             EACH: tl.constexpr):  # fmt: skip
+    """Statistics step: a tile (R, T·E) of both sides into the T threads' running statistics, (T,) each.
+
+    No thread waits for another here.
+    """
+    new_s = tl.maximum(m_s, lane_max(s, EACH))
+    new_t = tl.maximum(m_t, lane_max(t, EACH))
+    base_s = finite_or_zero(new_s)
+    base_t = finite_or_zero(new_t)
+    x_s = s - across(base_s, EACH)
+    x_t = t - across(base_t, EACH)
+    e_s = exp(x_s)
+    e_t = exp(x_t)
+    r_s = exp(m_s - base_s)
+    r_t = exp(m_t - base_t)
+    up_s = base_s - finite_or_zero(m_s)
+    up_t = base_t - finite_or_zero(m_t)
+    if KIND == REVERSE:
+        a = weighted(r_s, a + z_s * (up_t - up_s)) + lane_sum(weighted(e_s, x_s - x_t), EACH)
+    if KIND == FORWARD:
+        a = weighted(r_t, a + z_t * (up_s - up_t)) + lane_sum(weighted(e_t, x_t - x_s), EACH)
+    if TOKENS:
+        b_s = weighted(r_s, b_s - z_s * up_s) + lane_sum(weighted(e_s, x_s), EACH)
+        b_t = weighted(r_t, b_t - z_t * up_t) + lane_sum(weighted(e_t, x_t), EACH)
+        here = lane_max(tl.where(t == across(new_t, EACH), s, -float("inf")), EACH)
+        top = tl.where(new_t > m_t, here, tl.maximum(top, here))
+    z_s = z_s * r_s + lane_sum(e_s, EACH)
+    z_t = z_t * r_t + lane_sum(e_t, EACH)
+    return new_s, z_s, b_s, new_t, z_t, b_t, a, top
+
+
+@triton.jit
+def merge(m_s, z_s, b_s, m_t, z_t, b_t, a, top, KIND: tl.constexpr, TOKENS: tl.constexpr):
+    """Merge step: the statistics (T,) of T disjoint sets of a row's entries -> those of all, single numbers.
+
+    An infinite sum whose terms have underflowed beside another set's is gone.
+    """
+    new_s = tl.max(m_s, 0)
+    new_t = tl.max(m_t, 0)
+    base_s = finite_or_zero(new_s)
+    base_t = finite_or_zero(new_t)
+    r_s = exp(m_s - base_s)
+    r_t = exp(m_t - base_t)
+    up_s = base_s - finite_or_zero(m_s)
+    up_t = base_t - finite_or_zero(m_t)
+    if KIND == REVERSE:
+        a = tl.sum(weighted(r_s, a + z_s * (up_t - up_s)), 0)
+    if KIND == FORWARD:
+        a = tl.sum(weighted(r_t, a + z_t * (up_s - up_t)), 0)
+    if TOKENS:
+        b_s = tl.sum(weighted(r_s, b_s - z_s * up_s), 0)
+        b_t = tl.sum(weighted(r_t, b_t - z_t * up_t), 0)
+        top = tl.max(tl.where(m_t == new_t, top, -float("inf")), 0)
+    return new_s, tl.sum(z_s * r_s, 0), b_s, new_t, tl.sum(z_t * r_t, 0), b_t, a, top
+
+
+@triton.jit
+def log_mixture(u, beta):
+    """log(m/p) = log(1 − β + β·e^u) for u = log q − log p; exactly 0 at u = 0."""
+    return tl.log((1.0 - beta) + beta * exp(u))
+
+
+@triton.jit
+def log_ratio(x_s, x_t, log_z_s, log_z_t):
+    """u = log q − log p, clamped where e^u would overflow; x_t − x_s is exact where the two are near."""
+    return tl.minimum(tl.maximum((x_t - x_s) - (log_z_t - log_z_s), -MAX_RATIO), MAX_RATIO)
+
+
+@triton.jit
+def jsd_terms(x_s, x_t, z_s, z_t, beta):
+    """Of every entry, p·log(m/p) and q·log(q/m); their sums over the row are what the JSD needs."""
+    u = log_ratio(x_s, x_t, tl.log(z_s), tl.log(z_t))
+    mix = log_mixture(u, beta)
+    return weighted(exp(x_s) / z_s, mix), weighted(exp(x_t) / z_t, u - mix)
+
+
+@triton.jit
+def divergence(z_s, z_t, a, k_p, k_q, beta, KIND: tl.constexpr):
+    """(D, center) of a row; `center` is what makes its gradient sum to 0."""
+    if KIND == REVERSE:
+        center = a / z_s  # = D + log z_s − log z_t
+        d = center + tl.log(z_t / z_s)
+    if KIND == FORWARD:
+        center = a * 0.0
+        d = a / z_t + tl.log(z_s / z_t)
+    if KIND == JSD:
+        center = k_p
+        d = beta * k_q - (1.0 - beta) * k_p
+    return d, center
+
+
+@triton.jit
+def gradient(x_s, x_t, z_s, z_t, center, beta, KIND: tl.constexpr):
+    """Gradient step: dD/ds of a tile (jsd: over −(1 − β)), from logits that count from their maxima."""
+    e_s = exp(x_s)
+    if KIND == FORWARD:
+        g = e_s * (1.0 / z_s) - exp(x_t) * (1.0 / z_t)
+    else:
+        f = x_s - x_t if KIND == REVERSE else log_mixture(log_ratio(x_s, x_t, tl.log(z_s), tl.log(z_t)), beta)
+        g = weighted(e_s * (1.0 / z_s), f - center)
+    return g
+
+
+@triton.jit
+def finish_gradient(g, s, outer, row_factor, infinite, g_max, CAP: tl.constexpr, ROUND: tl.constexpr):
+    """The softcap's chain rule, the row's factor, and what a stored gradient must fulfil."""
+    g *= row_factor
+    if CAP:
+        slope = s / outer
+        g *= 1.0 - slope * slope
+    g = tl.where(infinite, 0.0, g)  # an infinite divergence has no useful gradient: the value stays
+    g = tl.minimum(tl.maximum(g, -g_max), g_max)  # fp16 only; the bound is +inf elsewhere
+    if ROUND:
+        g = round_to_bf16(g)
+    return g
+
+
+@triton.jit
+def round_to_bf16(g):
+    """To the nearest bf16, still as fp32: Triton's interpreter cuts where a GPU rounds."""
+    bits = g.to(tl.uint32, bitcast=True)
+    bits += 0x7FFF + ((bits >> 16) & 1)
+    return (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
