@@ -3,13 +3,14 @@
 N tokens, V vocabulary, H hidden size; _s the student's, _t the teacher's.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from .checks import Options, TokenStats, is_sharded
+from .checks import is_sharded
 
 
 @dataclass(frozen=True)
@@ -19,10 +20,9 @@ class Inputs:
     x: Tensor  # (N, H_s)
     w: Tensor  # (V_s, H_s)
     bias: Tensor | None  # (V_s,)
-    teacher_x: Tensor  # (N, H_t)
-    teacher_w: Tensor  # (V_t, H_t)
-    teacher_bias: Tensor | None  # (V_t,)
-    labels: Tensor | None  # (N,)
+    teacher_x: Tensor | None = None  # (N, H_t); None for a loss without a teacher's hidden states
+    teacher_w: Tensor | None = None  # (V_t, H_t)
+    teacher_bias: Tensor | None = None  # (V_t,)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -30,10 +30,23 @@ class Inputs:
         return compute_dtype(self.x, self.w, self.teacher_x, self.teacher_w)
 
     @property
+    def sides(self) -> list[tuple[Tensor, Tensor]]:
+        """Hidden states and head of the student, and of the teacher if there is one."""
+        student = [(self.x, self.w)]
+        if self.teacher_x is None or self.teacher_w is None:
+            return student
+        return [*student, (self.teacher_x, self.teacher_w)]
+
+    @property
     def shared_head(self) -> bool:
-        """True where both sides project with the same memory."""
+        """True if both sides project with the same memory."""
         w, t = self.w, self.teacher_w
-        return (w.data_ptr(), w.shape, w.stride(), w.dtype) == (t.data_ptr(), t.shape, t.stride(), t.dtype)
+        return t is not None and (w.data_ptr(), w.shape, w.stride(), w.dtype) == (
+            t.data_ptr(),
+            t.shape,
+            t.stride(),
+            t.dtype,
+        )
 
 
 @dataclass(frozen=True)
@@ -48,26 +61,67 @@ class Grads:
         return self.x or self.w or self.bias
 
 
-@dataclass
-class Result:
-    """What a loop leaves: per-row values (not weighted) and the weighted gradients."""
+class Scales(NamedTuple):
+    """Which rows of a call count, and what the gradient of each is multiplied with."""
 
-    divergence: Tensor  # (N,) zeros where the weight is zero
-    tokens: TokenStats | None
+    keep: Tensor | None  # indices of the rows that count, or None for all
+    weights: Tensor | None  # (N,) dLoss/dD_n, or None for `uniform` on every row
+    uniform: float
+    masked: bool  # rows of weight zero are among those that are computed, and must leave no trace
+
+
+class Rows(Protocol):
+    """The work on the logits of a chunk. Its values go to outputs (N,) that were given to it when it was made."""
+
+    sides: int  # blocks of logits that it reads: 1 the student's, 2 the teacher's as well
+    pad: int  # a row of logits takes a multiple of this many entries
+    narrow: bool  # whether it writes the gradient in the dtype of the products' operands
+    row_bytes: int  # of workspace for each token of a chunk, beside its logits
+
+    def block_bytes(self, rows: int) -> int:
+        """Bytes of workspace that do not grow with the chunk, for a call of `rows` tokens."""
+
+    def run(self, logits: Sequence[Tensor], lo: int, hi: int, weights: Tensor | None, factor: float) -> Tensor:
+        """Rows lo:hi of those that count: values to the outputs, and the gradient (C, V) times weights and factor.
+
+        logits: (C, V or more) raw logits of each side, destroyed. The result lies in the memory of the student's; it
+        means nothing if no gradient is wanted.
+        """
+
+
+@dataclass
+class Gradients:
+    """The gradients that a call makes; None for one that is not wanted."""
+
     dx: Tensor | None = None  # (N, H_s) in x's dtype (fp32 for fp16)
     dw: Tensor | None = None  # (V_s, H_s) fp32 (fp64 for fp64 inputs)
     dbias: Tensor | None = None  # (V_s,) the same
 
-    def zero_grads(self) -> "Result":
-        for grad in self.grads():
+    @classmethod
+    def new(cls, inputs: Inputs, vocab: int, wanted: Grads, all_rows: bool) -> "Gradients":
+        """Not filled yet, apart from the rows and columns that no chunk writes, which are zero."""
+        x, w, bias, dtype = inputs.x, inputs.w, inputs.bias, inputs.dtype
+        made = cls()
+        if wanted.x:
+            make = torch.empty_like if all_rows else torch.zeros_like
+            made.dx = make(x, dtype=dx_dtype(x, dtype), memory_format=torch.contiguous_format)
+        if wanted.w:
+            made.dw = torch.empty_like(w, dtype=dtype, memory_format=torch.contiguous_format)
+            made.dw[vocab:].zero_()
+        if wanted.bias and bias is not None:
+            made.dbias = torch.zeros_like(bias, dtype=dtype)
+        return made
+
+    def zero_(self) -> "Gradients":
+        for grad in self.made():
             grad.zero_()
         return self
 
-    def scale_grads(self, factor: Tensor | float) -> None:
-        for grad in self.grads():
+    def scale_(self, factor: Tensor | float) -> None:
+        for grad in self.made():
             grad.mul_(factor)
 
-    def grads(self) -> list[Tensor]:
+    def made(self) -> list[Tensor]:
         """Those that there are."""
         return [grad for grad in (self.dx, self.dw, self.dbias) if grad is not None]
 
@@ -100,16 +154,3 @@ def autocast_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype | No
 def dx_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
     """dX is in x's dtype, but fp16 would underflow here, before a loss scaler's factor arrives in the backward."""
     return dtype if x.dtype == torch.float16 else x.dtype
-
-
-def new_grads(inputs: Inputs, options: Options, grads: Grads, result: Result, all_rows: bool) -> Result:
-    """Allocate the gradients; rows and columns that no chunk writes are zero."""
-    if grads.x:
-        make = torch.empty_like if all_rows else torch.zeros_like
-        result.dx = make(inputs.x, dtype=dx_dtype(inputs.x, inputs.dtype), memory_format=torch.contiguous_format)
-    if grads.w:
-        result.dw = torch.empty_like(inputs.w, dtype=inputs.dtype, memory_format=torch.contiguous_format)
-        result.dw[options.vocab :].zero_()
-    if grads.bias and inputs.bias is not None:
-        result.dbias = torch.zeros_like(inputs.bias, dtype=inputs.dtype)
-    return result

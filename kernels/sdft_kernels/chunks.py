@@ -1,4 +1,4 @@
-"""What both portable loops share: sizes, row selection, per-row outputs, and the elementwise pass.
+"""What every loop shares: sizes, row selection, and per-row outputs.
 
 N rows of a call, C of them per chunk, R per block, V vocabulary.
 """
@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from .checks import Options, TokenStats
-from .rows import RowStats, activate_, block_divergence_, deactivate_, scratch_planes
+from .workspace import default_workspace, device_memory
 
-DEFAULT_CHUNK_BYTES = 256 * 2**20
 CACHE_BYTES = 3 * 2**19  # of one block per CPU thread, logits and scratch: what stays in a core's 2 MiB
+ALL_ROWS = 2**62
 BLOCK_BYTES = 64 * 2**20  # of scratch elsewhere, where many small launches would cost more than the traffic
 
 
@@ -21,20 +21,21 @@ def power_of_two_below(value: int) -> int:
     return 1 << max(0, value.bit_length() - 1)
 
 
-def budget_of(options: Options) -> int:
+def budget_of(options: Options, device: torch.device) -> int:
     """Workspace bytes of one call."""
-    return DEFAULT_CHUNK_BYTES if options.chunk_bytes is None else options.chunk_bytes
+    return default_workspace(device_memory(device)) if options.chunk_bytes is None else options.chunk_bytes
 
 
-def block_rows(options: Options, dtype: torch.dtype, device: torch.device) -> int:
-    """Rows per elementwise block, its scratch within a quarter of the budget."""
+def block_rows(options: Options, sides: int, planes: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Rows per elementwise block of `sides` logits and `planes` scratch, the scratch within a quarter of the budget."""
     row_bytes = options.vocab * dtype.itemsize
-    planes = scratch_planes(options)
-    most = power_of_two_below(budget_of(options) // (4 * max(1, planes) * row_bytes))
+    most = power_of_two_below(budget_of(options, device) // (4 * max(1, planes) * row_bytes))
     if device.type != "cpu":
+        if planes == 0:
+            return ALL_ROWS
         return min(most, power_of_two_below(BLOCK_BYTES // (2 * row_bytes)))
     threads = torch.get_num_threads()
-    return min(most, threads * max(1, CACHE_BYTES // ((2 + planes) * row_bytes)))
+    return min(most, threads * max(1, CACHE_BYTES // ((sides + planes) * row_bytes)))
 
 
 def live_rows(weights: Tensor | None) -> Tensor | None:
@@ -83,11 +84,6 @@ class Outputs:
         self.rest = (new(tokens), new(tokens), new(tokens and labels), new(tokens and labels))
         self.agree = new(tokens, torch.bool)
 
-    def write(self, index: Tensor | None, lo: int, hi: int, stats: RowStats) -> None:
-        for out, value in zip((self.divergence, *self.rest, self.agree), stats, strict=True):
-            if out is not None and value is not None:
-                put(out, index, lo, hi, value)
-
     def tokens(self) -> TokenStats | None:
         if self.agree is None:
             return None
@@ -98,43 +94,3 @@ def blocks(rows: int, size: int) -> Iterator[tuple[int, int]]:
     """(lo, hi) ranges of at most size rows."""
     for lo in range(0, rows, size):
         yield lo, min(lo + size, rows)
-
-
-class RowPass:
-    """The elementwise work on a chunk of raw logits, block after block."""
-
-    def __init__(
-        self,
-        inputs_bias: tuple[Tensor | None, Tensor | None],
-        options: Options,
-        rows: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ):
-        self.options = options
-        self.size = min(rows, block_rows(options, dtype, device))
-        self.bias, self.teacher_bias = (None if b is None else b[: options.vocab].to(dtype) for b in inputs_bias)
-        self.scratch = torch.empty(scratch_planes(options), self.size, options.vocab, dtype=dtype, device=device)
-
-    def run(
-        self,
-        s: Tensor,  # (C, V) raw student logits; the weighted gradient / grad_factor on return
-        t: Tensor,  # (C, V) raw teacher logits, destroyed
-        labels: Tensor | None,  # (C,)
-        weights: Tensor | None,  # (C,)
-        need_grad: bool,
-    ) -> Iterator[tuple[int, int, RowStats]]:
-        for lo, hi in blocks(s.shape[0], self.size):
-            scratch = self.scratch[:, : hi - lo]
-            s_b = activate_(s[lo:hi], self.bias, self.options.student)
-            t_b = activate_(t[lo:hi], self.teacher_bias, self.options.teacher)
-            capped = self.options.student.softcap is not None and need_grad
-            if capped:
-                scratch[-1].copy_(s_b)
-            label_b = None if labels is None else labels[lo:hi]
-            stats = block_divergence_(s_b, t_b, scratch, self.options, label_b, need_grad)
-            if capped:
-                deactivate_(s_b, scratch[-1], self.options.student)
-            if need_grad and weights is not None:
-                s_b.mul_(weights[lo:hi].unsqueeze(1))
-            yield lo, hi, stats

@@ -4,8 +4,6 @@ File order: the operator (opaque to torch.compile) with its autograd, its in-pla
 the Module.
 """
 
-import importlib
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,7 +15,6 @@ from .checks import (
     Impl,
     Options,
     Reduction,
-    TokenStats,
     check_flag,
     check_matrix,
     check_teacher,
@@ -27,6 +24,8 @@ from .checks import (
     choose_impl,
     make_options,
 )
+from .chunks import Outputs
+from .loop import run_logits
 from .operators import (
     at_boundary,
     backward_of,
@@ -38,19 +37,12 @@ from .operators import (
     token_tuple,
 )
 from .reduce import finish, row_scales
-
-LOOPS = {"torch": ".torch_logits", "triton": ".triton_logits"}
-
+from .torch_rows import DivergenceRows
 
 SCHEMA = (
     "(Tensor student, Tensor teacher, Tensor? token_weights, Tensor? labels, Tensor? upstream, bool need, "
     f"{Options.SCHEMA}) -> ({', '.join(['Tensor'] * 8)})"
 )
-
-
-def _run(impl: str) -> Callable[..., tuple[Tensor, TokenStats | None]]:
-    """The loop of an implementation. Triton is imported only where it runs."""
-    return importlib.import_module(LOOPS[impl], __package__).run_logits
 
 
 def _loss(
@@ -63,10 +55,20 @@ def _loss(
     into: Tensor | None,  # (N, V_s) for the gradient
 ) -> tuple[Tensor, ...]:
     """The loss and six per-token outputs, the gradient in `into`."""
-    keep, weights, uniform = row_scales(token_weights, upstream, options, student.shape[0])
+    scales = row_scales(token_weights, upstream, options, student.shape[0])
     labels = labels if options.return_tokens else None
-    values, tokens = _run(options.impl)(student, teacher, labels, options, into, weights, uniform, keep)
-    return finish(values, token_weights, options.reduction), *token_tuple(tokens, student)
+    dtype, tokens = compute_dtype(student, teacher), options.return_tokens
+    outputs = Outputs(student.shape[0], dtype, student.device, tokens, labels is not None)
+    if options.impl == "triton":
+        from .triton_logits import run_logits as run_triton
+
+        run_triton(student, teacher, labels, options, into, outputs, scales)
+    else:
+        need = into is not None
+        rows = DivergenceRows(options, (None, None), labels, outputs, scales, need)
+        run_logits((student, teacher), options, rows, into, scales, dtype)
+    loss = finish(outputs.divergence, token_weights, options.reduction)
+    return loss, *token_tuple(outputs.tokens(), student)
 
 
 def _forward(

@@ -3,14 +3,12 @@
 File order: the operator (opaque to torch.compile) with its autograd, the public function, the Module.
 """
 
-import importlib
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .call import Grads, Inputs, Result, autocast_dtype, compute_dtype, dx_dtype, unsharded
+from .call import Grads, Inputs, Rows, Scales, autocast_dtype, compute_dtype, dx_dtype, unsharded
 from .checks import (
     DivergenceName,
     Impl,
@@ -26,11 +24,12 @@ from .checks import (
     choose_impl,
     make_options,
 )
+from .chunks import Outputs
+from .loop import run_linear
 from .operators import fake_tokens, hand_over, register, token_stats, token_tuple
+from .projection import product_dtype
 from .reduce import finish, row_scales
-
-LOOPS = {"torch": ".torch_impl", "triton": ".triton_impl"}
-
+from .torch_rows import DivergenceRows
 
 SCHEMA = (
     "(Tensor x, Tensor w, Tensor? bias, Tensor teacher_x, Tensor teacher_w, Tensor? teacher_bias, "
@@ -39,9 +38,18 @@ SCHEMA = (
 )
 
 
-def _run(impl: str) -> Callable[..., Result]:
-    """The chunk loop of an implementation. Triton is imported only where it runs."""
-    return importlib.import_module(LOOPS[impl], __package__).run_linear
+def _rows(
+    inputs: Inputs, labels: Tensor | None, options: Options, outputs: Outputs, scales: Scales, grads: Grads,
+    autocast: torch.dtype | None,
+) -> Rows:  # fmt: skip
+    """The work on rows of an implementation. Triton is imported only where it runs."""
+    bias = (inputs.bias, inputs.teacher_bias)
+    if options.impl == "torch":
+        return DivergenceRows(options, bias, labels, outputs, scales, bool(grads))
+    from .triton_rows import TritonRows
+
+    dtype = product_dtype(inputs.x, inputs.w, autocast) if grads else None
+    return TritonRows(options, bias, labels, outputs, scales.keep, dtype)
 
 
 def _forward(
@@ -65,14 +73,17 @@ def _forward(
     For reduction="none" the gradients come only with `upstream`, because those of single rows are known then.
     """
     options = Options.from_flat(*plain)
-    inputs = Inputs(x, w, bias, teacher_x, teacher_w, teacher_bias, labels if options.return_tokens else None)
-    keep, weights, uniform = row_scales(token_weights, upstream, options, x.shape[0])
+    labels = labels if options.return_tokens else None
+    inputs = Inputs(x, w, bias, teacher_x, teacher_w, teacher_bias)
+    scales = row_scales(token_weights, upstream, options, x.shape[0])
     known = upstream is not None or options.reduction != "none"
     grads = Grads(need_x, need_w, need_bias) if known else Grads()
-    result = _run(options.impl)(inputs, options, grads, weights, uniform, keep, autocast)
-    loss = finish(result.divergence, token_weights, options.reduction)
-    made = (result.dx, result.dw, result.dbias)
-    return (loss, *token_tuple(result.tokens, x), *(x.new_empty(0) if g is None else g for g in made))
+    outputs = Outputs(x.shape[0], inputs.dtype, x.device, options.return_tokens, labels is not None)
+    rows = _rows(inputs, labels, options, outputs, scales, grads, autocast)
+    made = run_linear(inputs, options, rows, grads, scales, autocast)
+    loss = finish(outputs.divergence, token_weights, options.reduction)
+    flat = (made.dx, made.dw, made.dbias)
+    return (loss, *token_tuple(outputs.tokens(), x), *(x.new_empty(0) if g is None else g for g in flat))
 
 
 def _fake(
@@ -81,7 +92,7 @@ def _fake(
     need_x: bool, need_w: bool, need_bias: bool, autocast: torch.dtype | None, *plain: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     options = Options.from_flat(*plain)
-    inputs = Inputs(x, w, bias, teacher_x, teacher_w, teacher_bias, labels)
+    inputs = Inputs(x, w, bias, teacher_x, teacher_w, teacher_bias)
     made = upstream is not None or options.reduction != "none"
     loss = x.new_empty((x.shape[0],) if options.reduction == "none" else (), dtype=inputs.dtype)
 

@@ -60,16 +60,16 @@ def has_narrow_products(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is None
 
 
-def mm32(a: Tensor, b: Tensor, out: Tensor, beta: float = 0.0) -> None:
-    """out = a b + beta·out in out's dtype, fp32 or fp64: neither sums nor result are rounded to the operands'."""
+def mm32(a: Tensor, b: Tensor, out: Tensor, beta: float = 0.0, alpha: float = 1.0) -> None:
+    """out = alpha·a b + beta·out in out's dtype, fp32 or fp64: neither sums nor result are rounded to the operands'."""
     if a.dtype != out.dtype and has_narrow_products(a.device):
-        if beta == 0.0:
+        if beta == 0.0 and alpha == 1.0:
             torch.mm(a, b, out_dtype=out.dtype, out=out)
         else:
-            torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, out=out)
+            torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, alpha=alpha, out=out)
         return
     # No such product elsewhere: narrow operands are widened, which is exact, slower, and wants their memory twice.
-    torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=beta, out=out)
+    torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=beta, alpha=alpha, out=out)
 
 
 class Head:

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from .call import Scales
 from .checks import Options, Reduction
 from .chunks import live_rows
 
@@ -22,13 +23,13 @@ def row_scales(
     upstream: Tensor | None,  # () or (N,): dLoss where it is known already
     options: Options,
     rows: int,
-) -> tuple[Tensor | None, Tensor | None, float]:
-    """What a loop takes: indices of the rows that count or None for all, and scale_rows times upstream."""
-    keep = live_rows(token_weights) if options.compact or options.impl == "torch" else None
+) -> Scales:
+    """What a loop takes: the rows that count, and scale_rows times upstream."""
+    keep = live_rows(token_weights) if options.compact else None
     weights, uniform = scale_rows(token_weights, options.reduction, rows)
     if upstream is not None:
         weights, uniform = upstream.expand(rows) * (uniform if weights is None else weights), 1.0
-    return keep, weights, uniform
+    return Scales(keep, weights, uniform, masked=token_weights is not None and not options.compact)
 
 
 def share_of_sum(weights: Tensor) -> Tensor:

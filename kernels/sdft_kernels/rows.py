@@ -32,10 +32,9 @@ class RowStats(NamedTuple):
     top1_agree: Tensor | None = None
 
 
-def scratch_planes(options: Options) -> int:
-    """Scratch blocks of a call: the row math's, and a copy of the logits for the softcap's chain rule."""
-    math_planes = max(SCRATCH[options.kind], 2 if options.return_tokens else 0)
-    return math_planes + (options.student.softcap is not None)
+def math_planes(options: Options) -> int:
+    """(R, V) scratch blocks that `block_divergence_` needs."""
+    return max(SCRATCH[options.kind], 2 if options.return_tokens else 0)
 
 
 def activate_(raw: Tensor, bias: Tensor | None, act: Activation) -> Tensor:
@@ -56,6 +55,11 @@ def deactivate_(
     assert act.softcap is not None, "no softcap, no chain rule"
     z.mul_(act.temperature / act.softcap).square_()
     return grad.addcmul_(grad, z, value=-1.0)
+
+
+def log_softmax_(z: Tensor) -> Tensor:
+    """z (R, V) -> its logarithmic softmax, in place."""
+    return torch.log_softmax(z, 1, out=z)
 
 
 def expectation(p: Tensor, f: Tensor, out: Tensor) -> tuple[Tensor, Tensor, bool]:
@@ -87,14 +91,13 @@ def center(product: Tensor, p: Tensor, total: Tensor, out: Tensor) -> Tensor:
 def block_divergence_(
     s: Tensor,  # (R, V) final student logits; dD/ds (jsd: over −(1 − β)) on return if need_grad
     t: Tensor,  # (R, V) final teacher logits; destroyed
-    scratch: Tensor,  # (at least scratch_planes(options), R, V)
+    scratch: Tensor,  # (at least math_planes(options), R, V)
     options: Options,
     labels: Tensor | None,  # (R,)
     need_grad: bool,
 ) -> RowStats:
     """D of every row, the per-token outputs if options ask for them, and the gradient in place."""
-    log_p = torch._log_softmax(s, 1, False, out=s)
-    log_q = torch._log_softmax(t, 1, False, out=t)
+    log_p, log_q = log_softmax_(s), log_softmax_(t)
     extra = token_outputs(log_p, log_q, scratch, labels) if options.return_tokens else ()
     form = {"reverse_kl": _reverse_kl_, "forward_kl": _forward_kl_, "jsd": _jsd_}[options.kind]
     return RowStats(form(log_p, log_q, scratch, options.beta, need_grad), *extra)

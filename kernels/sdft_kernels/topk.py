@@ -3,18 +3,16 @@
 Both distributions become k + 1 events: the k tokens that the teacher named, and all the others together (the tail).
 Which form to take, and what goes wrong without the tail: docs/topk.md.
 
-File order: the teacher's side, the rows, the loop over chunks, the operator, the public functions.
-N tokens, V vocabulary, H hidden size, k named tokens a row, R rows of a block.
+File order: the operator, the public functions; the work on rows is in topk_rows.py.
+N tokens, V vocabulary, H hidden size, k named tokens a row.
 """
 
-import math
-from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .call import Grads, autocast_dtype, compute_dtype, dx_dtype, unsharded
+from .call import Gradients, Grads, Inputs, autocast_dtype, compute_dtype, dx_dtype, unsharded
 from .checks import (
     FLOATS,
     DivergenceName,
@@ -30,12 +28,10 @@ from .checks import (
     check_vocab,
     make_options,
 )
-from .chunks import block_rows, blocks, budget_of, clear_untouched, power_of_two_below, put, take
-from .operands import Head, bf16_products, has_bf16_products
+from .loop import run_linear, run_logits
 from .operators import hand_over, register
 from .reduce import finish, row_scales
-from .rows import activate_, block_divergence_, deactivate_
-from .torch_impl import TILE_BYTES
+from .topk_rows import TopkRows, read_teacher
 
 Tail = Literal["bucket", "renormalise"]
 TAILS = ("bucket", "renormalise")
@@ -48,168 +44,6 @@ class TopkStats(NamedTuple):
     student_tail: Tensor  # the student's probability outside the named tokens
     teacher_tail: Tensor  # the teacher's, 1 − Σ exp(logprobs), at least 0
     student_logprob: Tensor | None  # of labels[n], over the whole vocabulary; None without labels
-
-
-class Teacher(NamedTuple):
-    """What is known of the teacher, cleaned: entries that do not count, and repeats, are not `named`."""
-
-    ids: Tensor  # (N, k) int64, 0 where not named
-    named: Tensor  # (N, k) bool
-    logprobs: Tensor  # (N, k), −inf where not named
-    mass: Tensor  # (N,) outside the named tokens, as it comes out: rounding may make it negative
-    covered: Tensor  # (N,) bool: every token of the vocabulary is named
-
-    def rows(self, keep: Tensor | None, lo: int, hi: int) -> "Teacher":
-        return Teacher(*(take(value, keep, lo, hi) for value in self))
-
-
-def read_teacher(ids: Tensor, logprobs: Tensor, vocab: int, dtype: torch.dtype) -> Teacher:
-    """Clean one call's (N, k) ids and log-probabilities, without the host looking at them."""
-    ids = ids.long()
-    logprobs = logprobs.to(torch.promote_types(logprobs.dtype, torch.float32))
-    named = (ids >= 0) & (ids < vocab) & (logprobs != -math.inf)
-    # Of an id given twice the first entry counts: a stable sort brings repeats together and leaves their order.
-    ranked, order = ids.masked_fill(~named, -1).sort(dim=1, stable=True)
-    repeat = torch.zeros_like(named)
-    repeat[:, 1:] = ranked[:, 1:] == ranked[:, :-1]
-    named &= ~torch.zeros_like(named).scatter_(1, order, repeat)
-    logprobs = logprobs.masked_fill(~named, -math.inf)
-    # 1 − Σq as (1 − q_max) − Σ others: where q_max is near 1 this keeps the digits that 1 − Σq would lose.
-    most, where = logprobs.max(1, keepdim=True)
-    mass = -most.expm1().squeeze(1) - logprobs.exp().scatter_(1, where, 0.0).sum(1)
-    covered = named.sum(1) == vocab
-    return Teacher(ids.masked_fill(~named, 0), named, logprobs.to(dtype), mass.to(dtype), covered)
-
-
-def events_of(
-    inside: Tensor,  # (R, k) student logits of the named tokens, −inf where not named
-    outside: Tensor,  # (R,) log-sum-exp of its other logits
-    teacher: Teacher,
-    tail: str,
-    tail_floor: float,
-) -> tuple[Tensor, Tensor]:
-    """Two (R, k + 1) blocks of unnormalised log-probabilities, the tail last."""
-    if tail == "bucket":
-        own = outside
-        theirs = teacher.mass.clamp_min(tail_floor).log()
-        # Nothing is outside, or the student can say nothing outside and the teacher's mass there is only rounding.
-        void = teacher.covered | ((outside == -math.inf) & (teacher.mass <= tail_floor))
-        theirs = theirs.masked_fill(void, -math.inf)
-    else:  # no tail; a row with nothing named is one certain event on both sides, and its divergence 0
-        own = theirs = torch.zeros_like(outside).masked_fill_(teacher.named.any(1), -math.inf)
-    return torch.cat([inside, own.unsqueeze(1)], 1), torch.cat([teacher.logprobs, theirs.unsqueeze(1)], 1)
-
-
-def topk_rows_(
-    s: Tensor,  # (R, V) raw student logits; dD/draw over options.grad_factor on return if need_grad, else destroyed
-    bias: Tensor | None,  # (V,)
-    teacher: Teacher,
-    labels: Tensor | None,  # (R,)
-    options: Options,
-    tail: str,
-    tail_floor: float,
-    need_grad: bool,
-) -> tuple[Tensor | None, ...]:
-    """(R,) divergences, the student's tail, and its log-probabilities of the labels if there are any."""
-    activate_(s, bias, options.student)
-    z = s.clone() if need_grad and options.student.softcap is not None else None
-    inside = s.gather(1, teacher.ids).masked_fill_(~teacher.named, -math.inf)  # (R, k)
-    label = None if labels is None else s.gather(1, labels.unsqueeze(1)).squeeze(1)
-    # Take the named tokens out of s. Adding leaves token 0, where the ids of what is not named point, as it is.
-    s.scatter_add_(1, teacher.ids, torch.zeros_like(inside).masked_fill_(teacher.named, -math.inf))
-    top = s.amax(1, keepdim=True)
-    top.masked_fill_(top == -math.inf, 0.0)
-    total = s.sub_(top).exp_().sum(1)  # at least 1, or exactly 0 where nothing is left
-    outside = total.log() + top.squeeze(1)
-    whole = torch.logsumexp(torch.cat([inside, outside.unsqueeze(1)], 1), 1)
-    events, target = events_of(inside, outside, teacher, tail, tail_floor)
-    lost = (events == -math.inf).all(1)  # the student forbids all that it is compared on: nothing to normalise
-    scratch = torch.empty(2, *events.shape, dtype=s.dtype, device=s.device)
-    plain = replace(options, return_tokens=False)
-    value = block_divergence_(events, target, scratch, plain, None, need_grad).divergence
-    value = value.masked_fill(lost, math.inf)
-    if need_grad:
-        grad = events.masked_fill_(lost.unsqueeze(1), 0.0)  # (R, k + 1) with respect to the events' logits
-        share = (grad[:, -1] / total).masked_fill_(total == 0, 0.0)
-        s.mul_(share.unsqueeze(1))  # the tail's, among its tokens in proportion to p
-        s.scatter_add_(1, teacher.ids, grad[:, :-1].masked_fill(~teacher.named, 0.0))
-        if z is not None:
-            deactivate_(s, z, options.student)
-    return value, (outside - whole).exp(), None if label is None else label - whole
-
-
-class _Loop:
-    """One call: rows in chunks, gradients made in the forward. `w` None: x holds the logits themselves."""
-
-    def __init__(self, x: Tensor, w: Tensor | None, bias: Tensor | None, options: Options, keep: Tensor | None,
-                 autocast: torch.dtype | None):  # fmt: skip
-        self.x, self.w, self.bias, self.options, self.keep = x, w, bias, options, keep
-        self.dtype = compute_dtype(x, w)
-        self.autocast = autocast if self.dtype == torch.float32 and w is not None else None
-        self.rows = x.shape[0] if keep is None else keep.numel()
-        self.as_bf16 = w is not None and has_bf16_products(x.device)
-        self.as_bf16 &= all(self.rounding(t) == torch.bfloat16 for t in (x, w) if t is not None)
-
-    def rounding(self, tensor: Tensor) -> torch.dtype:
-        """The dtype that an operand's values are rounded to before the product."""
-        return tensor.dtype if self.autocast is None or tensor.dtype == torch.float64 else self.autocast
-
-    def plan(self, k: int) -> tuple[int, int, int]:
-        """Rows per chunk, rows per elementwise block, and bytes for an upcast head, from the budget."""
-        budget, vocab, w = budget_of(self.options), self.options.vocab, self.w
-        block = block_rows(self.options, self.dtype, self.x.device)
-        tiles = 0 if w is None or w.dtype == self.rounding(w) == self.dtype else min(TILE_BYTES, budget // 8)
-        copies = block * vocab if self.options.student.softcap is not None else 0  # of logits, for its chain rule
-        row = vocab + (0 if w is None else 2 * self.x.shape[1]) + 8 * (k + 1)
-        left = budget - tiles - copies * self.dtype.itemsize
-        chunk = min(max(1, self.rows), power_of_two_below(left // (row * self.dtype.itemsize)))
-        return chunk, min(chunk, block), tiles
-
-    def run(
-        self, teacher: Teacher, labels: Tensor | None, tail: str, tail_floor: float, grads: Grads,
-        row_weights: Tensor | None, uniform: float,
-    ) -> tuple[list[Tensor], list[Tensor | None]]:  # fmt: skip
-        """Per-row values (divergence, student's tail, label's log-probability), and dX, dW, db."""
-        x, w, opt, keep, device = self.x, self.w, self.options, self.keep, self.x.device
-        values = [torch.zeros(x.shape[0], dtype=self.dtype, device=device) for _ in range(3)]
-        dx = torch.empty(x.shape, dtype=dx_dtype(x, self.dtype), device=device) if grads.x else None
-        dw = torch.zeros(w.shape, dtype=self.dtype, device=device) if grads.w and w is not None else None
-        db = torch.zeros_like(self.bias, dtype=self.dtype) if grads.bias and self.bias is not None else None
-        clear_untouched(dx, x.shape[0], opt.vocab if w is None else x.shape[1], keep)
-        chunk, block, tile_bytes = self.plan(teacher.ids.shape[1])
-        head = None if w is None else Head(w, opt.vocab, self.rounding(w), self.dtype, tile_bytes)
-        bias = None if self.bias is None else self.bias[: opt.vocab].to(self.dtype)
-        slab = torch.empty(chunk if self.rows else 0, opt.vocab, dtype=self.dtype, device=device)
-        for lo, hi in blocks(self.rows, chunk):
-            s, h = slab[: hi - lo], take(x, keep, lo, hi)
-            if head is None:
-                s.copy_(h[:, : opt.vocab])
-            else:
-                h = h.to(self.rounding(x)).to(self.dtype)
-                head.logits(h, s)
-            for b_lo, b_hi in blocks(hi - lo, block):
-                here = (keep, lo + b_lo, lo + b_hi)
-                label = None if labels is None else take(labels, *here)
-                part = s[b_lo:b_hi]
-                made = topk_rows_(part, bias, teacher.rows(*here), label, opt, tail, tail_floor, bool(grads))
-                for out, value in zip(values, made, strict=True):
-                    if value is not None:
-                        put(out, *here, value)
-                if grads:
-                    part.mul_(uniform * opt.grad_factor)
-                if grads and row_weights is not None:
-                    part.mul_(take(row_weights, *here).unsqueeze(1))
-            if dw is not None:
-                dw[: opt.vocab].addmm_(s.t(), h)
-            if db is not None:
-                db[: opt.vocab] += s.sum(0)
-            if dx is not None and head is None:
-                put(dx[:, : opt.vocab], keep, lo, hi, s)
-            elif dx is not None and head is not None:
-                dh = torch.empty_like(h)
-                head.input_grad(s, dh)
-                put(dx, keep, lo, hi, dh)
-        return values, [dx, dw, db]
 
 
 SCHEMA = (
@@ -240,21 +74,26 @@ def _forward(
     """The loss, four per-token outputs, and dX, dW, db; what was not asked for has no elements."""
     options = Options.from_flat(*plain)
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        keep, weights, uniform = row_scales(token_weights, upstream, options, x.shape[0])
+        scales = row_scales(token_weights, upstream, options, x.shape[0])
         known = upstream is not None or options.reduction != "none"
         grads = Grads(need_x, need_w, need_bias) if known else Grads()
-        loop = _Loop(x, w, bias, options, keep, autocast)
-        teacher = read_teacher(ids, logprobs, options.vocab, loop.dtype)
+        dtype = compute_dtype(x, w)
+        teacher = read_teacher(ids, logprobs, options.vocab, dtype)
         wanted = labels if options.return_tokens else None
-        with bf16_products(loop.as_bf16):
-            values, made = loop.run(teacher, wanted, tail, tail_floor, grads, weights, uniform)
+        rows = TopkRows(options, bias, teacher, wanted, tail, tail_floor, scales, bool(grads))
+        if w is None:
+            made = Gradients(torch.empty_like(x, dtype=dx_dtype(x, dtype)) if grads.x else None)
+            run_logits([x], options, rows, made.dx, scales, dtype)
+        else:
+            made = run_linear(Inputs(x, w, bias), options, rows, grads, scales, autocast)
         stats = [x.new_empty(0) for _ in range(4)]  # each its own: an operator's outputs may not alias
         if options.return_tokens:
             mass = teacher.mass.clamp(0.0, 1.0)
             mass = mass if token_weights is None else mass.masked_fill(token_weights == 0, 0.0)
-            stats = [values[0], values[1], mass, x.new_empty(0) if labels is None else values[2]]
-        loss = finish(values[0], token_weights, options.reduction)
-        return (loss, *stats, *(x.new_empty(0) if g is None else g for g in made))
+            label = x.new_empty(0) if rows.label_logprob is None else rows.label_logprob
+            stats = [rows.divergence, rows.student_tail, mass, label]
+        loss = finish(rows.divergence, token_weights, options.reduction)
+        return (loss, *stats, *(x.new_empty(0) if g is None else g for g in (made.dx, made.dw, made.dbias)))
 
 
 def _fake(

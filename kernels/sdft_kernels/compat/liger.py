@@ -36,8 +36,8 @@ from ..checks import (
     check_plain,
     check_positive,
 )
+from ..cross_entropy import linear_cross_entropy
 from ..linear_divergence import linear_divergence
-from .cross_entropy import linear_cross_entropy
 from .log_space import log_space_jsd, log_space_kl
 
 __all__ = ["LigerFusedLinearJSD", "LigerFusedLinearJSDLoss", "LigerJSD", "LigerKLDIVLoss"]
@@ -123,7 +123,11 @@ class LigerFusedLinearJSDLoss(nn.Module):
         if hard_wanted or self.return_soft_hard_loss:
             with torch.set_grad_enabled(hard_wanted and torch.is_grad_enabled()):
                 hard = linear_cross_entropy(
-                    student_input.flatten(0, -2), student_weight, labels, student_bias, self.ignore_index
+                    student_input.flatten(0, -2),
+                    student_weight,
+                    labels,
+                    bias=student_bias,
+                    ignore_index=self.ignore_index,
                 )
         parts = [w * part for w, part in ((self.weight_soft_loss, soft), (self.weight_hard_loss, hard)) if w != 0]
         loss = sum(parts[1:], parts[0]) if parts else 0.0 * soft

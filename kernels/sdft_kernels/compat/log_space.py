@@ -43,7 +43,7 @@ def _jsd(
     count = live.sum().clamp_min(1)
     values = torch.zeros(rows, dtype=dtype, device=device)
     grad = None if upstream is None else torch.empty_like(log_p, memory_format=torch.contiguous_format)
-    size = min(max(1, rows), block_rows(options, dtype, device))
+    size = min(max(1, rows), block_rows(options, 2, 2, dtype, device))
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         scratch = torch.empty(4, size, log_p.shape[1], dtype=dtype, device=device)
         for lo, hi in blocks(rows, size):
@@ -102,7 +102,7 @@ def _kl(
     """The loss, () or (N, V) for "none", or with upstream its gradient (N, V) with respect to log_p."""
     rows, vocab = log_p.shape
     dtype, device = compute_dtype(log_p, target), log_p.device
-    size = min(max(1, rows), block_rows(_options(log_p, 0.0), dtype, device))
+    size = min(max(1, rows), block_rows(_options(log_p, 0.0), 1, 1, dtype, device))
     divisor = {"none": 1, "sum": 1, "batchmean": max(1, rows), "mean": max(1, rows * vocab)}[reduction]
     backward, whole = upstream is not None, reduction == "none"
     out = None

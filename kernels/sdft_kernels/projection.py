@@ -1,0 +1,147 @@
+"""Hidden states and heads: the logits of a chunk by one product a side, and their gradient by two more.
+
+The products have fp32 results (fp64 for fp64 inputs). Their operands are narrow (bf16, fp16) on a device that
+multiplies them with such a result, and widened elsewhere.
+
+N tokens of a call, C of them in a chunk, V vocabulary, H hidden size; _s the student's, _t the teacher's.
+"""
+
+import torch
+from torch import Tensor
+
+from .call import Gradients, Inputs, Rows, Scales
+from .checks import Options
+from .chunks import budget_of, power_of_two_below, put, take
+from .operands import FP16_SHIFT, Head, has_bf16_products, has_narrow_products, mm32
+from .workspace import Plan, plan_workspace
+
+TILE_BYTES = 8 * 2**20  # of widened weights at a time: small enough to stay in cache for the product that follows
+
+
+def product_dtype(hidden: Tensor, weight: Tensor, autocast: torch.dtype | None) -> torch.dtype:
+    """The dtype that both operands of a projection are rounded to: their common one, or autocast's."""
+    return torch.promote_types(hidden.dtype, weight.dtype) if autocast is None else autocast
+
+
+class Projection:
+    """The source of logits for `loop.run_linear`. Buffers are allocated once; nothing here makes the host wait."""
+
+    def __init__(
+        self,
+        inputs: Inputs,
+        options: Options,
+        rows: Rows,
+        made: Gradients,
+        scales: Scales,
+        count: int,  # rows of the call that count
+        autocast: torch.dtype | None,
+    ):
+        self.inputs, self.vocab, self.made, self.keep = inputs, options.vocab, made, scales.keep
+        self.dtype, device = inputs.dtype, inputs.x.device
+        self.narrow = rows.narrow or has_narrow_products(device)
+        sides = inputs.sides
+        self.products = [product_dtype(h, w, autocast if self.dtype == torch.float32 else None) for h, w in sides]
+        self.operands = self.products if self.narrow else [self.dtype] * len(sides)
+        self.as_bf16 = not self.narrow and has_bf16_products(device) and all(p == torch.bfloat16 for p in self.products)
+        self.shared = inputs.shared_head and len(set(self.operands)) == 1
+        self.stacked = self.shared and self.narrow  # one product for both sides
+        self._scale(scales, uniform=scales.uniform * options.grad_factor)
+
+        budget, stride = budget_of(options, device), -(-self.vocab // rows.pad) * rows.pad
+        heads = list(zip(sides, self.products, self.operands, strict=True))[: 1 if self.shared else 2]
+        casts = [
+            self.vocab * w.shape[1] * operand.itemsize if not w.dtype == product == operand else 0
+            for (_, w), product, operand in heads
+        ]
+        plan = self._plan(count, budget, casts, stride, rows)
+        self.chunk = plan.chunk
+        self.heads = [
+            Head(w, self.vocab, product, operand, size)
+            for ((_, w), product, operand), size in zip(heads, plan.casts, strict=True)
+        ]
+        if self.shared:
+            self.heads *= 2
+        hidden = inputs.x.shape[1]
+        self.z = torch.empty(len(sides) * self.chunk, stride, dtype=self.dtype, device=device)
+        self.both = torch.empty(
+            2 * self.chunk if self.stacked else 0, hidden, dtype=self.operands[0], device=device
+        )  # hidden states of both sides
+        direct = made.dx is not None and self.keep is None and made.dx.dtype == self.dtype
+        self.dx = torch.empty(0 if made.dx is None or direct else self.chunk, hidden, dtype=self.dtype, device=device)
+        self.direct = direct
+        self.x = inputs.x  # (C, H_s) the student's operand of the last chunk
+
+    def _scale(self, scales: Scales, uniform: float) -> None:
+        """Where the factors of the gradient go: into the rows' work, the products, or behind the sums."""
+        self.weights, self.factor, self.alpha = scales.weights, 1.0, uniform
+        self.after: Tensor | float = 1.0
+        if self.narrow:  # the rows write the gradient anyway
+            self.factor, self.alpha = uniform, 1.0
+        if self.operands[0] == torch.float16:
+            self.weights, self.factor, self.after = fp16_scales(scales.weights, uniform)
+        self.gone = None if scales.weights is None else (scales.weights == 0).unsqueeze(1)  # (N, 1)
+
+    def _plan(self, count: int, budget: int, casts: list[int], stride: int, rows: Rows) -> Plan:
+        """Tokens of a chunk, from the bytes of their logits, hidden states and dX, and bytes of each head's cast."""
+        item, hidden = self.dtype.itemsize, sum(h.shape[1] for h, _ in self.inputs.sides)
+        row_bytes = item * (rows.sides * stride + hidden + 2 * self.inputs.x.shape[1]) + rows.row_bytes
+        other = rows.block_bytes(count)
+        if self.narrow:
+            if self.operands[0] != self.dtype and not rows.narrow:
+                row_bytes += self.operands[0].itemsize * self.vocab  # the gradient as an operand
+            return plan_workspace(count, row_bytes, budget, casts, other)
+        tiles = tuple(min(size, TILE_BYTES, budget // 8) for size in casts)
+        return Plan(min(count, power_of_two_below((budget - sum(tiles) - other) // row_bytes)), tiles)
+
+    def logits(self, lo: int, hi: int) -> list[Tensor]:
+        """(C, V or more) raw logits of each side, in buffers that the next chunk overwrites."""
+        rows, vocab = hi - lo, self.vocab
+        hidden = [
+            take(h, self.keep, lo, hi).to(product).to(operand)  # (C, H)
+            for (h, _), product, operand in zip(self.inputs.sides, self.products, self.operands, strict=True)
+        ]
+        self.x = hidden[0]
+        out = [self.z[i * rows : (i + 1) * rows] for i in range(len(hidden))]  # (C, V or more) each
+        if self.stacked:
+            both = torch.cat(hidden, out=self.both[: 2 * rows])
+            self.heads[0].logits(both, self.z[: 2 * rows, :vocab])
+            return out
+        for head, h, z in zip(self.heads, hidden, out, strict=True):
+            head.logits(h, z[:, :vocab])
+        return out
+
+    def gradients(self, g: Tensor, lo: int, hi: int) -> None:
+        """g (C, V): dW += gᵀ x, db += Σ g, and rows lo:hi of dX = g W."""
+        made, beta, x = self.made, 0.0 if lo == 0 else 1.0, self.x
+        if made.dbias is not None:
+            made.dbias[: self.vocab].add_(g.sum(0, dtype=self.dtype), alpha=self.alpha)
+        g = g.to(self.operands[0])
+        if made.dw is not None:
+            if self.gone is not None:  # the gradient of these rows is 0, but 0·NaN would not be
+                x = x.masked_fill(take(self.gone, self.keep, lo, hi), 0.0)
+            mm32(g.t(), x, made.dw[: self.vocab], beta=beta, alpha=self.alpha)
+        if made.dx is not None:
+            dx = made.dx[lo:hi] if self.direct else self.dx[: hi - lo]
+            self.heads[0].input_grad(g, dx)
+            if self.alpha != 1.0:
+                dx.mul_(self.alpha)
+            if not self.direct:
+                put(made.dx, self.keep, lo, hi, dx)
+
+    def finish(self) -> Gradients:
+        """The gradients of the whole call."""
+        if self.operands[0] == torch.float16:
+            self.made.scale_(self.after)
+        return self.made
+
+
+def fp16_scales(weights: Tensor | None, uniform: float) -> tuple[Tensor | None, float, Tensor | float]:
+    """(weights, factor for the rows' work, factor afterwards): stored fp16 gradients neither vanish nor overflow.
+
+    The rows see weights of at most 1 and FP16_SHIFT; the rest, 1/N and 1/τ above all, multiplies the fp32 sums.
+    """
+    if weights is None:
+        return None, FP16_SHIFT, uniform / FP16_SHIFT
+    largest = weights.abs().amax()
+    largest = torch.where(largest == 0, 1.0, largest)
+    return weights / largest, FP16_SHIFT, largest * (uniform / FP16_SHIFT)
