@@ -259,12 +259,15 @@ def linear_cross_entropy(
         scale=scale,
         compact=compact,
     )
+    dtype = compute_dtype(x, w)
+    if token_weights is not None:
+        token_weights = token_weights.to(torch.promote_types(token_weights.dtype, dtype))
     if ignore_index is not None:
         counts = labels != ignore_index
-        token_weights = counts.to(torch.float32) if token_weights is None else token_weights.masked_fill(~counts, 0.0)
+        token_weights = counts.to(dtype) if token_weights is None else token_weights.masked_fill(~counts, 0.0)
     needs = (v is not None and v.requires_grad and torch.is_grad_enabled() for v in (x, w, bias))
     loss, *rest = _op(
-        x, w, bias, labels, token_weights, None, *needs, autocast_dtype(x.device, compute_dtype(x, w)), by_probability,
+        x, w, bias, labels, token_weights, None, *needs, autocast_dtype(x.device, dtype), by_probability,
         *options.flat(),
     )  # fmt: skip
     return (loss, LabelStats(*rest[:3])) if return_tokens else loss

@@ -113,6 +113,36 @@ def topk_divergence_reference(
     return finish(values, token_weights, options.reduction)
 
 
+def linear_cross_entropy_reference(
+    x: Tensor,  # (N, H)
+    w: Tensor,  # (V, H)
+    labels: Tensor,  # (N,)
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    token_weights: Tensor | None = None,
+    by_probability: bool = False,
+    ignore_index: int | None = -100,
+    reduction: str = "mean",
+    vocab_size: int | None = None,
+) -> Tensor:
+    """As `linear_cross_entropy`, densely, in the inputs' own dtype and with torch's own autograd."""
+    options = make_options(
+        divergence="forward_kl", beta=0.5, temperature=temperature, reduction=reduction, softcap=softcap, scale=scale,
+        vocab=check_vocab(vocab_size, w.shape[0], w.shape[0]), return_tokens=False, chunk_bytes=None,
+    )  # fmt: skip
+    weights = torch.ones_like(x[:, 0].detach()) if token_weights is None else token_weights.to(x.dtype)
+    weights = weights if ignore_index is None else weights * (labels != ignore_index)
+    log_p = dense_logits(x, w, bias, options.student, options.vocab).log_softmax(1)
+    values = -log_p.gather(1, labels.masked_fill(weights == 0, 0).unsqueeze(1)).squeeze(1)
+    if by_probability:
+        values = values * values.detach().neg().exp()
+    values = torch.where(weights == 0, torch.zeros_like(values), values)
+    return finish(values, weights, options.reduction)
+
+
 def log_tail(log_p: Tensor, named: Tensor) -> Tensor:
     """(N, 1) log of the mass that is not named, −inf (and no gradient) where nothing is left."""
     empty = named.all(1, keepdim=True)

@@ -12,8 +12,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sdft_kernels.chunks import CACHE_BYTES, DEFAULT_CHUNK_BYTES, power_of_two_below
-from sdft_kernels.torch_impl import TILE_BYTES
+from sdft_kernels.chunks import CACHE_BYTES, power_of_two_below
+from sdft_kernels.projection import TILE_BYTES
+from sdft_kernels.workspace import CPU_BYTES, default_workspace
 
 from sdft.config import Config
 from sdft.devices import KERNELS, RETURNS
@@ -267,11 +268,11 @@ class Costs:
             rows = min(rows, CE_ROWS)  # logits in the compute dtype and in fp32, log-probabilities, two gradients
             return rows * s.vocab * (2 * self.c + 3 * FP32) + self.head_trains * self.autocast * s.head * self.c
         if self.machine.kind == "cuda" and config.loss.impl != "torch":
-            budget = config.loss.chunk_bytes or min(DEFAULT_CHUNK_BYTES, self.machine.memory // 64)
+            budget = config.loss.chunk_bytes or default_workspace(self.machine.memory)
             casts = budget // 8 if self.autocast else 0
             row = 8 * s.vocab + 16 * s.hidden
             return casts + min(rows, max(1, (budget - casts) // row)) * row
-        budget = config.loss.chunk_bytes or DEFAULT_CHUNK_BYTES
+        budget = config.loss.chunk_bytes or CPU_BYTES
         # Weights are made fp32, or rounded to bf16 as autocast would, a tile at a time: both sides' unless they share.
         shared = config.teacher.kind == "live" or not self.head_trains
         heads = (2 - shared) * (min(self.c, self.w) < FP32)

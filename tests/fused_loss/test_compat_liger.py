@@ -10,7 +10,7 @@ import pytest
 import sdft_kernels.compat.liger as liger
 import torch
 from sdft_kernels import chunks
-from sdft_kernels.compat import cross_entropy, log_space
+from sdft_kernels.compat import log_space
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -135,20 +135,6 @@ def test_fused(beta: float, ignored: str | None, dtype: torch.dtype) -> None:
     ours, exact = leaves_of(v, "x w"), leaves_of(v, "x w", torch.float64)
     loss = liger.LigerFusedLinearJSD(beta, temperature=1.7)(*(ours[k] for k in ("x", "w", "tx", "tw")), labels)
     check(loss, ours, fused_truth(exact, labels, beta, 1.7)[0], exact, BOUNDS[dtype])
-
-
-@pytest.mark.parametrize("narrow", [False, True])
-@pytest.mark.parametrize("dtype", [*BOUNDS, torch.float16])
-def test_cross_entropy_in_chunks(dtype: torch.dtype, narrow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Many chunks and tiles of the head; with narrow operands as on a GPU, where fp16 gradients are stored larger."""
-    monkeypatch.setattr(cross_entropy, "DEFAULT_CHUNK_BYTES", 2**12)
-    monkeypatch.setattr(cross_entropy, "has_narrow_products", lambda device: narrow)
-    v = make(dtype, 53, 37, 6)
-    labels = torch.where(torch.arange(53) % 5 == 2, -1, torch.arange(53) % 37)
-    ours, exact = leaves_of(v, "x w bias"), leaves_of(v, "x w bias", torch.float64)
-    loss = cross_entropy.linear_cross_entropy(ours["x"], ours["w"], labels, ours["bias"], -1)
-    truth = nn.functional.cross_entropy(exact["x"] @ exact["w"].T + exact["bias"], labels, ignore_index=-1)
-    check(loss, ours, truth, exact, BOUNDS.get(dtype, 6e-3))
 
 
 @pytest.mark.usefixtures("small_blocks")
@@ -462,15 +448,11 @@ class Sizes(TorchDispatchMode):
         return out
 
 
-def test_no_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_logits() -> None:
     """The loops' own functions, since a mode does not see inside an operator; `linear_divergence` has its own test."""
     rows, vocab, hidden = 512, 3000, 8
     v, labels = make(torch.float32, rows, vocab, hidden), torch.arange(512) % 7
-    monkeypatch.setattr(cross_entropy, "DEFAULT_CHUNK_BYTES", 12 * 4 * vocab)
-    whole, head = rows * vocab * 4, vocab * hidden * 4
-    with Sizes(v) as seen:
-        cross_entropy._forward(v["x"], v["w"], v["bias"], labels, None, -100, True, True, True, None)
-    assert 4 * vocab <= seen.most <= max(head, 12 * 4 * vocab)
+    whole = rows * vocab * 4
     with Sizes(v) as seen:
         log_space._jsd(v["log_p"], v["log_q"], labels, None, 0.3, -100)
     assert seen.most <= whole / 2
@@ -484,9 +466,6 @@ def test_no_logits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_frozen_head_has_no_gradient() -> None:
     v, labels = leaves_of(make(torch.float32, 4, 300, 8), "x"), torch.arange(4)
-    with Sizes(v) as seen:
-        cross_entropy._forward(v["x"], v["w"], None, labels, None, -100, True, False, False, None)
-    assert seen.most <= 4 * 300 * 4 < 300 * 8 * 4
     liger.LigerFusedLinearJSDLoss()(v["x"], v["w"], v["tx"], v["tw"], labels).backward()
     assert v["w"].grad is None
     assert v["x"].grad is not None

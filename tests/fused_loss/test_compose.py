@@ -17,9 +17,8 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from sdft_kernels import divergence, linear_divergence, linear_topk_divergence, topk_divergence
+from sdft_kernels import divergence, linear_cross_entropy, linear_divergence, linear_topk_divergence, topk_divergence
 from sdft_kernels import reference as dense
-from sdft_kernels.compat.cross_entropy import linear_cross_entropy
 from sdft_kernels.compat.liger import LigerFusedLinearJSD, LigerFusedLinearJSDLoss, LigerJSD, LigerKLDIVLoss
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -102,7 +101,7 @@ COLUMNS = {
         lambda x, w, b: linear_topk_divergence(x, w, *b.topk, tail_floor=0.0, token_weights=b.live), dense_topk
     ),
     "divergence": Column(lambda s, b: divergence(s, b.teacher_logits, token_weights=b.live), dense_kl, True),
-    "compat.cross_entropy": Column(lambda x, w, b: linear_cross_entropy(x, w, b.labels), dense_cross_entropy),
+    "linear_cross_entropy": Column(lambda x, w, b: linear_cross_entropy(x, w, b.labels), dense_cross_entropy),
     "compat.liger": Column(  # with its cross-entropy
         lambda x, w, b: LigerFusedLinearJSDLoss()(x, w, b.teacher_x, b.teacher_w, b.labels),
         lambda s, b: 0.5 * dense_kl(s, b, divergence="jsd") + 0.5 * dense_cross_entropy(s, b),

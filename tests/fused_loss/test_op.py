@@ -45,18 +45,15 @@ def grads_of(loss: Tensor, tensors: list[Tensor], **options: Any) -> tuple[Tenso
 def loops(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any, list[StorageWeakRef]]]:
     """One entry per run of a loop: which implementation, its Grads, and its gradients' storages."""
     seen: list[tuple[str, Any, list[StorageWeakRef]]] = []
-    for impl in IMPLS:
-        module = importlib.import_module(f"sdft_kernels.{impl}_impl")
+    run = linear_module.run_linear
 
-        def spy(
-            inputs: Any, options: Any, grads: Any, *rest: Any, run: Any = module.run_linear, impl: str = impl
-        ) -> Any:
-            result = run(inputs, options, grads, *rest)
-            made = [g for g in (result.dx, result.dw, result.dbias) if g is not None]
-            seen.append((impl, grads, [StorageWeakRef(g.untyped_storage()) for g in made]))
-            return result
+    def spy(inputs: Any, options: Any, rows: Any, grads: Any, *rest: Any) -> Any:
+        gradients = run(inputs, options, rows, grads, *rest)
+        refs = [StorageWeakRef(g.untyped_storage()) for g in gradients.made()]
+        seen.append((options.impl, grads, refs))
+        return gradients
 
-        monkeypatch.setattr(module, "run_linear", spy)
+    monkeypatch.setattr(linear_module, "run_linear", spy)
     return seen
 
 
