@@ -166,9 +166,11 @@ class Plan:
 def plan_of(shape: Shape, device: Device, workspace: int | None) -> Plan:
     """The chunk of the Triton loop, from the loop itself: it is built on fake tensors, which take no memory."""
     import torch
-    from sdft_kernels import triton_impl
-    from sdft_kernels.call import Grads, Inputs
+    from sdft_kernels.call import Gradients, Grads, Inputs, Scales
     from sdft_kernels.checks import make_options
+    from sdft_kernels.chunks import Outputs
+    from sdft_kernels.projection import Projection
+    from sdft_kernels.triton_rows import TritonRows
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     product_dtype = getattr(torch, shape.dtype)
@@ -182,10 +184,17 @@ def plan_of(shape: Shape, device: Device, workspace: int | None) -> Plan:
             return_tokens=False, chunk_bytes=budget, softcap=None, teacher_softcap=None, scale=1.0, teacher_scale=1.0,
             compact=False, impl="triton",
         )  # fmt: skip
-        inputs = Inputs(x, w, None, tx, w if shape.shared else tw, None, None)
+        inputs = Inputs(x, w, None, tx, w if shape.shared else tw)
         autocast = product_dtype if shape.cast else None
-        loop = triton_impl._Loop(inputs, options, Grads(True, shape.trained), None, autocast)
-    return Plan(loop.chunk, 0 if not shape.cast else 3 * len(parts(shape.tokens, loop.chunk)))
+        outputs = Outputs(shape.tokens, torch.float32, x.device, tokens=False, labels=False)
+        scales = Scales(None, None, 1.0, masked=False)
+        rows = TritonRows(options, (None, None), None, outputs, scales.keep, product_dtype)
+        made = Gradients.new(inputs, shape.vocab, Grads(True, shape.trained), all_rows=True)
+        source = Projection(inputs, options, rows, made, scales, shape.tokens, autocast)
+    if not shape.cast:
+        return Plan(source.chunk, 0)
+    whole = all(head.tile == shape.vocab for head in source.heads)
+    return Plan(source.chunk, 1 if whole else 3 * len(parts(shape.tokens, source.chunk)))
 
 
 def default_workspace(device: Device) -> int:

@@ -83,8 +83,8 @@ class Projection:
 
     def _plan(self, count: int, budget: int, casts: list[int], stride: int, rows: Rows) -> Plan:
         """Tokens of a chunk, from the bytes of their logits, hidden states and dX, and bytes of each head's cast."""
-        item, hidden = self.dtype.itemsize, sum(h.shape[1] for h, _ in self.inputs.sides)
-        row_bytes = item * (rows.sides * stride + hidden + 2 * self.inputs.x.shape[1]) + rows.row_bytes
+        hidden = sum(h.shape[1] for h, _ in self.inputs.sides) + (2 if self.narrow else 1) * self.inputs.x.shape[1]
+        row_bytes = self.dtype.itemsize * (rows.sides * stride + hidden) + rows.row_bytes
         other = rows.block_bytes(count)
         if self.narrow:
             if self.operands[0] != self.dtype and not rows.narrow:

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from sdft_kernels import divergence, linear_divergence, linear_topk_divergence, topk_divergence
-from sdft_kernels.compat.liger import LigerFusedLinearJSDLoss, LigerJSD, LigerKLDIVLoss
+from sdft_kernels import divergence, linear_cross_entropy, linear_divergence, linear_topk_divergence, topk_divergence
+from sdft_kernels.compat.liger import LigerJSD, LigerKLDIVLoss
 from sdft_kernels.operators import register
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -33,10 +33,7 @@ LOSSES: dict[str, tuple[Callable[[Tensor], Tensor], Tensor]] = {
     "the top-k divergence ": (lambda s: topk_divergence(s, IDS, LOGPROBS), normal(N, V)),
     "LigerJSD": (lambda s: LigerJSD()(s, T.log_softmax(1)), normal(N, V).log_softmax(1)),
     "LigerKLDIVLoss": (lambda s: LigerKLDIVLoss()(s, T.softmax(1)), normal(N, V).log_softmax(1)),
-    "the cross-entropy of hard labels": (
-        lambda x: LigerFusedLinearJSDLoss(weight_soft_loss=0.0)(x, W, TX, TW, IDS[:, 0]),
-        normal(N, H),
-    ),
+    "linear_cross_entropy": (lambda x: linear_cross_entropy(x, W, IDS[:, 0]), normal(N, H)),
 }
 
 

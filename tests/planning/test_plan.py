@@ -188,15 +188,18 @@ def test_live_bytes_of_real_tensors() -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "jsd"])
 def test_work_space_of_the_loss(rows: int, dtype: str, divergence: str) -> None:
-    from sdft_kernels.call import Grads, Inputs
+    from sdft_kernels.call import Grads, Inputs, Scales
     from sdft_kernels.checks import make_options
-    from sdft_kernels.torch_impl import run_linear
+    from sdft_kernels.chunks import Outputs
+    from sdft_kernels.loop import run_linear
+    from sdft_kernels.torch_rows import DivergenceRows
 
     budget = 2**22
     c = config(**{"loss.chunk_bytes": budget, "loss.divergence": divergence, "model.compute_dtype": dtype})
     shape = ModelShape.from_config(lm_config("llama"))
     x, w = torch.randn(rows, shape.hidden), torch.randn(shape.vocab, shape.hidden)
-    inputs = Inputs(x, w, None, torch.randn(rows, shape.hidden), w.clone(), None, torch.zeros(rows, dtype=torch.int64))
+    inputs = Inputs(x, w, None, torch.randn(rows, shape.hidden), w.clone())
+    labels, scales = torch.zeros(rows, dtype=torch.int64), Scales(None, None, 1.0, masked=False)
     options = make_options(
         divergence=divergence,
         beta=0.5,
@@ -207,9 +210,11 @@ def test_work_space_of_the_loss(rows: int, dtype: str, divergence: str) -> None:
         chunk_bytes=budget,
     )
     autocast = torch.bfloat16 if dtype == "bfloat16" else None
-    with LiveBytes([t for t in vars(inputs).values() if t is not None]) as live:
-        result = run_linear(inputs, options, Grads(True, True, False), None, 1.0, None, autocast)
-    outputs = sum(t.nbytes for t in (result.dx, result.dw)) + rows * 21  # the values of each row
+    with LiveBytes([labels, *(t for t in vars(inputs).values() if t is not None)]) as live:
+        values = Outputs(rows, torch.float32, x.device, tokens=True, labels=True)
+        work = DivergenceRows(options, (None, None), labels, values, scales, need_grad=True)
+        made = run_linear(inputs, options, work, Grads(True, True, False), scales, autocast)
+    outputs = sum(t.nbytes for t in made.made()) + rows * 21  # the values of each row
     mine = Costs(shape, c, Machine("cpu", GIB, 0, threads=torch.get_num_threads()), True).loss(rows)
     assert live.peak - outputs <= mine * 1.02 + 2**16
     assert mine <= min(budget, (live.peak - outputs) * 1.3 + 2**18)
