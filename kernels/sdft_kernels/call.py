@@ -41,12 +41,10 @@ class Inputs:
     def shared_head(self) -> bool:
         """True if both sides project with the same memory."""
         w, t = self.w, self.teacher_w
-        return t is not None and (w.data_ptr(), w.shape, w.stride(), w.dtype) == (
-            t.data_ptr(),
-            t.shape,
-            t.stride(),
-            t.dtype,
-        )
+        if t is None or w is t:
+            return w is t
+        same = (w.shape, w.stride(), w.dtype) == (t.shape, t.stride(), t.dtype)
+        return same and w.data_ptr() == t.data_ptr() != 0  # 0: no memory, as on the meta device
 
 
 @dataclass(frozen=True)
