@@ -23,7 +23,8 @@ def main() -> None:
     options = parser.parse_args()
     folder: Path = options.folder
 
-    from sdft.cli import check, quiet_libraries
+    from sdft import check
+    from sdft.cli import quiet_libraries, show
     from sdft.data import tasks
     from sdft.training.loop import train
     from sdft.training.metrics import read_metrics
@@ -32,7 +33,7 @@ def main() -> None:
     tasks.write(tasks.demo(), folder / "data")
     configs = {name: settle(path, folder, options.steps) for name, path in CONFIGS.items()}
     print("== Can the teacher use the demonstrations? (sdft check)")
-    check(configs["SDFT"], count=24)
+    show.check(check(configs["SDFT"], count=24), configs["SDFT"].teacher.context, rows=3)
     curves = {}
     for name, config in configs.items():
         print(f"\n== {name} (sdft train {CONFIGS[name]})")

@@ -50,9 +50,9 @@ class Settings:
             raise SdftError(_problem(cls, error)) from None
 
     @classmethod
-    def prefix(cls) -> str:
-        """What stands before a name in its dotted form, as lora. in lora.rank."""
-        return f"{cls.section}." if cls.section else ""
+    def named(cls, name: str) -> str:
+        """A setting of the class as the user writes it, such as lora.rank."""
+        return f"{cls.section}.{name}" if cls.section else name
 
     @classmethod
     def declared(cls) -> dict[str, FieldInfo]:
@@ -89,8 +89,8 @@ def _problem(cls: type[Settings], error: ValidationError) -> str:
         return f"{cls.section} must be a table, [{cls.section}], not {value!r}"
     name = str(place[0]) if place else ""
     if kind == "unexpected_keyword_argument":
-        return f"unknown key {cls.prefix() + name!r}; {_suggestion(cls, name)}"
-    key = cls.prefix() + ".".join([name, *(str(part) for part in place[1:] if isinstance(part, str))])
+        return f"unknown key {cls.named(name)!r}; {_suggestion(cls, name)}"
+    key = ".".join([cls.named(name), *(str(part) for part in place[1:] if isinstance(part, str))])
     if kind == "literal_error":
         choices = first["ctx"]["expected"].replace(" or ", ", ").removeprefix("'', ")
         near = difflib.get_close_matches(str(value), choices.replace("'", "").split(", "), n=1)
@@ -122,13 +122,13 @@ def keys() -> dict[str, FieldInfo]:
     found: dict[str, FieldInfo] = {}
     for name, field in Settings.sections[""].declared().items():
         section = Settings.sections.get(name)
-        found |= {section.prefix() + key: f for key, f in section.declared().items()} if section else {name: field}
+        found |= {section.named(key): f for key, f in section.declared().items()} if section else {name: field}
     return found
 
 
 def _suggestion(cls: type[Settings], name: str) -> str:
     """The setting that was probably meant, in this section or in another one; if none is near, all of this section."""
-    here = {cls.prefix() + key: field for key, field in cls.declared().items()}
+    here = {cls.named(key): field for key, field in cls.declared().items()}
     scores = {}
     for key, field in (here if cls.section is None else here | keys()).items():
         section, _, last = key.rpartition(".")

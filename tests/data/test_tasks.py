@@ -306,7 +306,7 @@ def test_help_and_mistakes(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(name in told for name in cli.DATA_ARGS)
     with pytest.raises(SystemExit):
         cli.main(["data", "fact", "out"])
-    assert "unknown task 'fact'; valid: commands, facts, style, demo, toolalpaca" in capsys.readouterr().err
+    assert "unknown task 'fact'; did you mean 'facts'?" in capsys.readouterr().err
 
 
 # docs/tasks.md.

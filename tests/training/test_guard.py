@@ -269,7 +269,7 @@ def test_the_command_guards_what_the_model_knew(make_config: Any, make_run: Any,
 def test_short_forms(flags: list[str], make_config: Any, tmp_path: Path) -> None:
     import tyro
 
-    from sdft.cli import config_from
+    from sdft.cli.commands import config_from
     from sdft.config import Config
 
     (tmp_path / "c.toml").write_text(to_toml(make_config()))

@@ -366,7 +366,7 @@ def test_demonstrations_are_still_needed_elsewhere(stages: dict[str, Any], make_
 
 
 def test_the_check_needs_a_context(stages: dict[str, Any], make_config: Any) -> None:
-    from sdft.cli import check
+    from sdft import check
 
     with pytest.raises(SdftError, match="shows no demonstration; there is nothing to check"):
         check(make_config(**stages))
