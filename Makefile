@@ -85,11 +85,13 @@ wheel:
 	PIP_BUILD_CONSTRAINT="$$source/constraints.txt" $(PYTHON) -m pip wheel --quiet --disable-pip-version-check --no-deps -w $(DIST) "$$source"; \
 	$(PYTHON) -m pip hash $(DIST)/sdft-*.whl
 
-# The peers of gpu-proof, and of their needs and ours what a machine with transformers may lack.
+# The peers of gpu-proof, and of their needs and ours what a machine with torch, transformers and peft may lack.
 wheels:
 	$(PYTHON) -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: -c constraints.txt \
-		--python-version $(WHEELS_PYTHON) -d $(WHEELS) \
-		liger-kernel trl fla-core einops datasets dill multiprocess peft tomli-w
+		--implementation cp --python-version $(WHEELS_PYTHON) --platform manylinux_2_28_x86_64 \
+		--platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 -d $(WHEELS) \
+		liger-kernel trl fla-core einops datasets dill multiprocess peft tomli-w pydantic pydantic-core \
+		annotated-types typing-inspection
 	du -sh $(WHEELS)
 
 clean:
