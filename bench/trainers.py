@@ -117,6 +117,9 @@ def random_qwen(folder: Path, device: str = "cpu", **sizes: int) -> str:
     with torch.device(device):
         lm = AutoModelForCausalLM.from_config(Qwen2Config(**shape | sizes))
     lm.save_pretrained(folder)
+    del lm
+    if device == "cuda":
+        torch.cuda.empty_cache()  # for the processes that measure the model
     tokenizer.save_pretrained(folder)
     return str(folder)
 

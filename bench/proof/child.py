@@ -11,10 +11,10 @@ from pathlib import Path
 from .phase import LOST, OUT_OF_TIME, Item, Place, Row, Stream
 
 
-def work(phase: str, items: list[Item], place: Place, first: int, stream: Stream) -> None:
-    """Runs the items from number `first` on, in this process. Exits with LOST if the GPU no longer answers."""
+def work(phase: str, items: list[Item], place: Place, mine: range, stream: Stream) -> None:
+    """Runs the items of these numbers in this process. Exits with LOST if the GPU no longer answers."""
     for number, item in enumerate(items):
-        if number < first:
+        if number not in mine:
             continue
         who = {"phase": phase, "item": item.name, "number": number}
         if place.left() < 0:
@@ -52,7 +52,7 @@ def main(text: str) -> None:
     items = importlib.import_module(told["module"]).items(place)
     if not any(event["event"] == "phase" and event["phase"] == name for event in stream.read()):
         stream.write("phase", phase=name, items=[item.name for item in items])
-    work(name, items, place, told["first"], stream)
+    work(name, items, place, range(told["first"], len(items), told["processes"]), stream)
 
 
 if __name__ == "__main__":

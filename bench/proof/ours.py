@@ -17,10 +17,11 @@ from .phase import Item, Place, Row
 from .values import CANDIDATES
 
 MIB = 2**20
-WORKSPACES = (None, 256 * MIB, 512 * MIB, 1024 * MIB, 2048 * MIB)  # None: the default
-TINY_WORKSPACES = (None, 2**15)
+WORKSPACES: tuple[int | None, ...] = (None, 256 * MIB, 512 * MIB, 1024 * MIB, 2048 * MIB)  # None: the default
+TINY_WORKSPACES: tuple[int | None, ...] = (None, 2**15)
+OF_CANDIDATES = (None, 256 * MIB)  # the workspaces of what is not chosen by itself
 TOKENS = 16_384
-ROUNDS = 7
+ROUNDS = 5
 
 
 def items(place: Place) -> list[Item]:
@@ -37,11 +38,12 @@ def items(place: Place) -> list[Item]:
 
 def measured(case: Case, place: Place, rows: list[Row]) -> None:
     make = as_the_trainer if case.trainer else ours
-    workspaces = TINY_WORKSPACES if place.tiny else WORKSPACES
-    impls = ("triton", *(CANDIDATES if not case.trainer else ()))
+    sizes = {"triton": TINY_WORKSPACES if place.tiny else WORKSPACES}
+    if not case.trainer:
+        sizes |= dict.fromkeys(CANDIDATES, TINY_WORKSPACES if place.tiny else OF_CANDIDATES)
     made = {
         f"{impl}, {label(size)}": (impl, size, partial(make, impl=impl, chunk_bytes=size))
-        for impl in impls
+        for impl, workspaces in sizes.items()
         for size in workspaces
     }
     variants = [Variant(name, loss, devices=("cuda", "cpu")) for name, (_, _, loss) in made.items()]

@@ -52,10 +52,13 @@ class Stream:
         self.path = path
 
     def write(self, event: str, **fields: Any) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps({"event": event, **fields}) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        line = (json.dumps({"event": event, **fields}) + "\n").encode()
+        file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(file, line)  # whole: processes of one phase write at the same time
+            os.fsync(file)
+        finally:
+            os.close(file)
 
     def read(self) -> list[Event]:
         """All events; a last line that was cut off is left out."""

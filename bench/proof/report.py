@@ -44,8 +44,11 @@ def collect(events: Iterable[Event]) -> Found:
         if event["event"] == "phase":
             found["phases"].setdefault(event["phase"], [])
         if event["event"] in ("ends", "skipped"):
-            entry = {"item": event["item"], "rows": event.get("rows", []), "seconds": event.get("seconds", 0.0)}
-            found["phases"].setdefault(event["phase"], []).append(entry | {"error": event["error"]})
+            entry = {key: event.get(key) for key in ("item", "number", "error")}
+            entry |= {"rows": event.get("rows", []), "seconds": event.get("seconds", 0.0)}
+            found["phases"].setdefault(event["phase"], []).append(entry)
+    for entries in found["phases"].values():
+        entries.sort(key=lambda entry: entry["number"])  # the processes of a phase end in any order
     for row in rows_of(found, "machine", "versions"):
         found["meta"] = row | found["meta"]
     predict(found)

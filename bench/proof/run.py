@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from .phase import LOST, OUT_OF_TIME, Place, Stream
@@ -15,37 +16,49 @@ ROOT = Path(__file__).parents[2]
 
 
 def run_phase(phase: Phase, place: Place, stream: Stream, log: Path) -> None:
-    """Runs all items of a phase before place.deadline, in as many processes as it takes; every item gets an event."""
-    first = 0
+    """Runs all items of a phase before place.deadline; every item gets an event."""
+    with ThreadPoolExecutor(phase.processes) as pool:
+        list(pool.map(lambda part: run_part(phase, place, stream, log, part), range(phase.processes)))
+
+
+def run_part(phase: Phase, place: Place, stream: Stream, log: Path, part: int) -> None:
+    """Every phase.processes-th item from number `part` on, in as many processes as it takes."""
+    first = part
     while True:
         code = in_process(phase, place, first, stream, log)
         events = [event for event in stream.read() if event.get("phase") == phase.name]
         names = next((event["items"] for event in events if event["event"] == "phase"), None)
-        if names is None:
-            stream.write("phase", phase=phase.name, items=["start"])
-            stream.write("skipped", phase=phase.name, item="start", number=0, error=ending(code, log))
+        if names is None:  # the list could not be made
+            if part == 0:
+                stream.write("skipped", phase=phase.name, item="start", number=0, error=ending(code, log))
             return
+        mine = range(part, len(names), phase.processes)
         done = {event["number"] for event in events if event["event"] in ("ends", "skipped")}
-        begun = max((event["number"] for event in events if event["event"] == "begins"), default=-1)
-        if begun not in done and begun >= 0:
-            stream.write("skipped", phase=phase.name, item=names[begun], number=begun, error=ending(code, log))
-            done.add(begun)
-        rest = [number for number in range(len(names)) if number not in done]
-        if code is None or not rest or place.left() < 0:
+        begun = [event["number"] for event in events if event["event"] == "begins"]
+        cut = next((number for number in mine if number in begun and number not in done), None)
+        rest = [number for number in mine if number not in done and number != cut]
+        if cut is None and rest and code not in (0, LOST, None):  # it ended before its first item, and would again
+            cut, rest = rest[0], rest[1:]
+        if cut is not None:
+            stream.write("skipped", phase=phase.name, item=names[cut], number=cut, error=ending(code, log))
+        if code is None or place.left() < 0:
             for number in rest:
                 stream.write("skipped", phase=phase.name, item=names[number], number=number, error=OUT_OF_TIME)
             return
-        if code not in (0, LOST) and rest[0] == first:  # no item was reached: the next process would end alike
-            stream.write("skipped", phase=phase.name, item=names[first], number=first, error=ending(code, log))
-            rest = rest[1:]
-            if not rest:
-                return
+        if not rest:
+            return
         first = rest[0]
 
 
 def in_process(phase: Phase, place: Place, first: int, stream: Stream, log: Path) -> int | None:
     """The exit status of a process that runs the phase from item `first` on; None if its time was over."""
-    told = {"name": phase.name, "module": phase.module, "first": first, "stream": str(stream.path)}
+    told = {
+        "name": phase.name,
+        "module": phase.module,
+        "first": first,
+        "processes": phase.processes,
+        "stream": str(stream.path),
+    }
     told |= {"device": place.device, "tiny": place.tiny, "deadline": place.deadline, "scratch": str(place.scratch)}
     command = [sys.executable, "-m", "bench.proof.child", json.dumps(told)]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}

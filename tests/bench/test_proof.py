@@ -80,7 +80,9 @@ def test_a_wrong_value_and_nan_are_faults() -> None:
 
     rows: list[Row] = []
     values.recorded(Check("a check", wrong), TINY, rows)
-    found = report.collect([{"event": "ends", "phase": "values", "item": "a check", "rows": rows, "error": None}])
+    found = report.collect(
+        [{"event": "ends", "phase": "values", "item": "a check", "number": 0, "rows": rows, "error": None}]
+    )
     assert [fault.split()[:3] for fault in report.faults(found)] == [["WRONG", "values:", w] for w in ("large", "nan")]
     assert "large 5.0e-01 > 1.0e-03" in report.markdown(found)
 
