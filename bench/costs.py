@@ -160,7 +160,9 @@ class Plan:
     """What the code that runs decides for a call."""
 
     chunk: int  # tokens
-    passes: int  # over the heads' casts: 0 without one, 1 if it is kept for the call, else 1 for each product
+    casts: (
+        int  # of a whole head, in one call: 1 each if the cast is kept, else one for each product that reads the head
+    )
 
 
 def plan_of(shape: Shape, device: Device, workspace: int | None) -> Plan:
@@ -193,8 +195,9 @@ def plan_of(shape: Shape, device: Device, workspace: int | None) -> Plan:
         source = Projection(inputs, options, rows, made, scales, shape.tokens, autocast)
     if not shape.cast:
         return Plan(source.chunk, 0)
-    whole = all(head.tile == shape.vocab for head in source.heads)
-    return Plan(source.chunk, 1 if whole else 3 * len(parts(shape.tokens, source.chunk)))
+    chunks = len(parts(shape.tokens, source.chunk))
+    readers = zip(source.heads[: 1 if shape.shared else 2], (2, 1), strict=False)  # logits and dX; logits
+    return Plan(source.chunk, sum(1 if head.tile == shape.vocab else products * chunks for head, products in readers))
 
 
 def default_workspace(device: Device) -> int:
@@ -215,10 +218,8 @@ def chunked(shape: Shape, device: Device, workspace: int | None, row_bytes: floa
     entry = row_bytes + (2 if wide else 0)  # the gradient is as wide as the operands
     kernels: list[Kernel] = []
     head = shape.vocab * shape.hidden
-    if plan.passes:
-        sides = 1 if shape.shared else 2
-        times = sides if plan.passes == 1 else plan.passes
-        kernels.append(elementwise("casts", head * (4 + shape.item), times))
+    if plan.casts:
+        kernels.append(elementwise("casts", head * (4 + shape.item), plan.casts))
     for number, c in enumerate(parts(shape.tokens, plan.chunk)):
         kernels += both_logits(shape, c)
         kernels.append(elementwise("rows", entry * c * shape.vocab))
