@@ -7,15 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from sdft_kernels import linear_divergence
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from sdft_kernels import LabelStats, linear_cross_entropy, linear_divergence
+from torch import Tensor
 
 from sdft.config import LossConfig
 from sdft.errors import SdftError
 from sdft.model.loading import Head
-
-CE_ROWS = 512  # rows whose logits exist at once in the cross-entropy
 
 
 @dataclass(frozen=True)
@@ -91,8 +88,8 @@ def cross_entropy_loss(
     config: LossConfig,
 ) -> tuple[Tensor, TokenLoss]:
     """sum_n w_n (-log p(label_n)) by the student's probabilities p, 0-dim float32, and token values (SFT)."""
-    total, ce = _weighted_cross_entropy(hidden, head, labels, weights, by_probability=False)
-    return total, TokenLoss(ce)
+    loss, tokens = _label_loss(hidden, head, labels, weights, config, by_probability=False)
+    return loss, TokenLoss(tokens.loss)
 
 
 def weighted_cross_entropy_loss(
@@ -108,8 +105,8 @@ def weighted_cross_entropy_loss(
     The weights w sum to 1 over the step, as for SFT, and the probabilities are not normalised: a step of unlikely
     tokens is a small one (Wu et al. 2025, arXiv 2508.05629). The gradient is that of -sum_n w_n p(label_n).
     """
-    total, ce = _weighted_cross_entropy(hidden, head, labels, weights, by_probability=True)
-    return total, TokenLoss(ce * ce.neg().exp(), student_logprob=-ce)
+    loss, tokens = _label_loss(hidden, head, labels, weights, config, by_probability=True)
+    return loss, TokenLoss(tokens.loss, student_logprob=tokens.logprob)
 
 
 LOSSES: dict[str, Callable[..., tuple[Tensor, TokenLoss]]] = {
@@ -120,19 +117,21 @@ LOSSES: dict[str, Callable[..., tuple[Tensor, TokenLoss]]] = {
 """The losses by the names that a `Method` uses. All take the same arguments."""
 
 
-def _weighted_cross_entropy(
-    hidden: Tensor, head: Head, labels: Tensor, weights: Tensor, by_probability: bool
-) -> tuple[Tensor, Tensor]:
-    """The weighted sum, and the cross-entropy of each label (N,); logits of CE_ROWS rows exist at a time."""
-    total, values = hidden.new_zeros((), dtype=torch.float32), []
-    for start in range(0, len(labels), CE_ROWS):
-        rows = slice(start, start + CE_ROWS)
-        ce = checkpoint(_cross_entropy, hidden[rows], head, labels[rows], use_reentrant=False)  # (n,)
-        weighted = ce * ce.detach().neg().exp() if by_probability else ce
-        total = total + (weighted * weights[rows]).sum()
-        values.append(ce.detach())
-    return total, torch.cat(values) if values else weights.new_zeros(0)
-
-
-def _cross_entropy(hidden: Tensor, head: Head, labels: Tensor) -> Tensor:
-    return nn.functional.cross_entropy(head.logits(hidden).float(), labels, reduction="none")
+def _label_loss(
+    hidden: Tensor, head: Head, labels: Tensor, weights: Tensor, config: LossConfig, by_probability: bool
+) -> tuple[Tensor, LabelStats]:
+    return linear_cross_entropy(
+        hidden,
+        head.weight,
+        labels,
+        bias=head.bias,
+        scale=head.scale,
+        softcap=head.softcap,
+        token_weights=weights,
+        by_probability=by_probability,
+        ignore_index=None,
+        reduction="sum",
+        return_tokens=True,
+        chunk_bytes=config.chunk_bytes or None,
+        compact=False,  # as for the divergence
+    )

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sdft import loss as loss_module
 from sdft.rollout.sampling import Completion
 from sdft.training.gradients import accumulate_gradients
 from sdft.training.run import Run
@@ -197,10 +196,14 @@ def test_per_token_values_are_the_dense_ones(make_run: Any, nudge: Any) -> None:
 # Cross-entropy.
 
 
-@pytest.mark.parametrize("rows_at_once", [3, 512])
-def test_sft_is_hugging_faces_loss(family: str, rows_at_once: int, make_run: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr(loss_module, "CE_ROWS", rows_at_once)
-    run = make_run(family, **{"loss.method": "sft", "loss.mask_first": 2})  # the mask is for SDFT alone
+@pytest.mark.parametrize("chunk_bytes", [2**12, 0])
+def test_sft_is_hugging_faces_loss(family: str, chunk_bytes: int, make_run: Any) -> None:
+    settings = {
+        "loss.method": "sft",
+        "loss.chunk_bytes": chunk_bytes,
+        "loss.mask_first": 2,
+    }  # the mask is for SDFT alone
+    run = make_run(family, **settings)
     run.model.lm.eval()
     got = gradients(run)
     lm = copy.deepcopy(run.model.lm).double()
@@ -219,10 +222,9 @@ def test_sft_is_hugging_faces_loss(family: str, rows_at_once: int, make_run: Any
     [{}, {"loss.average": "sequence"}, {"train.micro_batch_tokens": 100}, {"lora.rank": 4}, {"loss.mask_first": 2}],
     ids=str,
 )
-def test_dft_is_written_out(settings: dict[str, Any], make_run: Any, nudge: Any, monkeypatch: Any) -> None:
+def test_dft_is_written_out(settings: dict[str, Any], make_run: Any, nudge: Any) -> None:
     """Value: the mean of p (-log p). Gradient: that of the mean of -p, in which nothing has to be held still."""
-    monkeypatch.setattr(loss_module, "CE_ROWS", 3)
-    run = nudged_run(make_run, nudge, **{"loss.method": "dft"} | settings)[0]
+    run = nudged_run(make_run, nudge, **{"loss.method": "dft", "loss.chunk_bytes": 2**12} | settings)[0]
     lm = copy.deepcopy(run.model.lm).double()
     got = gradients(run, micro_batch_tokens=run.config.train.micro_batch_tokens)
     lm.zero_grad()
@@ -272,10 +274,9 @@ class LargestVocabularyTensor(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("method", ["sdft", "sft", "dft"])
-def test_the_logits_of_a_step_never_exist(method: str, make_run: Any, tmp_path: Any, monkeypatch: Any) -> None:
+def test_the_logits_of_a_step_never_exist(method: str, make_run: Any, tmp_path: Any) -> None:
     run = make_run(**{"loss.method": method, "train.batch_size": 12, "loss.chunk_bytes": 2**18,
                       "rollout.max_new_tokens": 60})  # fmt: skip
-    monkeypatch.setattr(loss_module, "CE_ROWS", 64)
     run.data = replace(run.data, examples=tuple(replace(e, target=[*range(60), 257]) for e in run.data.examples))
     with LargestVocabularyTensor(264) as seen:
         line = train_step(run, 0, tmp_path)

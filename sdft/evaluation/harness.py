@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from sdft_kernels.operands import mm32
+from sdft_kernels import linear_cross_entropy
 from torch import Tensor
 
 from sdft.config import RolloutConfig
@@ -26,7 +26,6 @@ from sdft.score.batch import lay_out, micro_batches
 INSTALL = "pip install '.[train,lm-eval]' in a checkout (the sdft of PyPI is another project)"
 DEFAULT_WINDOW = 2048  # of a model whose config states no longest sequence; lm_eval's own default
 DEFAULT_NEW_TOKENS = 256  # where a task states none; lm_eval's own default
-ROWS = 512  # whose logits exist at once
 
 
 @dataclass(frozen=True)
@@ -268,8 +267,8 @@ def log_likelihoods(
     """For each (context, continuation): log p(continuation | context) in nats, and whether greedy decoding gives it.
 
     Token ids; a context has one at least. Contexts that are too long for the model lose their beginning. Pairs that
-    differ in their last token only (the letters of a multiple choice) share a forward pass. Logits of ROWS rows, in
-    fp32, exist at a time. Raises SdftError for a continuation that is itself too long.
+    differ in their last token only (the letters of a multiple choice) share a forward pass. Logits are fp32, and those
+    of a few rows exist at a time. Raises SdftError for a continuation that is itself too long.
     """
     from tqdm import tqdm
 
@@ -315,19 +314,18 @@ def log_likelihoods(
 def _score(model: LanguageModel, hidden: Tensor, rows: list[int], labels: list[int]) -> tuple[Tensor, Tensor]:
     """log p of each label at its row of hidden (N, H), fp64, and whether it is the most likely; (P,) on the CPU."""
     head, at = model.head(), torch.tensor(rows, device=hidden.device)
-    wanted = torch.tensor(labels, device=hidden.device)
-    logprobs, tops = [], []
-    for start in range(0, len(rows), ROWS):
-        part = slice(start, start + ROWS)
-        x = hidden[at[part]].to(head.weight.dtype)  # (n, H)
-        # fp32 also of bf16 weights: rounded logits would move a likelihood by as much as choices differ.
-        logits = x.new_empty(len(x), len(head.weight), dtype=torch.float32)  # (n, V)
-        mm32(x, head.weight.t(), logits)
-        logits = head.cap(logits if head.bias is None else logits + head.bias.float())
-        picked = logits.gather(1, wanted[part, None])[:, 0]
-        logprobs.append((picked - logits.logsumexp(-1)).double().cpu())
-        tops.append((logits.argmax(-1) == wanted[part]).cpu())
-    return torch.cat(logprobs), torch.cat(tops)
+    # Products of bf16 weights have fp32 results: rounded logits would move a likelihood by as much as choices differ.
+    _, tokens = linear_cross_entropy(
+        hidden[at].to(head.weight.dtype),  # (P, H)
+        head.weight,
+        torch.tensor(labels, device=hidden.device),
+        bias=head.bias,
+        scale=head.scale,
+        softcap=head.softcap,
+        ignore_index=None,
+        return_tokens=True,
+    )
+    return tokens.logprob.double().cpu(), tokens.top1.cpu()
 
 
 def continue_until(

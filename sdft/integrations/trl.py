@@ -15,7 +15,7 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
-from sdft_kernels import linear_divergence, linear_topk_divergence
+from sdft_kernels import linear_cross_entropy, linear_divergence, linear_topk_divergence
 from torch import Tensor, nn
 
 from sdft.errors import SdftError
@@ -112,20 +112,9 @@ def fused(
 
 
 def label_logprobs(x: Tensor, head: Head, labels: Tensor, temperature: float) -> Tensor:
-    """log p(label_n) of rows (N, H): (N,) fp32, with its gradient.
-
-    It is minus the forward KL from a teacher that is sure of the label.
-    """
-    sure = x.new_zeros((len(labels), 1), dtype=torch.float32)  # (N, 1) log 1
-    return -linear_topk_divergence(
-        x,
-        head.weight,
-        labels[:, None],
-        sure,
-        divergence="forward_kl",
-        tail_floor=0.0,
-        reduction="none",
-        **options(head, temperature),
+    """log p(label_n) of rows (N, H): (N,) fp32, with its gradient."""
+    return -linear_cross_entropy(
+        x, head.weight, labels, ignore_index=None, reduction="none", **options(head, temperature)
     )
 
 

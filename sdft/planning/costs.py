@@ -19,7 +19,6 @@ from sdft_kernels.workspace import CPU_BYTES, default_workspace
 from sdft.config import Config
 from sdft.devices import KERNELS, RETURNS
 from sdft.errors import SdftError
-from sdft.loss import CE_ROWS
 from sdft.model.shape import FAMILIES, ModelShape, Work
 from sdft.score.batch import micro_batches
 
@@ -265,8 +264,10 @@ class Costs:
         """Work space of the fused loss, or of the cross-entropy, at N rows."""
         s, config = self.shape, self.config
         if not config.method.needs_teacher:
-            rows = min(rows, CE_ROWS)  # logits in the compute dtype and in fp32, log-probabilities, two gradients
-            return rows * s.vocab * (2 * self.c + 3 * FP32) + self.head_trains * self.autocast * s.head * self.c
+            budget = config.loss.chunk_bytes or CPU_BYTES
+            tiles = min(TILE_BYTES, budget // 8, s.head * FP32) * (min(self.c, self.w) < FP32)
+            chunk_row = (s.vocab + 2 * s.hidden) * FP32
+            return min(rows, power_of_two_below((budget - tiles) // chunk_row)) * chunk_row + tiles
         if self.machine.kind == "cuda" and config.loss.impl != "torch":
             budget = config.loss.chunk_bytes or default_workspace(self.machine.memory)
             casts = budget // 8 if self.autocast else 0
