@@ -23,7 +23,7 @@ from sdft.config import Config, ModelConfig, load_config, located, override
 from sdft.errors import SdftError
 
 if TYPE_CHECKING:
-    from sdft.study.study import Study
+    from sdft.study.spec import Study
 
 Kind = TypeVar("Kind")
 
@@ -108,22 +108,24 @@ def study_command(args: list[str]) -> None:
     a = parse(StudyArgs, args, "study")
     if bool(a.prompt_tokens) != bool(a.records):
         raise SdftError("--prompt-tokens and --records go together; give both or neither")
-    from sdft.study import report, study
+    from sdft.study import report, results, spec
 
     needs_data = not a.list and not (a.plan and a.prompt_tokens)
-    found = study.load_study(a.study, a.model, a.output, needs_data)
+    found = spec.load_study(a.study, a.model, a.output, needs_data)
     if a.plan:
         print(plan_of_study(a, found))
         return
     if a.list:
-        for cell in study.cells(found):
-            done = sum(study.finished(found, cell, number) for number in range(len(found.tasks)))
-            why = study.failure(found, cell)
+        for cell in spec.cells(found):
+            done = sum(results.is_finished(found, cell, number) for number in range(len(found.tasks)))
+            why = results.failure(found, cell)
             print(f"{cell.name}: {done} of {len(found.tasks)} stages" + f"; {why}" * bool(why))
         return
     if not a.report:
-        study.run_study(found, a.only)
-        text = study.table(found)
+        from sdft.study.run import run_study
+
+        run_study(found, a.only)
+        text = results.table(found)
         (found.output / "table.md").write_text(text)
         print(f"\n{text}")
     print(f"Report: {report.write_report(found)} and report.html beside it")
@@ -132,12 +134,12 @@ def study_command(args: list[str]) -> None:
 def plan_of_study(a: StudyArgs, found: "Study") -> str:
     """Peak memory and time of every distinct run, as a table."""
     from sdft.planning import plan
-    from sdft.study import study
+    from sdft.study.plan import Sizes, plan_study, plan_table
 
     size = plan.parse_size(a.memory) if a.memory else 0
     machine = plan.this_machine(override(found.config, {"model.device": "cuda"} if size else {}), size)
-    planned = study.plan_study(found, machine, a.prompt_tokens, a.teacher_prompt_tokens, a.records)
-    return study.plan_table(planned, machine.memory, a.tflops)
+    planned = plan_study(found, machine, Sizes(a.prompt_tokens, a.teacher_prompt_tokens, a.records))
+    return plan_table(planned, machine.memory, a.tflops)
 
 
 def eval_command(args: list[str]) -> None:

@@ -127,6 +127,14 @@ def scores(values: dict[str, Any]) -> dict[str, Score]:
     return out
 
 
+def pick(found: dict[str, dict[str, Score]], task: str, metric: str) -> float:
+    """One metric of a task in the result of `run`. Raises SdftError if lm_eval reports no such metric."""
+    if metric not in found.get(task, {}):
+        there = ", ".join(found.get(task, {})) or "none"
+        raise SdftError(f"harness.tasks.{task} = {metric!r}: lm_eval reports no such metric; it has: {there}")
+    return found[task][metric].value
+
+
 @functools.cache
 def _manager(include_path: str) -> Any:
     from lm_eval.tasks import TaskManager

@@ -18,7 +18,8 @@ import tomli_w
 
 from sdft.cli import main
 from sdft.errors import SdftError
-from sdft.study import pictures, report, study
+from sdft.study import figures, pictures, render, report, results, run, spec, tables
+from sdft.study.found import collect, stage_metrics
 
 RATES, SEEDS = (1e-5, 3e-5, 1e-4), (0, 1, 2)
 METHODS = {
@@ -84,7 +85,7 @@ def metrics(method: str, number: int, seed: int, now: dict[str, float], start: d
     return lines
 
 
-def build(folder: Path, evil: bool = False, **changes: Any) -> study.Study:
+def build(folder: Path, evil: bool = False, **changes: Any) -> spec.Study:
     """A study whose OUTPUT is written by hand, without a model. changes: of the TOML."""
     records = folder / "records.jsonl"
     records.write_text('{"prompt": "a", "demonstration": "b"}\n')
@@ -101,24 +102,24 @@ def build(folder: Path, evil: bool = False, **changes: Any) -> study.Study:
         "methods": METHODS,
     } | changes
     (folder / "study.toml").write_text(tomli_w.dumps(table))
-    found = study.load_study(folder / "study.toml")
+    found = spec.load_study(folder / "study.toml")
     sets = found.sets
     base = {name: BASE[name] for name in sets}
     save(found.output / "base", {"model": "a-model", "sets": sets, "accuracy": base}, answers(base, False))
-    for cell in study.cells(found):
+    for cell in spec.cells(found):
         start = base
         for number, task in enumerate(found.tasks):
             index = RATES.index(cell.learning_rate)
             at = accuracy(cell.method.name, index, cell.seed, number if len(found.tasks) > 1 else 1)
             now = {name: at[name] for name in sets}
-            place = study.stage_folder(found, cell, number)
+            place = spec.stage_folder(found, cell, number)
             result = {
                 "method": cell.method.name, "learning_rate": cell.learning_rate, "seed": cell.seed,
-                "task": task.name, "settings": study.settings_of(found, cell, number), "accuracy": now,
+                "task": task.name, "settings": results.stage_settings(found, cell, number), "accuracy": now,
                 "tokens": 1000 * (index + 1), "seconds": {"train": 100.0, "evaluate": 10.0},
             } | ({"flops": 10**13} if index else {})  # fmt: skip
             save(place, result, answers(now, evil))
-            for config in study.stage_configs(found, cell, number, "a-model"):
+            for config in spec.stage_configs(found, cell, number, "a-model"):
                 lines = metrics(cell.method.name, number, cell.seed, at, BASE | start)
                 Path(config.train.output).mkdir(parents=True)
                 text = "".join(json.dumps(line) + "\n" for line in lines)
@@ -128,7 +129,7 @@ def build(folder: Path, evil: bool = False, **changes: Any) -> study.Study:
 
 
 @pytest.fixture
-def make_finished(tmp_path: Path) -> Callable[..., study.Study]:
+def make_finished(tmp_path: Path) -> Callable[..., spec.Study]:
     """make_finished(**changes) is a finished study in a folder of its own."""
     return functools.partial(build, tmp_path)
 
@@ -184,7 +185,7 @@ def test_the_numbers_are_the_known_ones(finished: Path) -> None:
     differences = rows(text, "Differences, seed by seed")
     assert differences[("sdft minus sft", "tasks")] == ["3", "+12.5 (+12.5 to +12.5)", "0.25"]
     assert differences[("sft minus offline", "prior skills")] == ["3", "-20.0 (-20.0 to -20.0)", "0.25"]
-    assert "With 3 seeds it is never below 0.25, so 3 seeds cannot show a difference at the 5% level" in text
+    assert "With 3 seeds, p is never below 0.25. So 3 seeds cannot show a difference at the 5% level" in text
     # 2 stages of 1000 tokens x the rate's number, of 60 steps of 2 s, 100 s and 10 s.
     assert rows(text, "Cost")[("offline", "3e-05")] == ["3", "4,000", "20", "240", "200", "20"]
     assert rows(text, "Cost")[("offline", "1e-05")][2] == "–"  # results of before operations were counted
@@ -194,20 +195,20 @@ def test_the_numbers_are_the_known_ones(finished: Path) -> None:
 
 def test_the_best_rate_never_has_fewer_seeds_than_another(make_finished: Any) -> None:
     found = make_finished()
-    assert report.collect(found).best["sdft"].rate == 3e-5
+    assert collect(found).best["sdft"].rate == 3e-5
     shutil.rmtree(found.output / "sdft/lr-3e-05/seed-2")
-    assert report.collect(found).best["sdft"].rate == 1e-4  # 65.5 is more than 58.5
+    assert collect(found).best["sdft"].rate == 1e-4  # 65.5 is more than 58.5
     text = report.write_report(found).read_text()
     assert rows(text, "Differences, seed by seed")[("sdft minus sft", "tasks")][0] == "3"
     assert "- sdft/lr-3e-05/seed-2: 0 of 2 stages" in text
 
 
 @pytest.mark.parametrize(
-    ("n", "told"), [(1, "Run more seeds"), (2, "below 0.5, so 2"), (5, "0.0625, so"), (6, "0.0312. ")]
+    ("n", "told"), [(1, "Run more seeds"), (2, "below 0.5. So 2"), (5, "0.0625. So"), (6, "0.0312. ")]
 )
 def test_what_seeds_show(n: int, told: str) -> None:
-    assert told in report.seeds_show(n)
-    assert ("cannot show a difference" in report.seeds_show(n)) == (1 < n < 6)
+    assert told in tables.what_seeds_show(n)
+    assert ("cannot show a difference" in tables.what_seeds_show(n)) == (1 < n < 6)
 
 
 def test_the_samples_are_those_in_disagreement(finished: Path) -> None:
@@ -222,15 +223,15 @@ def test_the_samples_are_those_in_disagreement(finished: Path) -> None:
 
 def test_curves_are_means_over_seeds_and_blocks(make_finished: Any) -> None:
     found = make_finished(methods={"two": {"phases": [{"loss": {"method": "sft"}}, {"loss": {"method": "sdft"}}]}})
-    cell = study.cells(found)[0]
-    first, second = report._metrics(found, cell, 1)
+    cell = spec.cells(found)[0]
+    first, second = stage_metrics(found, cell, 1)
     assert (first[0]["step"], first[-1]["step"], second[-1]["step"]) == (0, 60, 120)
-    steps, values = report._series([[first, second]], "loss", [False, True])
+    steps, values = figures.training_curve([[first, second]], "loss", [False, True])
     assert (steps[0], steps[-1], len(steps)) == (61.5, 119.5, 30)
     losses = [line["loss"] for line in second if "loss" in line]
     assert values[0] == pytest.approx((losses[0] + losses[1]) / 2)
     lines = [{"loss_by_position": {"1-2": float(i), "0-0": None}} for i in range(1, 21)]
-    assert report._ends([lines]) == ({"1-2": 1.5}, {"1-2": 19.5})  # the first two of twenty, and the last two
+    assert figures.first_and_last([lines]) == ({"1-2": 1.5}, {"1-2": 19.5})  # the first two of twenty, and the last two
     report.write_report(found)
 
 
@@ -256,7 +257,7 @@ def test_first_stages_alone(make_finished: Any) -> None:
     for path in found.output.glob("*/*/*/2-commands"):
         shutil.rmtree(path)
     text = report.write_report(found).read_text()
-    assert "No cell is finished through its last task yet" in text
+    assert "No cell has finished its last task yet" in text
     assert "On the front (after stage 1: facts)" in text
     assert (found.output / "report/pareto.png").exists()
 
@@ -266,8 +267,8 @@ def test_first_stages_alone(make_finished: Any) -> None:
     [
         ({"prior": {}}, "", "names no prior skills"),
         ({}, "metrics.jsonl", "metrics.jsonl are not there"),
-        ({}, "answers/*", "The answers are not there"),
-        ({"seeds": [1]}, "", "One seed shows nothing of chance"),
+        ({}, "answers/*", "The completions are not there"),
+        ({"seeds": [1]}, "", "One seed shows nothing about chance"),
     ],
     ids=["prior skills", "metrics", "answers", "seeds"],
 )
@@ -283,7 +284,7 @@ def test_a_single_task_has_no_transfer(make_finished: Any, tmp_path: Path) -> No
     found = make_finished(tasks=[{"name": "facts", "train": records, "eval": {"seen": records}}])
     text = report.write_report(found).read_text()
     assert rows(text, "Learning and forgetting")[("sft", "3e-05")][2:5] == ["–"] * 3
-    assert "One task has no transfer" in text
+    assert "A study of one task has no transfer" in text
 
 
 def test_nothing_finished_is_told(make_finished: Any) -> None:
@@ -348,7 +349,7 @@ def test_markdown_shows_answers_as_they_are(finished: Path) -> None:
         assert "<" not in line
         assert "://" not in line
         assert not re.search(r"(?<!\\)[`*\[\]]", line)
-    assert report.markdown_text("a\\|b www.x.y $5 http://x <b>") == (r"a\\\|b www&#46;x.y \$5 http&#58;//x &lt;b&gt;")
+    assert render.markdown_text("a\\|b www.x.y $5 http://x <b>") == (r"a\\\|b www&#46;x.y \$5 http&#58;//x &lt;b&gt;")
 
 
 def test_same_input_same_bytes(make_finished: Any) -> None:
@@ -397,7 +398,7 @@ def test_the_command_ends_with_the_report_and_can_write_it_alone(
 ) -> None:
     found = make_finished()
     path = str(found.output.parent / "study.toml")
-    monkeypatch.setattr(study, "run_stage", None)  # nothing is run
+    monkeypatch.setattr(run, "run_stage", None)  # nothing is run
     shutil.rmtree(found.output / "sft/lr-1e-05/seed-0")
     main(["study", path, "--report"])
     assert f"Report: {found.output}/report.md" in capsys.readouterr().out
@@ -459,9 +460,9 @@ def test_added_seeds_and_rates_run_alone(make_finished: Any, monkeypatch: pytest
     """As docs/study.md says."""
     found = make_finished()
     ran = []
-    monkeypatch.setattr(study, "run_stage", lambda _, cell, number: ran.append((cell.name, number)))
+    monkeypatch.setattr(run, "run_stage", lambda _, cell, number: ran.append((cell.name, number)))
     sdft = replace(found.methods[0], learning_rates=(*RATES, 1e-3))
-    study.run_study(replace(found, seeds=(*SEEDS, 3), methods=(sdft, *found.methods[1:])))
+    run.run_study(replace(found, seeds=(*SEEDS, 3), methods=(sdft, *found.methods[1:])))
     assert len(ran) == 2 * (3 + 4 + 3 + 3)
     assert all("lr-0.001/" in name or "seed-3" in name for name, _ in ran)
 
@@ -469,6 +470,6 @@ def test_added_seeds_and_rates_run_alone(make_finished: Any, monkeypatch: pytest
 def test_the_docs_name_every_key(tmp_path: Path) -> None:
     (tmp_path / "study.toml").write_text("nothing = 1")
     with pytest.raises(SdftError) as told:
-        study.load_study(tmp_path / "study.toml")
+        spec.load_study(tmp_path / "study.toml")
     for key in str(told.value).split("valid: ")[1].split(", "):
         assert f"| `{key}` |" in DOCS

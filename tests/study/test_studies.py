@@ -15,7 +15,8 @@ from sdft.config import describe, override
 from sdft.evaluation import harness
 from sdft.model.shape import ModelShape
 from sdft.planning import plan
-from sdft.study import study
+from sdft.study import spec
+from sdft.study.plan import Sizes, plan_study
 from sdft.training.loop import train
 
 FILES = sorted((Path(__file__).parents[2] / "studies").glob("*.toml"))
@@ -51,12 +52,12 @@ def some(*slow: str) -> list[Any]:
     return [pytest.param(f, id=f.stem, marks=[pytest.mark.slow] * (f.stem in slow)) for f in FILES]
 
 
-def stages(found: study.Study) -> Iterator[tuple[study.Cell, int]]:
-    return ((cell, number) for cell in study.cells(found) for number in range(len(found.tasks)))
+def stages(found: spec.Study) -> Iterator[tuple[spec.Cell, int]]:
+    return ((cell, number) for cell in spec.cells(found) for number in range(len(found.tasks)))
 
 
 def test_the_papers_experiments_are_there() -> None:
-    tasks = {f.stem: [t.name for t in study.load_study(f, with_data=False).tasks] for f in FILES}
+    tasks = {f.stem: [t.name for t in spec.load_study(f, with_data=False).tasks] for f in FILES}
     assert tasks == {
         "cpu": ["facts", "style"],
         "cpu-rates": ["style"],
@@ -72,16 +73,16 @@ def test_the_papers_experiments_are_there() -> None:
 
 @pytest.mark.parametrize("file", [f for f in FILES if f.stem.startswith("paper")], ids=lambda f: f.stem)
 def test_the_papers_grid(file: Path) -> None:
-    found = study.load_study(file, with_data=False)
+    found = spec.load_study(file, with_data=False)
     assert found.seeds == (0, 1, 2)
     assert found.config.eval.max_new_tokens == found.config.rollout.max_new_tokens
     assert found.drift
     assert found.drift_on.endswith("prior.jsonl")  # the KL to the base on unrelated prompts too
     assert list(found.harness.tasks) == ["hellaswag", "humaneval", "ifeval", "mmlu", "truthfulqa_mc1", "winogrande"]
-    assert {c.learning_rate for c in study.cells(found)} == {5e-6, 1e-5, 5e-5}
+    assert {c.learning_rate for c in spec.cells(found)} == {5e-6, 1e-5, 5e-5}
     runs = {}
-    for cell in study.cells(found):
-        for config in study.stage_configs(found, cell, 0, "start"):
+    for cell in spec.cells(found):
+        for config in spec.stage_configs(found, cell, 0, "start"):
             runs.setdefault(cell.method.family, []).append(config)
     sdft = runs["sdft"]
     assert {(c.loss.divergence, c.loss.mask_first, c.loss.average) for c in sdft} == {("forward_kl", 3, "sequence")}
@@ -102,9 +103,9 @@ def test_list_and_other_sizes(tmp_path: Path, monkeypatch: Any, capsys: Any) -> 
     path = str(next(f for f in FILES if f.stem == "paper-science"))
     main(["study", path, "--list", "--model", "Qwen/Qwen2.5-14B-Instruct", "--output", "other"])
     assert "sft/train.batch_size-32/train.epochs-1/lr-1e-05/seed-2: 0 of 1 stages" in capsys.readouterr().out
-    found = study.load_study(path, "Qwen/Qwen2.5-14B-Instruct", "other", with_data=False)
-    cell = next(c for c in study.cells(found) if c.method.family == "sft-reinvoked")
-    first, second = study.stage_configs(found, cell, 0, found.config.model.name)
+    found = spec.load_study(path, "Qwen/Qwen2.5-14B-Instruct", "other", with_data=False)
+    cell = next(c for c in spec.cells(found) if c.method.family == "sft-reinvoked")
+    first, second = spec.stage_configs(found, cell, 0, found.config.model.name)
     assert first.model.name == second.teacher.model == "Qwen/Qwen2.5-14B-Instruct"
     assert second.model.name == str(Path(first.train.output) / "model")
     assert first.train.output.startswith("other/")
@@ -113,20 +114,20 @@ def test_list_and_other_sizes(tmp_path: Path, monkeypatch: Any, capsys: Any) -> 
 @pytest.mark.parametrize("file", some())
 def test_the_first_step_of_every_method(file: Path, tmp_path: Path, model_folder: Any, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
-    found = study.load_study(file, with_data=False)
+    found = spec.load_study(file, with_data=False)
     rows = [{"prompt": f"say {i}", "demonstration": f"It is {i}.", "answer": str(i)} for i in range(4)]
     text = "".join(json.dumps(row) + "\n" for row in rows)
-    named = {c.data.train for cell, n in stages(found) for c in study.stage_configs(found, cell, n, "start")}
+    named = {c.data.train for cell, n in stages(found) for c in spec.stage_configs(found, cell, n, "start")}
     for path in named | set(found.sets.values()) | ({found.drift_on} - {""}):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text(text)
     monkeypatch.setattr(harness, "check", lambda *args: None)  # the extra lm-eval need not be installed here
-    found = study.load_study(file, str(model_folder(TINY[found.config.model.name])))
+    found = spec.load_study(file, str(model_folder(TINY[found.config.model.name])))
     tried = {}
     for cell, number in stages(found):
         configs = [
             override(config, SMALL | {"teacher.ema_alpha": 0.01})
-            for config in study.stage_configs(found, cell, number, found.config.model.name)
+            for config in spec.stage_configs(found, cell, number, found.config.model.name)
         ]
         told = [(describe(c), c.teacher.turns, c.rollout.temperature, c.loss.temperature) for c in configs]
         if tuple(told) in tried:  # the same but for the learning rate, the seed and the like
@@ -142,7 +143,7 @@ def test_the_first_step_of_every_method(file: Path, tmp_path: Path, model_folder
 @pytest.mark.parametrize("file", some("paper-thinking"))
 def test_memory_and_operations_are_predicted(file: Path, monkeypatch: Any) -> None:
     """Of every run, from the model's shape alone."""
-    found = study.load_study(file, with_data=False)
+    found = spec.load_study(file, with_data=False)
     config = CONFIGS[found.config.model.name]
     monkeypatch.setattr(plan, "shape_of", lambda _: ModelShape.from_config(config))
     if file.stem == "paper-thinking":  # is simulated, which takes its time
@@ -151,7 +152,7 @@ def test_memory_and_operations_are_predicted(file: Path, monkeypatch: Any) -> No
     # The sizes of the file's own command.
     sizes = dict(re.findall(r"--((?:teacher-)?prompt-tokens|records) (\d+)", file.read_text()))
     prompt, shown, records = (int(sizes.get(k, 0)) for k in ("prompt-tokens", "teacher-prompt-tokens", "records"))
-    planned = study.plan_study(found, machine, prompt or 500, shown, records or 1000)
+    planned = plan_study(found, machine, Sizes(prompt or 500, shown, records or 1000))
     assert sum(one.runs for one in planned) == sum(len(cell.method.phases) for cell, _ in stages(found))
     weights = ModelShape.from_config(config).parameters * (4 if file.stem.startswith("cpu") else 2)
     for one in planned:
@@ -170,11 +171,11 @@ def test_other_sizes_take_what_the_files_say(model: str, lean: bool, gib: int, m
     file = next(f for f in FILES if f.stem == "paper-science")
     name = f"Qwen/Qwen2.5-{model}-Instruct"
     monkeypatch.setattr(plan, "shape_of", lambda c: ModelShape.from_config(CONFIGS[c.model.name]))
-    found = study.load_study(file, name, with_data=False)
+    found = spec.load_study(file, name, with_data=False)
     changed = {"optim.name": "adamw_8bit", "teacher.offload": True} if lean else {}
     sdft = [replace(m, phases=({**m.phases[0], **changed},)) for m in found.methods if m.family == "sdft"]
     machine = plan.this_machine(override(found.config, {"model.device": "cuda"}), 141 * plan.GIB)
-    planned = study.plan_study(replace(found, methods=tuple(sdft)), machine, prompt=500, records=4000)
+    planned = plan_study(replace(found, methods=tuple(sdft)), machine, Sizes(prompt=500, records=4000))
     assert round(max(one.peak for one in planned) / plan.GIB) == gib
     assert f"{gib} GiB" in " ".join(file.read_text().replace("\n#", "").split())
 
