@@ -63,11 +63,11 @@ def apart(pairs: Any) -> float:
 def teacher(place: Place, dtype: torch.dtype) -> Iterator[Found]:
     """EMA masters on the CPU average as those on the device do, through five updates and a saved state."""
     from sdft.config import TeacherConfig
-    from sdft.score.teacher import Teacher
+    from sdft.update.ema import make_teacher
 
     model = llama(place, dtype)
     parameters = list(model.trainable().values())
-    plain, away = (Teacher(model, TeacherConfig(ema_alpha=0.1, offload=o)) for o in (False, True))
+    plain, away = (make_teacher(model, TeacherConfig(ema_alpha=0.1, offload=o)) for o in (False, True))
     for step in range(5):
         for p, change in zip(parameters, moved(parameters, step, place.device), strict=True):
             p.data.add_(change)
@@ -76,25 +76,25 @@ def teacher(place: Place, dtype: torch.dtype) -> Iterator[Found]:
         away.wait()
     yield Found("masters", apart((away.masters[n], plain.masters[n]) for n in plain.masters), 1e-6)
     rounding = 1e-2 if dtype == torch.bfloat16 else 1e-6
-    yield Found("copies", apart((away.copies[n], plain.masters[n]) for n in plain.masters), rounding)
+    yield Found("copies", apart((away.tensors[n], plain.masters[n]) for n in plain.masters), rounding)
     tracked = away.tracked().item(), plain.tracked().item()
     yield Found("tracked share", abs(tracked[0] / tracked[1] - 1), 1e-4)
     off_device = [t.device.type for t in away.masters.values()]
     yield Found("masters that are not on the CPU", float(sum(kind != "cpu" for kind in off_device)), 0.0)
-    again = Teacher(model, TeacherConfig(offload=True))
+    again = make_teacher(model, TeacherConfig(offload=True))
     again.load_state({name: t.clone() for name, t in away.state().items()})
-    yield Found("loaded from its state", apart((again.copies[n], away.copies[n]) for n in away.copies), 0.0)
+    yield Found("loaded from its state", apart((again.tensors[n], away.tensors[n]) for n in away.tensors), 0.0)
 
 
 def teacher_bytes(place: Place) -> Iterator[Found]:
     from sdft.config import TeacherConfig
-    from sdft.score.teacher import Teacher
+    from sdft.update.ema import make_teacher
 
     model = llama(place, torch.bfloat16)
     weights = sum(p.numel() for p in model.trainable().values())
     for offload, most in ((False, 4.3), (True, 2.4)):
         before = torch.cuda.memory_allocated()
-        made = Teacher(model, TeacherConfig(offload=offload))
+        made = make_teacher(model, TeacherConfig(offload=offload))
         made.update()
         made.wait()
         torch.cuda.synchronize()
@@ -106,10 +106,10 @@ def teacher_bytes(place: Place) -> Iterator[Found]:
 def teacher_beside_the_forward(place: Place) -> Iterator[Found]:
     """Nothing waits between the update and the next forward, though the device is busy all along."""
     from sdft.config import TeacherConfig
-    from sdft.score.teacher import Teacher
+    from sdft.update.ema import make_teacher
 
     model = llama(place, torch.bfloat16)
-    made, ids = Teacher(model, TeacherConfig(ema_alpha=0.5, offload=True)), tokens(place)
+    made, ids = make_teacher(model, TeacherConfig(ema_alpha=0.5, offload=True)), tokens(place)
     with torch.no_grad():
         for p in model.trainable().values():
             p.add_(0.01)

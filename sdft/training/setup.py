@@ -20,13 +20,14 @@ from sdft.loss import check_impl
 from sdft.methods import Method
 from sdft.model import lean, loading
 from sdft.model.loading import LanguageModel
-from sdft.score.teacher import Teacher, check_other, other_weights
+from sdft.score.teacher import check_other, other_weights
 from sdft.training import checkpoint
 from sdft.training.guard import best_on
 from sdft.training.metrics import Phases, check_trackers
 from sdft.training.resume import check_same_run, dotted
 from sdft.training.run import Run, general_advice
 from sdft.update import optim
+from sdft.update.ema import make_teacher
 
 
 def prepare_output(config: Config, output: Path) -> None:
@@ -70,7 +71,7 @@ def set_up(config: Config, output: Path, advise: Callable[[Config], str] = gener
     evals = prompts_of(eval_records, tokenizer, config.data.system)
     model = load_model(config, tokenizer, stop_ids, longest(data, method, config.rollout.max_new_tokens))
     other = other_weights(config, model) if config.teacher.model else None
-    teacher = Teacher(model, config.teacher, other) if method.needs_teacher else None
+    teacher = make_teacher(model, config.teacher, other) if method.needs_teacher else None
     parameters = model.trainable()
     trained = sum(p.numel() for p in parameters.values())
     parallel.report(

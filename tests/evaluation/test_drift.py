@@ -12,6 +12,7 @@ from sdft.evaluation import drift
 from sdft.model.loading import add_lora, enable_packing
 from sdft.rollout.sampling import generate
 from sdft.score.teacher import Teacher
+from sdft.update.ema import make_teacher
 
 PROMPTS = [[10, 20, 30], [40], [50, 60, 70, 80, 90, 100, 110], [7, 7]]
 GREEDY = RolloutConfig(temperature=0.0, max_new_tokens=9)
@@ -38,7 +39,7 @@ def by_hand(model: Any, base: Any, answers: list[list[int]]) -> list[torch.Tenso
 def moved(load_tiny: Any, nudge: Any, kind: str = "llama") -> tuple[Any, Any, Teacher]:
     """A model away from its base, another model that is the base, and a teacher that holds the base."""
     base, model = load_tiny(kind)[1], load_tiny(kind)[1]
-    teacher = Teacher(model, TeacherConfig(kind="base"))
+    teacher = make_teacher(model, TeacherConfig(kind="base"))
     nudge(model)
     return model, base, teacher
 
@@ -69,7 +70,7 @@ def test_both_directions_are_the_dense_ones(family: str, load_tiny: Any, nudge: 
 def test_adapters_and_packing(load_tiny: Any, nudge: Any) -> None:
     model, base = load_tiny()[1], load_tiny()[1]
     add_lora(model, LoraConfig(rank=4), 0)
-    teacher = Teacher(model, TeacherConfig(kind="base"))  # holds nothing: the adapter switched off
+    teacher = make_teacher(model, TeacherConfig(kind="base"))  # holds nothing: the adapter switched off
     nudge(model, size=0.2)
     want = by_hand(model, base, [c.ids for c in generate(model, PROMPTS, GREEDY)])
     enable_packing(model, "on")
@@ -122,4 +123,4 @@ def test_bad_bases_and_prompts(load_tiny: Any) -> None:
     with pytest.raises(SdftError, match="no prompts are given"):
         drift.drift(model, model, [], GREEDY)
     with pytest.raises(SdftError, match="a teacher of kind 'ema', which moves"):
-        drift.drift(model, Teacher(model, TeacherConfig()), PROMPTS, GREEDY)
+        drift.drift(model, make_teacher(model, TeacherConfig()), PROMPTS, GREEDY)

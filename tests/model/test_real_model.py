@@ -34,13 +34,13 @@ def held_out_divergence(model: Any, config: Any, tokenizer: Any, stop_ids: tuple
     from sdft.data.formats import load_records
     from sdft.loss import divergence_loss
     from sdft.score.batch import lay_out
-    from sdft.score.teacher import Teacher
+    from sdft.update.ema import make_teacher
 
     examples = tokenize(load_records(config.data.train), tokenizer, stop_ids, config.data, config.teacher).examples[-6:]
     answers = [tokenizer("The capital is", add_special_tokens=False)["input_ids"] for _ in examples]
     batch = lay_out([e.prompt for e in examples], answers, model.pad_id, model.device)
     shown = lay_out([e.teacher_prompt for e in examples], answers, model.pad_id, model.device)
-    teacher, head = Teacher(model, replace(config.teacher, kind="live")).hidden(shown)
+    teacher, head = make_teacher(model, replace(config.teacher, kind="live")).hidden(shown)
     with torch.no_grad(), model.autocast():
         hidden = batch.select(model.hidden(batch.input_ids))
         weights = torch.full((len(batch.labels),), 1 / len(batch.labels))

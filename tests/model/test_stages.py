@@ -13,9 +13,9 @@ from sdft.cli import main
 from sdft.config import ModelConfig, TeacherConfig
 from sdft.errors import SdftError
 from sdft.model import loading, lora
-from sdft.score.teacher import Teacher
 from sdft.training import loop
 from sdft.training.finish import finish
+from sdft.update.ema import make_teacher
 
 IDS = torch.arange(3, 43).reshape(2, 20) * 5 % 256
 KINDS: dict[str, dict[str, Any]] = {
@@ -153,7 +153,7 @@ def test_a_continued_adapter_is_the_same_one(kind: str, stage: Any, make_run: An
     old, new = first.model.trainable(), second.model.trainable()
     assert old.keys() == new.keys()
     assert all(torch.equal(old[k], p) for k, p in new.items())
-    assert second.teacher.masters.keys() == new.keys()  # the start is not the bare base: it is copied
+    assert second.teacher.tensors.keys() == new.keys()  # the start is not the bare base: it is copied
     assert torch.equal(logits(first.model.lm), logits(second.model.lm))
 
 
@@ -384,7 +384,7 @@ def test_a_teacher_made_late_holds_what_is_in_memory(stage: Any, make_run: Any, 
     run = make_run(**{"lora.earlier": "stack", "lora.rank": 2, "model.name": str(folder)})
     nudge(run.model)
     want = logits(run.model.lm)
-    teacher = Teacher(run.model, TeacherConfig(kind="base"))
+    teacher = make_teacher(run.model, TeacherConfig(kind="base"))
     nudge(run.model, 1)
     with teacher.weights():
         assert torch.equal(logits(run.model.lm), want)

@@ -1,19 +1,17 @@
-"""The teacher against float64 by hand; the swap leaves no trace in the student."""
+"""The teacher is a model with its weights; scoring leaves no trace in the student."""
 
 import copy
 import gc
-import threading
-from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 
-from sdft import offload
 from sdft.config import LoraConfig, TeacherConfig
 from sdft.model.loading import add_lora
 from sdft.score.batch import lay_out
-from sdft.score.teacher import Teacher
+from sdft.score.teacher import Teacher, exchanged
+from sdft.update.ema import make_teacher
 
 ALPHA = 0.05
 BATCH = lay_out([[1, 2, 3], [4]], [[5, 6], [7, 8, 9]], 258, torch.device("cpu"))
@@ -51,39 +49,14 @@ def hidden_with(model: Any, weights: dict[str, torch.Tensor]) -> torch.Tensor:
         return BATCH.select(other.hidden(BATCH.input_ids))
 
 
-def test_ema_is_the_average_in_float64(model: Any) -> None:
-    teacher = Teacher(model, TeacherConfig(ema_alpha=ALPHA))
-    want = {k: p.double() for k, p in values(model).items()}
-    for step in range(60):
-        move(model, step)
-        teacher.update()
-        for k, p in values(model).items():
-            want[k] = want[k] + ALPHA * (p.double() - want[k])
-    for k, exact in want.items():
-        assert teacher.masters[k].dtype == torch.float32
-        torch.testing.assert_close(teacher.masters[k].double(), exact, rtol=1e-5, atol=1e-6)
-        assert (exact - values(model)[k].double()).abs().max() > 0.01  # it lags, so this is no accident
-
-
-def test_masters_move_where_bf16_would_not(load_tiny: Any) -> None:
-    model = load_tiny(weights_dtype="bfloat16")[1]
-    teacher = Teacher(model, TeacherConfig(ema_alpha=0.01))
-    weight, before = model.lm.lm_head.weight, model.lm.lm_head.weight.detach().clone()
-    weight.data.mul_(1.01)  # 1% of 1% is below bf16's resolution
-    for _ in range(20):
-        teacher.update()
-    moved = teacher.masters["lm_head.weight"] - before.float()
-    torch.testing.assert_close(moved, (1 - 0.99**20) * (weight.float() - before.float()), rtol=1e-2, atol=1e-7)
-
-
 @pytest.mark.parametrize("kind", ["ema", "base", "live"])
 def test_hidden_is_a_model_with_the_teachers_weights(model: Any, kind: Any) -> None:
     start = values(model)
-    teacher = Teacher(model, TeacherConfig(kind=kind, ema_alpha=ALPHA))
+    teacher = make_teacher(model, TeacherConfig(kind=kind, ema_alpha=ALPHA))
     for step in range(3):
         move(model, step, 0.1)
         teacher.update()
-    expected = {"ema": teacher.masters, "base": start, "live": values(model)}[kind]
+    expected = {"ema": teacher.tensors, "base": start, "live": values(model)}[kind]
     hidden, head = teacher.hidden(BATCH)
     assert torch.equal(hidden, hidden_with(model, expected))
     other = copy.deepcopy(model)
@@ -96,14 +69,14 @@ def test_hidden_is_a_model_with_the_teachers_weights(model: Any, kind: Any) -> N
 
 def test_base_never_moves(model: Any) -> None:
     start = values(model)
-    teacher = Teacher(model, TeacherConfig(kind="base"))
+    teacher = make_teacher(model, TeacherConfig(kind="base"))
     want = hidden_with(model, start)
     for step in range(3):
         move(model, step, 0.1)
         teacher.update()
         assert torch.equal(teacher.hidden(BATCH)[0], want)
     if not teacher.adapter_off:
-        assert all(torch.equal(teacher.masters[k], start[k]) for k in start)
+        assert all(torch.equal(teacher.tensors[k], start[k]) for k in start)
 
 
 # LoRA: the base weights exist once, and a fresh adapter's start is the adapter switched off.
@@ -128,10 +101,8 @@ def test_base_of_a_fresh_adapter_is_the_adapter_off(kind: str, dtypes: tuple[str
     """Equal, bit for bit, to a teacher that holds a copy of the factors; and to the model without any adapter."""
     precision = dict(zip(("weights_dtype", "compute_dtype"), dtypes, strict=True))
     model = with_adapter(load_tiny, FRESH[kind], **precision)
-    copy_ = Teacher(copy.deepcopy(model), TeacherConfig(kind="base"))
-    copy_.adapter_off = False
-    copy_.masters = values(model)
-    teacher = Teacher(model, TeacherConfig(kind="base"))
+    copy_ = Teacher(copy.deepcopy(model), "base", values(model))
+    teacher = make_teacher(model, TeacherConfig(kind="base"))
     assert teacher.adapter_off
     assert not teacher.state()
     for m in (model, copy_.model):
@@ -152,24 +123,24 @@ def test_an_adapter_that_has_moved_is_copied(load_tiny: Any) -> None:
     for settings in FRESH.values():
         model = with_adapter(load_tiny, settings)
         move(model, 0, 0.1)
-        teacher = Teacher(model, TeacherConfig(kind="base"))
+        teacher = make_teacher(model, TeacherConfig(kind="base"))
         assert not teacher.adapter_off
-        assert teacher.masters.keys() == model.trainable().keys()
+        assert teacher.tensors.keys() == model.trainable().keys()
     model = with_adapter(load_tiny, FRESH["head"])
     model.head().weight.data.mul_(2)  # only the head has moved
-    assert not Teacher(model, TeacherConfig(kind="base")).adapter_off
+    assert not make_teacher(model, TeacherConfig(kind="base")).adapter_off
 
 
 @pytest.mark.parametrize("kind", FRESH)
 def test_a_resumed_base_teacher_is_the_start_of_the_stage(kind: str, load_tiny: Any) -> None:
     """A resumed run makes the teacher, then loads adapters that are zero no more."""
     model = with_adapter(load_tiny, FRESH[kind])
-    teacher = Teacher(model, TeacherConfig(kind="base"))
+    teacher = make_teacher(model, TeacherConfig(kind="base"))
     want = teacher.hidden(BATCH)[0]
     move(model, 0, 0.1)
     trained, state = values(model), teacher.state()
     again = with_adapter(load_tiny, FRESH[kind])
-    resumed = Teacher(again, TeacherConfig(kind="base"))
+    resumed = make_teacher(again, TeacherConfig(kind="base"))
     for name, p in again.trainable().items():
         p.data.copy_(trained[name])
     resumed.load_state(state)
@@ -195,7 +166,7 @@ def test_the_base_weights_exist_once(kind: Any, load_tiny: Any) -> None:
     base = sum(p.numel() for p in model.lm.parameters()) * 4
     before = storage_bytes()
     add_lora(model, LoraConfig(rank=1, targets=("q_proj",)), 0)
-    teacher = Teacher(model, TeacherConfig(kind=kind))
+    teacher = make_teacher(model, TeacherConfig(kind=kind))
     with torch.no_grad():
         hidden, head = teacher.hidden(BATCH)
     move(model, 0)
@@ -211,9 +182,9 @@ def test_the_base_weights_exist_once(kind: Any, load_tiny: Any) -> None:
 def test_it_starts_from_the_student_in_memory(model: Any) -> None:
     move(model, 0, 0.3)
     for kind in ("ema", "base"):
-        teacher = Teacher(model, TeacherConfig(kind=kind))
-        assert all(torch.equal(teacher.masters[k], p.to(teacher.masters[k].dtype)) for k, p in values(model).items())
-        assert all(teacher.masters[k].data_ptr() != p.data_ptr() for k, p in model.trainable().items())
+        teacher = make_teacher(model, TeacherConfig(kind=kind))
+        assert all(torch.equal(teacher.tensors[k], p.to(teacher.tensors[k].dtype)) for k, p in values(model).items())
+        assert all(teacher.tensors[k].data_ptr() != p.data_ptr() for k, p in model.trainable().items())
 
 
 def facts(model: Any) -> list[Any]:
@@ -222,7 +193,7 @@ def facts(model: Any) -> list[Any]:
 
 
 def test_the_swap_leaves_the_student_as_it_was(model: Any) -> None:
-    teacher = Teacher(model, TeacherConfig(kind="ema", ema_alpha=ALPHA))
+    teacher = make_teacher(model, TeacherConfig(kind="ema", ema_alpha=ALPHA))
     move(model, 0, 0.1)
     teacher.update()
     model.lm.train()
@@ -239,7 +210,7 @@ def test_the_swap_leaves_the_student_as_it_was(model: Any) -> None:
 
 
 def test_a_failed_forward_leaves_the_student_as_it_was(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    teacher = Teacher(model, TeacherConfig(kind="ema"))
+    teacher = make_teacher(model, TeacherConfig(kind="ema"))
     move(model, 0, 0.1)
     model.lm.train()
     before = facts(model)
@@ -255,7 +226,7 @@ def test_the_teacher_has_no_dropout(load_tiny: Any) -> None:
     for module in model.lm.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.5  # as a LoRA adapter's may be; the model's own is off from loading
-    teacher = Teacher(model, TeacherConfig(kind="base"))
+    teacher = make_teacher(model, TeacherConfig(kind="base"))
     model.lm.train()
     assert not torch.equal(model.hidden(BATCH.input_ids), model.hidden(BATCH.input_ids))  # the student has
     assert torch.equal(teacher.hidden(BATCH)[0], hidden_with(model, values(model)))
@@ -263,18 +234,41 @@ def test_the_teacher_has_no_dropout(load_tiny: Any) -> None:
 
 def test_a_tied_weight_stays_tied(load_tiny: Any) -> None:
     model = load_tiny("llama-tied")[1]
-    teacher = Teacher(model, TeacherConfig(kind="ema"))
+    teacher = make_teacher(model, TeacherConfig(kind="ema"))
     move(model, 0, 0.1)
     lm = model.lm
     with teacher.weights():
         assert lm.lm_head.weight.data_ptr() == lm.model.embed_tokens.weight.data_ptr()
-        assert torch.equal(lm.lm_head.weight, teacher.masters["model.embed_tokens.weight"])
+        assert torch.equal(lm.lm_head.weight, teacher.tensors["model.embed_tokens.weight"])
     assert lm.lm_head.weight is lm.model.embed_tokens.weight
+
+
+def test_a_graph_of_the_student_outlives_the_exchange(model: Any) -> None:
+    """Other Parameter objects stand in the module: what the student's backward pass needs stays where it was."""
+
+    def gradients(loss: torch.Tensor) -> list[torch.Tensor]:
+        found = torch.autograd.grad(loss, list(model.trainable().values()), allow_unused=True)
+        return [g for g in found if g is not None]
+
+    want = gradients(model.hidden(BATCH.input_ids).square().sum())
+    loss = model.hidden(BATCH.input_ids).square().sum()
+    with exchanged(model.lm, {k: torch.zeros_like(p) for k, p in values(model).items()}):
+        assert not any(p.any() for k, p in model.lm.named_parameters() if k in values(model))
+    got = gradients(loss)
+    assert len(got) == len(want) > 1
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_weights_of_other_dtypes_are_cast(load_tiny: Any) -> None:
+    model = load_tiny(weights_dtype="bfloat16")[1]
+    weight = torch.full_like(model.lm.lm_head.weight, 1 / 3, dtype=torch.float32)
+    with exchanged(model.lm, {"lm_head.weight": weight}):
+        assert torch.equal(model.lm.lm_head.weight, weight.bfloat16())
 
 
 @pytest.mark.parametrize("kind", ["ema", "base", "live"])
 def test_no_gradient_reaches_the_teacher(model: Any, kind: Any) -> None:
-    teacher = Teacher(model, TeacherConfig(kind=kind))
+    teacher = make_teacher(model, TeacherConfig(kind=kind))
     state = {k: t.clone() for k, t in teacher.state().items()}
     teacher_hidden, head = teacher.hidden(BATCH)
     assert not teacher_hidden.requires_grad
@@ -287,189 +281,15 @@ def test_no_gradient_reaches_the_teacher(model: Any, kind: Any) -> None:
     assert all(torch.equal(t, state[k]) for k, t in teacher.state().items())
 
 
-def test_tracked_is_the_fraction_of_the_way(model: Any) -> None:
-    for kind, value in (("base", 0.0), ("live", 1.0)):
-        assert Teacher(model, TeacherConfig(kind=kind)).tracked().item() == value
-    teacher = Teacher(model, TeacherConfig(ema_alpha=ALPHA))
-    assert teacher.tracked().item() == 0
-    move(model, 0, 0.1)
-    for steps in range(1, 11):  # a student that went once and stays: exact whatever is sampled
-        teacher.update()
-        assert teacher.tracked().item() == pytest.approx(1 - (1 - ALPHA) ** steps, rel=1e-4)
-
-
-def test_tracked_is_near_the_whole_sum_on_a_wandering_student(load_tiny: Any) -> None:
-    model = load_tiny()[1]
-    start = values(model)
-    teacher = Teacher(model, TeacherConfig(ema_alpha=0.1))
-    for step in range(20):
-        move(model, step, 0.05)
-        teacher.update()
-    along = whole = 0.0
-    for k, p in values(model).items():
-        student, average = (p - start[k]).double(), (teacher.masters[k] - start[k]).double()
-        along, whole = along + (student * average).sum().item(), whole + student.square().sum().item()
-    assert teacher.tracked().item() == pytest.approx(along / whole, abs=0.02)
-    assert 0.3 < along / whole < 0.8
-
-
 @pytest.mark.parametrize("kind", ["ema", "base", "live"])
 def test_state_round_trip(model: Any, kind: Any) -> None:
-    teacher = Teacher(model, TeacherConfig(kind=kind))
+    teacher = make_teacher(model, TeacherConfig(kind=kind))
     for step in range(2):
         move(model, step, 0.1)
         teacher.update()
     state = {k: t.clone() for k, t in teacher.state().items()}
     want = teacher.hidden(BATCH)[0], teacher.tracked()
-    again = Teacher(model, TeacherConfig(kind=kind))  # starts from the moved student ...
+    again = make_teacher(model, TeacherConfig(kind=kind))  # starts from the moved student ...
     again.load_state(state)  # ... and is put right
     assert torch.equal(again.hidden(BATCH)[0], want[0])
     assert torch.equal(again.tracked(), want[1])
-
-
-# Averages on the host. On a CPU the same code runs, worker and all, without streams.
-
-
-@pytest.fixture
-def small_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(offload, "BUCKET", 1000)
-
-
-@pytest.mark.usefixtures("small_buckets")
-def test_offloaded_masters_are_the_same_bit_for_bit(model: Any) -> None:
-    plain, away = (Teacher(model, TeacherConfig(ema_alpha=ALPHA, offload=o)) for o in (False, True))
-    for step in range(6):
-        move(model, step)
-        plain.update()
-        away.update()
-        if step % 2:  # read in every step, and only at the end
-            assert torch.equal(away.hidden(BATCH)[0], plain.hidden(BATCH)[0])
-        assert away.tracked().item() == pytest.approx(plain.tracked().item(), rel=1e-5)
-        away.wait()  # before the student moves again
-    want, got = plain.state(), away.state()
-    assert list(got) == list(want)
-    assert all(torch.equal(got[k], want[k]) and got[k].dtype == torch.float32 for k in want)
-    for k, p in model.trainable().items():  # what the device holds
-        assert away.copies[k].dtype == p.dtype
-        assert torch.equal(away.copies[k], got[f"masters.{k}"].to(p.dtype))
-        assert not torch.equal(away.copies[k], p)
-
-
-@pytest.mark.usefixtures("small_buckets")
-def test_state_goes_between_offloaded_and_not(model: Any) -> None:
-    teachers = [Teacher(model, TeacherConfig(ema_alpha=ALPHA, offload=o)) for o in (False, True, False)]
-    move(model, 0, 0.1)
-    teachers[0].update()
-    for before, after in pairwise(teachers):
-        after.load_state({k: t.clone() for k, t in before.state().items()})
-        assert torch.equal(after.hidden(BATCH)[0], before.hidden(BATCH)[0])
-        assert torch.equal(after.tracked(), before.tracked())
-
-
-@pytest.fixture
-def held(load_tiny: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """An offloaded teacher after an update whose average waits for `let_go`, with the student moved before it."""
-    model = load_tiny()[1]
-    teacher = Teacher(model, TeacherConfig(ema_alpha=ALPHA, offload=True))
-    let_go, own = threading.Event(), teacher.lane.each
-
-    def each(*args: Any) -> None:
-        assert let_go.wait(60)
-        own(*args)
-
-    monkeypatch.setattr(teacher.lane, "each", each)
-    move(model, 0, 0.1)
-    teacher.update()
-    yield teacher, let_go
-    let_go.set()
-
-
-READERS = {
-    "hidden": lambda t: t.hidden(BATCH),
-    "weights": lambda t: t.weights().__enter__(),
-    "state": lambda t: t.state(),
-    "update": lambda t: t.update(),
-    "wait": lambda t: t.wait(),
-}
-
-
-@pytest.mark.parametrize("reader", READERS)
-def test_whoever_reads_the_teacher_waits_for_the_average(reader: str, held: Any) -> None:
-    teacher, let_go = held
-    before = {k: t.clone() for k, t in teacher.masters.items()}
-    assert teacher.tracked().item() == pytest.approx(ALPHA, rel=1e-3)  # logged at once
-    assert not teacher.pending.done()
-    assert all(torch.equal(teacher.masters[k], before[k]) for k in before)
-    threading.Timer(0.1, let_go.set).start()
-    first = teacher.pending
-    READERS[reader](teacher)
-    assert first.done()
-    assert not any(torch.equal(teacher.masters[k], before[k]) for k in before)
-
-
-@pytest.mark.parametrize("reader", READERS)
-def test_a_failed_average_is_told_to_everyone(reader: str, load_tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = load_tiny()[1]
-    teacher = Teacher(model, TeacherConfig(offload=True))
-    monkeypatch.setattr(teacher.lane, "each", lambda *a: 1 / 0)
-    before = facts(model)
-    teacher.update()
-    for _ in range(2):
-        with pytest.raises(ZeroDivisionError):
-            READERS[reader](teacher)
-    assert facts(model) == before
-
-
-@pytest.mark.parametrize("weights_dtype", ["float32", "bfloat16"])
-def test_an_update_keeps_no_whole_copy_of_the_weights(weights_dtype: str, load_tiny: Any) -> None:
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    model = load_tiny(weights_dtype=weights_dtype)[1]
-    teacher = Teacher(model, TeacherConfig())
-
-    class Largest(TorchDispatchMode):
-        made = 0
-
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            out = func(*args, **(kwargs or {}))
-            if isinstance(out, torch.Tensor) and func is torch.ops.aten._to_copy.default:
-                self.made = max(self.made, out.numel())
-            return out
-
-    with pytest.MonkeyPatch.context() as patch, Largest() as largest:
-        patch.setattr(offload, "BUCKET", 1000)
-        teacher.update()
-    assert max(p.numel() for p in model.trainable().values()) > 8000
-    assert largest.made == (1000 if weights_dtype == "bfloat16" else 0)
-
-
-def test_the_lag_of_averaged_factors_is_their_covariance(load_tiny: Any) -> None:
-    """avg(B) avg(A) - avg(B A) = -sum_i w_i (B_i - avg B)(A_i - avg A): nothing while one of them stands still, and a
-    quarter where both move half as far."""
-    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.default.weight"
-
-    def lag(size_a: float, size_b: float) -> tuple[torch.Tensor, torch.Tensor]:
-        model = with_adapter(load_tiny, {})
-        a, b = (model.trainable()[name.format(f)] for f in "AB")
-        teacher = Teacher(model, TeacherConfig(ema_alpha=ALPHA))
-        history = [(a.double().clone(), b.double().clone())]
-        draw = torch.Generator().manual_seed(0)
-        for _ in range(30):
-            a.data += size_a * torch.randn(a.shape, generator=draw)
-            b.data += size_b * torch.randn(b.shape, generator=draw)
-            teacher.update()
-            history.append((a.detach().double().clone(), b.detach().double().clone()))
-        w = [(1 - ALPHA) ** 30, *(ALPHA * (1 - ALPHA) ** (30 - i) for i in range(1, 31))]
-        mean_a = sum(x * a for x, (a, _) in zip(w, history, strict=True))
-        mean_b = sum(x * b for x, (_, b) in zip(w, history, strict=True))
-        product = sum(x * b @ a for x, (a, b) in zip(w, history, strict=True))
-        covariance = sum(x * (b - mean_b) @ (a - mean_a) for x, (a, b) in zip(w, history, strict=True))
-        ours = teacher.masters[name.format("B")].double() @ teacher.masters[name.format("A")].double()
-        torch.testing.assert_close(ours - product, -covariance, rtol=1e-3, atol=1e-6)
-        return ours - product, product
-
-    assert lag(0.0, 0.1)[0].abs().max() < 1e-6
-    whole, half = (lag(size, size)[0].norm().item() for size in (0.1, 0.05))
-    assert half == pytest.approx(whole / 4, rel=1e-3)
-    difference, product = lag(0.1, 0.1)
-    assert difference.norm() > 0.1 * product.norm()  # on a random walk, where A goes as far as B, it is no small thing

@@ -31,6 +31,7 @@ from sdft.training.checkpoint import (
     read_state,
     save_checkpoint,
 )  # fmt: skip
+from sdft.update.ema import make_teacher
 from sdft.update.optim import make_optimizer
 
 
@@ -42,7 +43,7 @@ def parts(request: pytest.FixtureRequest, load_tiny: Any, nudge: Any) -> Any:
         model = load_tiny(weights_dtype="bfloat16" if request.param == "bf16" else "float32")[1]
         if request.param == "lora":
             add_lora(model, LoraConfig(rank=2), 0)
-        teacher = Teacher(model, TeacherConfig(ema_alpha=0.1))
+        teacher = make_teacher(model, TeacherConfig(ema_alpha=0.1))
         optimizer = make_optimizer(model.trainable().values(), OptimConfig(lr=0.01))
         for step in range(2):
             torch.manual_seed(seed + step)
@@ -81,7 +82,7 @@ def test_round_trip_is_bit_exact(parts: Any, tmp_path: Path) -> None:
 def trio(load_tiny: Any) -> Any:
     model = load_tiny()[1]
     optimizer = make_optimizer(model.trainable().values(), OptimConfig())
-    return model, Teacher(model, TeacherConfig()), optimizer
+    return model, make_teacher(model, TeacherConfig()), optimizer
 
 
 def test_the_newest_and_the_best_are_kept(trio: Any, tmp_path: Path) -> None:
@@ -285,7 +286,7 @@ def test_another_models_checkpoint(trio: Any, tmp_path: Path, load_tiny: Any) ->
     add_lora(model, LoraConfig(rank=2), 0)
     optimizer = make_optimizer(model.trainable().values(), OptimConfig())
     with pytest.raises(SdftError, match="belongs to another model or LoRA setting"):
-        load_checkpoint(folder, model, Teacher(model, TeacherConfig()), optimizer)
+        load_checkpoint(folder, model, make_teacher(model, TeacherConfig()), optimizer)
 
 
 def test_weights_of_another_shape_or_dtype(trio: Any, tmp_path: Path) -> None:

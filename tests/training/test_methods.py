@@ -307,7 +307,7 @@ def test_offline_answers_of_another_model(stages: dict[str, Any], make_run: Any,
 def test_an_adapter_as_teacher_is_merged(make_config: Any, make_run: Any, tmp_path: Path) -> None:
     adapter = loop.train(make_config(**{"lora.rank": 2, "optim.lr": 1e-1, "train.output": str(tmp_path / "adapter")}))
     run = make_run(**{"teacher.kind": "base", "teacher.model": str(adapter)})
-    changed = [name for name, p in run.model.trainable().items() if not torch.equal(p, run.teacher.masters[name])]
+    changed = [name for name, p in run.model.trainable().items() if not torch.equal(p, run.teacher.tensors[name])]
     assert changed
     assert all("proj" in name for name in changed)
 
