@@ -83,7 +83,7 @@ wheel:
 	git archive HEAD | tar -x -C "$$source"; \
 	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) PIP_CONSTRAINT="$$source/constraints.txt" \
 	PIP_BUILD_CONSTRAINT="$$source/constraints.txt" $(PYTHON) -m pip wheel --quiet --disable-pip-version-check --no-deps -w $(DIST) "$$source"; \
-	$(PYTHON) -m pip hash $(DIST)/sdft-*.whl
+	$(PYTHON) -m pip hash $(DIST)/sdft_trainer-*.whl
 
 # The peers of gpu-proof, and of their needs and ours what a machine with torch, transformers and peft may lack.
 wheels:

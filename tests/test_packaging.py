@@ -1,17 +1,23 @@
 """What `pip install .` gives: two import packages, and a loss that needs torch and triton alone."""
 
+import ast
 import os
 import re
 import subprocess
 import sys
 import time
+import tomllib
 import venv
 import zipfile
-from importlib.metadata import requires
+from email import message_from_bytes
+from email.message import Message
 from pathlib import Path
 
 import pytest
 import sdft_kernels
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
 
 import sdft
 
@@ -84,9 +90,59 @@ def test_two_builds_of_a_commit_are_the_same_bytes(tmp_path: Path) -> None:
         assert f"Generator: setuptools ({pinned[1]})" in archive.read(about).decode()
 
 
-def test_base_dependencies_are_torch_and_triton() -> None:
-    base = [r for r in requires("sdft") or [] if "extra ==" not in r]
-    assert sorted(re.split(r"[>=;\s]", r)[0] for r in base) == ["torch", "triton"]
+def about(wheel: Path) -> Message:
+    """The metadata of the wheel."""
+    with zipfile.ZipFile(wheel) as archive:
+        name = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        return message_from_bytes(archive.read(name))
+
+
+def test_metadata(wheel: Path) -> None:
+    metadata = about(wheel)
+    assert metadata["Name"] == "sdft-trainer"
+    versions = re.findall(r"Python :: (3\.\d+)", str(metadata.get_all("Classifier")))
+    assert versions == ["3.11", "3.12", "3.13"]
+    assert all(version in SpecifierSet(metadata["Requires-Python"]) for version in versions)
+    base = [Requirement(r) for r in metadata.get_all("Requires-Dist") if "extra ==" not in r]
+    assert sorted(r.name for r in base) == ["torch", "triton"]
+
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PINS = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+
+
+def test_every_range_admits_what_was_tested() -> None:
+    pins = {canonicalize_name(Requirement(pin).name): Requirement(pin) for pin in PINS}
+    optional = PROJECT["project"]["optional-dependencies"]
+    extras = {extra: list(map(Requirement, listed)) for extra, listed in optional.items()}
+    for extra in ("train", "dev", "trl", "bnb", "lm-eval"):  # the others are not installed with constraints.txt
+        for wanted in extras[extra]:
+            (pin,) = pins[canonicalize_name(wanted.name)].specifier
+            assert wanted.specifier.contains(pin.version), wanted
+
+
+def test_uv_has_the_same_constraints() -> None:
+    assert PROJECT["tool"]["uv"]["constraint-dependencies"] == PINS
+
+
+@pytest.mark.parametrize("version", [(3, 11), (3, 12), (3, 13)])
+def test_the_syntax_is_that_of_every_supported_python(version: tuple[int, int]) -> None:
+    for folder in ("sdft", "kernels", "bench", "examples", "tests"):
+        for path in (ROOT / folder).rglob("*.py"):
+            ast.parse(path.read_text(), str(path), feature_version=version)
+
+
+@pytest.mark.parametrize(("top_level", "warns"), [("sdft\n", True), ("sdft\nsdft_kernels\n", False)])
+def test_the_other_project_named_sdft_is_warned_of(top_level: str, warns: bool, tmp_path: Path) -> None:
+    folder = tmp_path / "sdft-9.9.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: sdft\nVersion: 9.9\n")
+    (folder / "top_level.txt").write_text(top_level)
+    paths = os.pathsep.join([str(tmp_path), str(ROOT / "kernels"), str(ROOT)])
+    command = [sys.executable, "-m", "sdft", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": paths}, check=True)
+    assert ("sdft 9.9 is another project" in done.stderr) == warns
+    assert done.stdout == f"sdft {sdft.__version__}\n"
 
 
 @pytest.mark.parametrize("package", ["sdft_kernels", "sdft", "sdft.config"])

@@ -23,7 +23,7 @@ from sdft.model.loading import LanguageModel
 from sdft.rollout.sampling import generate
 from sdft.score.batch import lay_out, micro_batches
 
-INSTALL = "pip install '.[train,lm-eval]' in a checkout (the sdft of PyPI is another project)"
+INSTALL = "pip install '.[train,lm-eval]' in a checkout"
 DEFAULT_WINDOW = 2048  # of a model whose config states no longest sequence; lm_eval's own default
 DEFAULT_NEW_TOKENS = 256  # where a task states none; lm_eval's own default
 

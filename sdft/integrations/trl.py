@@ -38,8 +38,7 @@ try:
     )
 except ImportError as error:
     raise ImportError(
-        f"sdft.integrations.trl needs TRL {TESTED[0]} or later: pip install '.[trl]' in a checkout "
-        f"(the sdft of PyPI is another project; {error})",
+        f"sdft.integrations.trl needs TRL {TESTED[0]} or later: pip install '.[trl]' in a checkout ({error})",
         name=error.name,
     ) from error
 
