@@ -1,6 +1,7 @@
-"""Files that a kill, a power cut or a full disk leaves whole: written aside, flushed to the disk, renamed.
+"""Reading and writing files. A file stays whole through a kill, a power cut or a full disk.
 
-What is being written, or being removed, bears a name that starts with `partial-`; the next start clears it away.
+A file is written under another name, flushed to the disk, and renamed. The name of a file or folder that is being
+written or removed starts with `partial-`; the next start deletes what bears such a name.
 """
 
 import contextlib
@@ -20,15 +21,15 @@ from sdft.errors import SdftError
 
 
 def write_text(path: Path, text: str) -> None:
-    """The whole text or, after a kill or an error, what was there before; makes the folder.
+    """Writes the whole text; after a kill or an error, the file is as it was before. Makes the folder of the file.
 
-    Raises SdftError where it cannot be written.
+    Raises SdftError if the file cannot be written.
     """
     write_bytes(path, text.encode("utf-8"))
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """As `write_text`."""
+    """`write_text` for bytes."""
     partial = path.with_name(f"partial-{path.name}")
     try:
         path.parent.mkdir(exist_ok=True)
@@ -41,7 +42,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def publish(partial: Path, final: Path) -> None:
-    """Gives a finished file or folder its name, once all of it is on the disk. A folder replaces none."""
+    """Renames a finished file or folder once all of it is on the disk. A folder does not replace another folder."""
     for path in (partial, *partial.rglob("*")):
         _sync(path)
     os.replace(partial, final)
@@ -50,7 +51,7 @@ def publish(partial: Path, final: Path) -> None:
 
 
 def remove(folder: Path, aside: Path) -> None:
-    """Deletes a folder; it first moves into the folder `aside` as partial-*, so that half of it never counts."""
+    """Deletes a folder. The folder first moves into `aside` as partial-*, so that half of a folder never counts."""
     gone = aside / f"partial-removed-{folder.name}"
     shutil.rmtree(gone, ignore_errors=True)
     os.replace(folder, gone)
@@ -58,7 +59,7 @@ def remove(folder: Path, aside: Path) -> None:
 
 
 def clear_partials(folder: Path) -> None:
-    """Deletes what a killed run was writing or removing."""
+    """Deletes what a killed run was writing or removing in the folder."""
     for path in folder.glob("partial-*"):
         if path.is_dir():
             shutil.rmtree(path)
@@ -67,7 +68,7 @@ def clear_partials(folder: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    """Of a file's bytes, in hex."""
+    """The SHA-256 of a file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -81,9 +82,9 @@ def _sync(path: Path) -> None:
 
 
 def why(error: BaseException) -> str:
-    """Why something was not written, in words."""
+    """Why a file was not written, in words."""
     cause: BaseException | None = error
-    while cause is not None:  # torch.save raises an error of its own about the one that stopped it
+    while cause is not None:  # torch.save wraps the error that stopped it
         if getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(cause):
             return "no space left on the device; free some, or lower train.keep_checkpoints"
         cause = cause.__cause__ or cause.__context__

@@ -298,6 +298,17 @@ def test_the_installed_entry_point() -> None:
     assert "torch" not in out.stderr
 
 
+def test_a_reader_that_ends_early_is_no_error() -> None:
+    """`sdft train --help | head -1`: no traceback."""
+    command = [sys.executable, "-m", "sdft", "train", "--help"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None
+        assert run.stderr is not None
+        run.stdout.close()
+        assert run.stderr.read() == ""
+    assert run.returncode == 141
+
+
 # Help.
 
 

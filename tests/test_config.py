@@ -325,14 +325,14 @@ def test_unreadable_file(tmp_path: Path) -> None:
 VALID = {"model.name": "m", "data.train": "d.jsonl", "train.output": "o"}
 
 
-def test_a_minimal_config_is_valid(changed: Any) -> None:
-    validate(changed(Config(), **VALID))
+def test_a_minimal_config_is_valid() -> None:
+    validate(override(Config(), VALID))
 
 
 @pytest.mark.parametrize("key", VALID)
-def test_a_required_setting_is_named(changed: Any, key: str) -> None:
+def test_a_required_setting_is_named(key: str) -> None:
     with pytest.raises(SdftError, match=f"^{key} = '' is missing; give "):
-        validate(changed(Config(), **{name: value for name, value in VALID.items() if name != key}))
+        validate(override(Config(), {name: value for name, value in VALID.items() if name != key}))
 
 
 OTHER = {"teacher.model": "m", "teacher.kind": "base"}
@@ -340,8 +340,8 @@ SETS: dict[str, Any] = {"eval.sets": {"new": "a", "old": "b"}, "eval.every": 1}
 
 
 @pytest.mark.parametrize("best", ["new", "old", "mean", ""])
-def test_the_best_of_a_set_or_of_all(changed: Any, best: str) -> None:
-    validate(changed(Config(), **VALID | SETS | {"train.keep_best": best}))
+def test_the_best_of_a_set_or_of_all(best: str) -> None:
+    validate(override(Config(), VALID | SETS | {"train.keep_best": best}))
 
 
 @pytest.mark.parametrize(
@@ -398,9 +398,9 @@ def test_the_best_of_a_set_or_of_all(changed: Any, best: str) -> None:
         ({"eval.guard": "g", "eval.every": 1, "train.keep_best": "guard"}, "is none of eval.sets"),
     ],
 )
-def test_settings_that_do_not_go_together(changed: Any, changes: dict[str, Any], words: str) -> None:
+def test_settings_that_do_not_go_together(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(SdftError) as error:
-        validate(changed(Config(), **VALID | changes))
+        validate(override(Config(), VALID | changes))
     assert words in str(error.value)
 
 
@@ -416,13 +416,13 @@ def test_settings_that_do_not_go_together(changed: Any, changes: dict[str, Any],
     ],
     ids=str,
 )
-def test_settings_that_go_together(changed: Any, changes: dict[str, Any]) -> None:
-    validate(changed(Config(), **VALID | changes))
+def test_settings_that_go_together(changes: dict[str, Any]) -> None:
+    validate(override(Config(), VALID | changes))
 
 
-def test_a_guard_is_a_file_or_one_of_the_sets(changed: Any) -> None:
+def test_a_guard_is_a_file_or_one_of_the_sets() -> None:
     sets = {"new": "a", "old": "b"}
-    file, name = (changed(Config(), **{"eval.sets": sets, "eval.guard": guard}).eval for guard in ("g.jsonl", "old"))
+    file, name = (override(Config(), {"eval.sets": sets, "eval.guard": guard}).eval for guard in ("g.jsonl", "old"))
     assert (file.guard_set, file.all_sets) == ("guard", sets | {"guard": "g.jsonl"})
     assert (name.guard_set, name.all_sets) == ("old", sets)
     assert (Config().eval.guard_set, Config().eval.all_sets) == ("", {})
@@ -441,21 +441,21 @@ def test_a_guard_is_a_file_or_one_of_the_sets(changed: Any) -> None:
         ({"teacher.kind": "base"}, "Teacher: the student's weights at the start"),
         ({"teacher.kind": "live"}, "Teacher: the current student"),
         ({"rollout.source": "teacher"}, "on the teacher's samples"),
-        ({"rollout.source": "mixed"}, "on samples of student and teacher in turns"),
+        ({"rollout.source": "mixed"}, "on samples of the student and of the teacher, in turns"),
         ({"loss.mask_first": 3}, "first 3 tokens masked"),
-        ({"loss.average": "sequence"}, "mean of each answer, then of the answers"),
+        ({"loss.average": "sequence"}, "mean of each completion, then of the completions"),
         ({"loss.method": "sft"}, "SFT: cross-entropy of the student on the demonstrations."),
         ({"loss.method": "dft"}, "DFT: cross-entropy of the student on the demonstrations, each token weighted by the"),
-        ({"rollout.source": "offline"}, "on samples that the teacher at its start gives before the first step"),
+        ({"rollout.source": "offline"}, "on samples that the teacher draws before the first step"),
         (
             {"loss.method": "sft", "rollout.source": "offline"},
-            "on answers that the model at its start, shown the demonstration (in_prompt), gives before the first step.",
+            "on completions that the model, shown the demonstration (in_prompt), samples before the first step.",
         ),
         (OTHER | {"teacher.context": "none"}, "Teacher: the weights of m, which sees just the prompt."),
     ],
 )
-def test_describe_says_what_is_trained(changed: Any, changes: dict[str, Any], words: str) -> None:
-    assert words in describe(changed(Config(), **changes))
+def test_describe_says_what_is_trained(changes: dict[str, Any], words: str) -> None:
+    assert words in describe(override(Config(), changes))
 
 
 def test_float32_products_of_bfloat16_weights_are_refused(tmp_path: Path) -> None:

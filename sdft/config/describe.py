@@ -4,12 +4,12 @@ from sdft.config.sections import Config
 
 
 def describe(config: Config) -> str:
-    """What is trained, in words: the first lines a run prints."""
-    shown = "" if config.teacher.context == "none" else f", shown the demonstration ({config.teacher.context})"
+    """What the config trains, in one or two sentences: the first line that a run prints."""
+    shown = "" if config.teacher.context == "none" else f", shown the demonstration ({config.teacher.context}),"
     if not config.method.needs_teacher:
         on = {
             "demonstrations": "the demonstrations",
-            "offline": f"answers that the model at its start{shown}, gives before the first step",
+            "offline": f"completions that the model{shown} samples before the first step",
         }[config.method.completions]
         how = {"sft": "", "dft": ", each token weighted by the probability that the student gives it"}
         return f"{config.loss.method.upper()}: cross-entropy of the student on {on}{how[config.loss.method]}."
@@ -29,11 +29,12 @@ def describe(config: Config) -> str:
     who = {
         "student": "the student's own samples",
         "teacher": "the teacher's samples",
-        "mixed": "samples of student and teacher in turns",
-        "offline": "samples that the teacher at its start gives before the first step",
+        "mixed": "samples of the student and of the teacher, in turns",
+        "offline": "samples that the teacher draws before the first step",
     }[config.rollout.source]
     masked = f", first {config.loss.mask_first} tokens masked" if config.loss.mask_first else ""
-    mean = (
-        "mean over all answer tokens" if config.loss.average == "token" else "mean of each answer, then of the answers"
-    )
+    mean = {
+        "token": "mean over all completion tokens",
+        "sequence": "mean of each completion, then of the completions",
+    }[config.loss.average]
     return f"SDFT: {direction}, on {who}{masked}; {mean}. Teacher: {teacher}, which sees {sees}."

@@ -70,7 +70,7 @@ def test_the_configs_of_the_documentation(text: str, tmp_path: Path) -> None:
         "SDFT": "SDFT: forward KL, KL(teacher || student), on the student's own samples",
         "SFT": "SFT: cross-entropy of the student on the demonstrations.",
         "DFT": "DFT: cross-entropy",
-        "Offline distillation": "SFT: cross-entropy of the student on answers that the model at its start",
+        "Offline distillation": "SFT: cross-entropy of the student on completions that the model, shown",
         "Re-invocation after SFT": "SDFT: reverse KL, KL(student || teacher), on the student's own samples",
         "The guard: stop before too much is lost": "SDFT: reverse KL",
     }
