@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from sdft.cli import main
-from sdft.config import LoraConfig, RolloutConfig
+from sdft.config import LoraConfig
 from sdft.errors import SdftError
 from sdft.evaluation import harness
 from sdft.model.loading import add_lora, enable_packing
@@ -65,13 +65,13 @@ def test_log_likelihoods_are_the_direct_ones(family: str, load_tiny: Any) -> Non
         said.append(int(model.lm(torch.tensor([context + said])).logits[0, -1].argmax()))
     pairs.append((context, said))
     model.lm.train()
-    got = harness.log_likelihoods(model, pairs, batch_tokens=40)
+    got = harness.log_likelihoods(model, pairs, 512, batch_tokens=40)
     assert model.lm.training  # as it was
     want = [direct(model, *pair) for pair in pairs]
     assert [g for g, _ in got] == pytest.approx([w for w, _ in want], rel=1e-4, abs=1e-4)
     assert [g for _, g in got] == [w for _, w in want]
     assert got[-1][1]
-    whole = harness.log_likelihoods(model, pairs)
+    whole = harness.log_likelihoods(model, pairs, 512)
     assert [v for v, _ in whole] == pytest.approx([v for v, _ in got], rel=1e-4, abs=1e-4)  # whatever the batch
 
 
@@ -79,10 +79,10 @@ def test_packed_and_adapted(load_tiny: Any, nudge: Any) -> None:
     model = tuned(load_tiny, nudge)[1]
     want = [direct(model, *pair) for pair in random_pairs()]
     enable_packing(model, "on")
-    got = harness.log_likelihoods(model, random_pairs())
+    got = harness.log_likelihoods(model, random_pairs(), 512)
     assert [g for g, _ in got] == pytest.approx([w for w, _ in want], rel=1e-4, abs=1e-4)
     with model.lm.disable_adapter():
-        base = harness.log_likelihoods(model, random_pairs())
+        base = harness.log_likelihoods(model, random_pairs(), 512)
     assert [b for b, _ in base] != pytest.approx([w for w, _ in want], rel=1e-2)
 
 
@@ -94,7 +94,7 @@ def test_bf16_weights_have_fp32_logits(load_tiny: Any) -> None:
         hidden = model.hidden(torch.tensor([[*context, *said[:-1]]]))[0, -len(said) :].double()
         rows = (hidden @ model.head().weight.double().T).log_softmax(-1)
         want = float(rows.gather(1, torch.tensor(said)[:, None]).sum())
-        assert harness.log_likelihoods(model, [(context, said)])[0][0] == pytest.approx(want, rel=1e-5)
+        assert harness.log_likelihoods(model, [(context, said)], 512)[0][0] == pytest.approx(want, rel=1e-5)
         rounded = model.head().logits(hidden.bfloat16()).float().log_softmax(-1)
         assert float(rounded.gather(1, torch.tensor(said)[:, None]).sum()) != pytest.approx(want, rel=1e-4)
 
@@ -104,57 +104,18 @@ def test_pairs_that_differ_in_their_last_token_run_once(load_tiny: Any, monkeypa
     run: list[int] = []
     hidden = type(model).hidden
     monkeypatch.setattr(type(model), "hidden", lambda self, ids, n=None: run.append(len(ids)) or hidden(self, ids, n))
-    harness.log_likelihoods(model, [([1, 2, 3], [token]) for token in (4, 5, 6, 7)] + [([1, 2], [3, 4])])
+    harness.log_likelihoods(model, [([1, 2, 3], [token]) for token in (4, 5, 6, 7)] + [([1, 2], [3, 4])], 512)
     assert run == [2]  # [1, 2, 3], seen as ([1, 2, 3], []) and as ([1, 2], [3])
 
 
 def test_long_texts_lose_their_beginning(load_tiny: Any) -> None:
     model = load_tiny()[1]
-    assert harness.window(model) == 512
     text = [i % 250 for i in range(700)]
-    got = harness.log_likelihoods(model, [(text[:690], text[690:])])
+    got = harness.log_likelihoods(model, [(text[:690], text[690:])], 512)
     want = direct(model, text[700 - 513 : 690], text[690:])
     assert got[0][0] == pytest.approx(want[0], rel=1e-4)
     with pytest.raises(SdftError, match="a text of 513 tokens is to be scored; the model takes 512"):
-        harness.log_likelihoods(model, [([1], list(range(1)) * 513)])
-
-
-@torch.no_grad()
-def greedy_text(model: Any, tokenizer: Any, prompt: list[int], new: int, until: list[str]) -> str:
-    ids: list[int] = []
-    while len(ids) < new:
-        token = int(model.lm(torch.tensor([prompt + ids])).logits[0, -1].argmax())
-        if token in model.stop_ids:
-            break
-        ids.append(token)
-    text = tokenizer.decode(ids, skip_special_tokens=True)
-    for term in until:
-        text = text.split(term)[0]
-    return text
-
-
-def test_continuations_end_at_the_text(load_tiny: Any) -> None:
-    tokenizer, model = load_tiny()
-    prompts = [[10, 20, 30], [40], [50, 60, 70, 80], [90, 91]]
-    config = RolloutConfig(temperature=0.0, max_new_tokens=24)
-    free = harness.continue_until(model, tokenizer, prompts, [], config)
-    model.lm.eval()
-    assert free == [greedy_text(model, tokenizer, p, 24, []) for p in prompts]
-    until = [free[0][4], free[1][3:5]]  # one token, and two
-    cut = harness.continue_until(model, tokenizer, prompts, until, config)
-    assert cut == [greedy_text(model, tokenizer, p, 24, until) for p in prompts]
-    assert cut[0] == free[0][: free[0].index(until[0])]
-    with pytest.raises(SdftError, match="512 new tokens are asked for; the model takes 512"):
-        harness.continue_until(model, tokenizer, prompts, [], RolloutConfig(max_new_tokens=512))
-
-
-def test_generation_settings() -> None:
-    asked = {"do_sample": False, "temperature": 0.0, "max_gen_toks": 7, "num_beams": 1}
-    assert harness.sampling(asked, 3) == RolloutConfig(temperature=0.0, max_new_tokens=7, batch_size=3)
-    asked = {"do_sample": True, "temperature": 0.8, "top_p": 0.95, "max_gen_toks": 7}
-    assert harness.sampling(asked, 3) == RolloutConfig(temperature=0.8, top_p=0.95, max_new_tokens=7, batch_size=3)
-    with pytest.raises(SdftError, match=r"ask for \{'num_beams': 4\}, which sdft's rollout does not have"):
-        harness.sampling({"do_sample": False, "max_gen_toks": 7, "num_beams": 4}, 3)
+        harness.log_likelihoods(model, [([1], [0] * 513)], 512)
 
 
 def test_scores_are_named_as_lm_eval_names_them() -> None:
@@ -271,14 +232,33 @@ def test_local_tasks_give_the_numbers_of_direct_computations(local_tasks: Path, 
     assert got == harness.run(model, tokenizer, TASKS, include_path=str(local_tasks), batch_tokens=30, batch_size=1)
 
 
+@torch.no_grad()
+def greedy_text(model: Any, tokenizer: Any, prompt: str, new: int, until: list[str]) -> str:
+    """One token at a time, by whole forwards of the Hugging Face model."""
+    ids: list[int] = []
+    start = tokenizer(prompt)["input_ids"]
+    while len(ids) < new:
+        token = int(model.lm(torch.tensor([start + ids])).logits[0, -1].argmax())
+        if token in model.stop_ids:
+            break
+        ids.append(token)
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    for term in until:
+        text = text.split(term)[0]
+    return text
+
+
 @needs_lm_eval
-def test_the_adapter_answers_as_lm_evals_own_model(load_tiny: Any, nudge: Any) -> None:
+@pytest.mark.parametrize("packing", ["off", "on"])
+def test_the_models_answers_to_lm_eval(packing: str, load_tiny: Any, nudge: Any) -> None:
+    """As lm_eval's own HFLM answers with the same model; completions also as a direct computation gives them."""
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
     tokenizer, model = tuned(load_tiny, nudge)
-    ours = harness._adapter(model, tokenizer, 64, 2)
     theirs = HFLM(pretrained=model.lm, tokenizer=tokenizer, batch_size=2)
+    enable_packing(model, packing)
+    ours = harness.make_lm(model, tokenizer, 64, 2)
 
     def requests(kind: str, arguments: list[Any]) -> list[Any]:
         return [Instance(kind, {}, a, i) for i, a in enumerate(arguments)]
@@ -290,16 +270,25 @@ def test_the_adapter_answers_as_lm_evals_own_model(load_tiny: Any, nudge: Any) -
     long = [("word " * 300,), ("short",)]  # 1500 tokens: three windows
     a, b = (lm.loglikelihood_rolling(requests("loglikelihood_rolling", long)) for lm in (ours, theirs))
     assert a == pytest.approx(b, rel=1e-4)
-    asked = [
-        ("Q: a\nA:", {"until": ["e", "\n\n"], "max_gen_toks": 20}),
-        ("hello", {"until": ["xy"], "max_gen_toks": 9}),
-    ]
-    asked += [("and now", {"until": ["e", "\n\n"], "max_gen_toks": 20})]
-    a, b = (lm.generate_until(requests("generate_until", asked)) for lm in (ours, theirs))
-    assert a == b
-    assert ours.apply_chat_template([{"role": "user", "content": "hi"}]) == theirs.apply_chat_template(
-        [{"role": "user", "content": "hi"}]
-    )
+    asked = [("Q: a\nA:", ["e", "\n\n"], 20), ("hello", ["xy"], 9), ("and now, a longer one", ["e", "\n\n"], 20)]
+    free = greedy_text(model, tokenizer, "hello", 24, [])
+    asked.append(("hello", [free[4:6]], 24))  # a stop text of two tokens
+    settings = [(prompt, {"until": until, "max_gen_toks": new}) for prompt, until, new in asked]
+    got = ours.generate_until(requests("generate_until", settings))
+    assert got == [greedy_text(model, tokenizer, prompt, new, until) for prompt, until, new in asked]
+    assert got[3] == free[: free.index(free[4:6])]
+    chat = ours.apply_chat_template([{"role": "user", "content": "hi"}])
+    assert chat == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+
+
+@needs_lm_eval
+def test_products_are_in_the_compute_dtype(load_tiny: Any) -> None:
+    tokenizer, model = load_tiny(weights_dtype="float32", compute_dtype="bfloat16")
+    dtypes = []
+    model.inner.model.layers[0].mlp.down_proj.register_forward_hook(lambda *args: dtypes.append(args[2].dtype))
+    lm = harness.make_lm(model, tokenizer, 64, 2)
+    lm._model_generate(torch.tensor([[1, 2, 3]]), 5, ["x"], attention_mask=torch.ones(1, 3))
+    assert set(dtypes) == {torch.bfloat16}
 
 
 @needs_lm_eval
@@ -333,8 +322,11 @@ def test_what_the_user_can_put_right(local_tasks: Path, load_tiny: Any, tmp_path
     (tmp_path / "gone.yaml").write_text(moved)
     with pytest.raises(SdftError, match=r"the data cannot be loaded \(FileNotFoundError: .*gone.jsonl"):
         harness.run(model, tokenizer, [str(tmp_path / "gone.yaml")], include_path=str(local_tasks))
+    (tmp_path / "long.yaml").write_text((local_tasks / "speech.yaml").read_text().replace("toks: 12", "toks: 600"))
+    with pytest.raises(SdftError, match=r"requested max tokens to generate \(600\)"):
+        harness.run(model, tokenizer, [str(tmp_path / "long.yaml")], include_path=str(local_tasks))
     (tmp_path / "code.yaml").write_text((local_tasks / "speech.yaml").read_text() + "unsafe_code: true\n")
-    with pytest.raises(SdftError, match="only with --allow-code"):
+    with pytest.raises(SdftError, match="allow it with --allow-code"):
         harness.run(model, tokenizer, [str(tmp_path / "code.yaml")], include_path=str(local_tasks))
     got = harness.run(model, tokenizer, [str(tmp_path / "code.yaml")], include_path=str(local_tasks), allow_code=True)
     assert got["tiny_speech"]["exact_match"].value == 0.0
