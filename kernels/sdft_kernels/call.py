@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from .checks import is_sharded
+from .checks import PRODUCTS, Products, check_choice, is_sharded
 
 
 @dataclass(frozen=True)
@@ -92,20 +92,17 @@ class Gradients:
     """The gradients that a call makes; None for one that is not wanted."""
 
     dx: Tensor | None = None  # (N, H_s) in x's dtype (fp32 for fp16)
-    dw: Tensor | None = None  # (V_s, H_s) fp32 (fp64 for fp64 inputs)
-    dbias: Tensor | None = None  # (V_s,) the same
+    dw: Tensor | None = None  # (V_s, H_s) in w's dtype (fp32 for fp16)
+    dbias: Tensor | None = None  # (V_s,) fp32 (fp64 for fp64 inputs)
 
     @classmethod
-    def new(cls, inputs: Inputs, vocab: int, wanted: Grads, all_rows: bool) -> "Gradients":
-        """Not filled yet, apart from the rows and columns that no chunk writes, which are zero."""
-        x, w, bias, dtype = inputs.x, inputs.w, inputs.bias, inputs.dtype
+    def new(cls, inputs: Inputs, wanted: Grads, all_rows: bool) -> "Gradients":
+        """dX and db, not filled yet, apart from the rows and columns that no chunk writes, which are zero."""
+        x, bias, dtype = inputs.x, inputs.bias, inputs.dtype
         made = cls()
         if wanted.x:
             make = torch.empty_like if all_rows else torch.zeros_like
-            made.dx = make(x, dtype=dx_dtype(x, dtype), memory_format=torch.contiguous_format)
-        if wanted.w:
-            made.dw = torch.empty_like(w, dtype=dtype, memory_format=torch.contiguous_format)
-            made.dw[vocab:].zero_()
+            made.dx = make(x, dtype=grad_dtype(x, dtype), memory_format=torch.contiguous_format)
         if wanted.bias and bias is not None:
             made.dbias = torch.zeros_like(bias, dtype=dtype)
         return made
@@ -149,6 +146,23 @@ def autocast_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype | No
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) and dtype != torch.float64 else None
 
 
-def dx_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """dX is in x's dtype, but fp16 would underflow here, before a loss scaler's factor arrives in the backward."""
-    return dtype if x.dtype == torch.float16 else x.dtype
+def product_rounding(asked: Products | None, device: torch.device, dtype: torch.dtype) -> torch.dtype | None:
+    """What the operands of products in `dtype` are rounded to: as asked, or as autocast says; None if they are not."""
+    if asked is None:
+        return autocast_dtype(device, dtype)
+    check_choice("products", asked, PRODUCTS)
+    if dtype == torch.float64:
+        raise ValueError(f"products={asked!r} would round float64 inputs: use products=None, or convert the inputs")
+    return torch.bfloat16
+
+
+def grad_dtype(tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """A gradient is in its tensor's dtype, but fp16 would underflow here, before a loss scaler's factor arrives."""
+    return dtype if tensor.dtype == torch.float16 else tensor.dtype
+
+
+def new_dw(w: Tensor, vocab: int, dtype: torch.dtype) -> Tensor:
+    """Memory for dW (V, H), not filled yet, apart from the rows past the vocabulary, which are zero."""
+    dw = torch.empty_like(w, dtype=dtype, memory_format=torch.contiguous_format)
+    dw[vocab:].zero_()
+    return dw

@@ -17,8 +17,10 @@ DivergenceName = Literal["reverse_kl", "forward_kl", "jsd"]
 Reduction = Literal["mean", "sum", "none"]
 Impl = Literal["triton", "torch"]
 Same = Literal["same"]
+Products = Literal["bfloat16"]
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
+PRODUCTS = ("bfloat16",)
 REDUCTIONS = ("mean", "sum", "none")
 IMPLS = ("triton", "torch")
 HAVE_TRITON = importlib.util.find_spec("triton") is not None

@@ -10,9 +10,10 @@ from typing import Any, Literal, NamedTuple, TypedDict, Unpack, overload
 import torch
 from torch import Tensor, nn
 
-from .call import Grads, Inputs, Scales, autocast_dtype, compute_dtype, dx_dtype, unsharded
+from .call import Grads, Inputs, Scales, compute_dtype, grad_dtype, product_rounding, unsharded
 from .checks import (
     Options,
+    Products,
     Reduction,
     check_bias,
     check_flag,
@@ -130,8 +131,8 @@ def _fake(
         row(dtype),
         row(dtype),
         row(torch.bool),
-        grad(x, need_x, dx_dtype(x, dtype)),
-        grad(w, need_w, dtype),
+        grad(x, need_x, grad_dtype(x, dtype)),
+        grad(w, need_w, grad_dtype(w, dtype)),
         grad(bias, need_bias, dtype),
     )
 
@@ -172,6 +173,7 @@ class LabelOptions(TypedDict, total=False):
     vocab_size: int | None
     chunk_bytes: int | None
     compact: bool
+    products: Products | None
 
 
 @overload
@@ -203,6 +205,7 @@ def linear_cross_entropy(
     return_tokens: bool = False,
     chunk_bytes: int | None = None,
     compact: bool = True,
+    products: Products | None = None,
 ) -> Tensor | tuple[Tensor, LabelStats]:
     """Cross-entropy −log p(label) of the labels by the model's next-token distributions p, from hidden states.
 
@@ -226,6 +229,7 @@ def linear_cross_entropy(
         chunk_bytes: as in `linear_divergence`.
         compact: gather rows of weight zero away before any GEMM. Finding them makes the host wait for token_weights
             and labels; False, or ignore_index=None without token_weights, does not wait.
+        products: as in `linear_divergence`.
 
     Returns:
         The loss, () or (N,) for "none", fp32 (fp64 if x or w is fp64); with return_tokens also LabelStats. Gradients
@@ -267,7 +271,7 @@ def linear_cross_entropy(
         token_weights = counts.to(dtype) if token_weights is None else token_weights.masked_fill(~counts, 0.0)
     needs = (v is not None and v.requires_grad and torch.is_grad_enabled() for v in (x, w, bias))
     loss, *rest = _op(
-        x, w, bias, labels, token_weights, None, *needs, autocast_dtype(x.device, dtype), by_probability,
+        x, w, bias, labels, token_weights, None, *needs, product_rounding(products, x.device, dtype), by_probability,
         *options.flat(),
     )  # fmt: skip
     return (loss, LabelStats(*rest[:3])) if return_tokens else loss

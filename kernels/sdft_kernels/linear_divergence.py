@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .call import Grads, Inputs, Rows, Scales, autocast_dtype, compute_dtype, dx_dtype, unsharded
+from .call import Grads, Inputs, Rows, Scales, compute_dtype, grad_dtype, product_rounding, unsharded
 from .checks import (
     DivergenceName,
     Impl,
     Options,
+    Products,
     Reduction,
     Same,
     check_bias,
@@ -26,6 +27,7 @@ from .checks import (
 )
 from .chunks import Outputs
 from .loop import run_linear
+from .operands import operand_dtype
 from .operators import fake_tokens, hand_over, register, token_stats, token_tuple
 from .projection import product_dtype
 from .reduce import finish, row_scales
@@ -48,8 +50,8 @@ def _rows(
         return DivergenceRows(options, bias, labels, outputs, scales, bool(grads))
     from .triton_rows import TritonRows
 
-    dtype = product_dtype(inputs.x, inputs.w, autocast) if grads else None
-    return TritonRows(options, bias, labels, outputs, scales.keep, dtype)
+    dtype = operand_dtype(product_dtype(inputs.x, inputs.w, autocast), inputs.dtype, inputs.x.device)
+    return TritonRows(options, bias, labels, outputs, scales.keep, dtype if grads else None)
 
 
 def _forward(
@@ -102,8 +104,8 @@ def _fake(
     return (
         loss,
         *fake_tokens(x, inputs.dtype, options.return_tokens, labels is not None),
-        grad(x, need_x, dx_dtype(x, inputs.dtype)),
-        grad(w, need_w, inputs.dtype),
+        grad(x, need_x, grad_dtype(x, inputs.dtype)),
+        grad(w, need_w, grad_dtype(w, inputs.dtype)),
         grad(bias, need_bias, inputs.dtype),
     )
 
@@ -155,6 +157,7 @@ def linear_divergence(
     return_tokens: bool = False,
     chunk_bytes: int | None = None,
     compact: bool = True,
+    products: Products | None = None,
     impl: Impl | None = None,
 ) -> Any:
     """Divergence between the student's and the teacher's next-token distributions, from hidden states.
@@ -184,10 +187,14 @@ def linear_divergence(
         vocab_size: compare the first vocab_size rows of both heads; None is min(V_s, V_t).
         return_tokens: also return TokenStats.
         chunk_bytes: workspace for logits, upcast weights and scratch; as many tokens go into a chunk as fit (at
-            least one). None is 256 MiB, on a GPU of less than 16 GiB a 64th of its memory.
+            least one). None is a 64th of a GPU's memory (1.25 GiB of 80 GiB), 256 MiB on a CPU. No more is taken than
+            the tokens need.
         compact: gather rows of weight zero away before any GEMM. Finding them makes the host wait for
             token_weights, and nothing else in here makes it wait; False computes them for nothing instead.
             Not read by impl="torch", which always gathers.
+        products: "bfloat16" rounds the operands of the products to bf16 outside autocast as well: for bf16 hidden
+            states and an fp32 head, as FSDP2's mixed precision has them. Sums and results stay fp32. None: operands
+            are as the inputs are, or as autocast says.
         impl: "triton" (GPU), "torch" (anywhere), or None: Triton on a GPU, else torch.
 
     Returns:
@@ -221,7 +228,7 @@ def linear_divergence(
     needs = (v is not None and v.requires_grad and torch.is_grad_enabled() for v in (x, w, bias))
     loss, *rest = _op(
         x, w, bias, teacher_x, teacher_w, teacher_bias, token_weights, labels, None,
-        *needs, autocast_dtype(x.device, dtype), *options.flat(),
+        *needs, product_rounding(products, x.device, dtype), *options.flat(),
     )  # fmt: skip
     return (loss, token_stats(rest[:6], labels is not None)) if return_tokens else loss
 

@@ -8,32 +8,35 @@ N tokens of a call, C of them in a chunk, V vocabulary.
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
-from .call import Gradients, Grads, Inputs, Rows, Scales
+from . import onednn
+from .call import Gradients, Grads, Inputs, Rows, Scales, grad_dtype, new_dw
 from .checks import Options
 from .chunks import blocks, budget_of, clear_untouched, power_of_two_below, put, take
-from .operands import bf16_products
 from .projection import Projection
 
 
 def run_linear(
-    inputs: Inputs, options: Options, rows: Rows, grads: Grads, scales: Scales, autocast: torch.dtype | None
+    inputs: Inputs, options: Options, rows: Rows, grads: Grads, scales: Scales, products: torch.dtype | None
 ) -> Gradients:
     """Run rows on the logits of hidden states and heads; Σ_n weights[n]·∂D_n with respect to x, w and bias."""
     with torch.no_grad(), torch.autocast(inputs.x.device.type, enabled=False):
-        made = Gradients.new(inputs, options.vocab, grads, scales.keep is None)
+        made = Gradients.new(inputs, grads, scales.keep is None)
         count = inputs.x.shape[0] if scales.keep is None else scales.keep.numel()
         if count == 0:
+            made.dw = new_dw(inputs.w, 0, grad_dtype(inputs.w, inputs.dtype)) if grads.w else None
             return made.zero_()
-        source = Projection(inputs, options, rows, made, scales, count, autocast)
-        with bf16_products(source.as_bf16):
+        source = Projection(inputs, options, rows, made, grads, scales, count, products)
+        with onednn.products(source.as_bf16) if inputs.x.device.type == "cpu" else nullcontext():
             for lo, hi in blocks(count, source.chunk):
                 g = rows.run(source.logits(lo, hi), lo, hi, source.weights, source.factor)
                 if grads:
                     source.gradients(g, lo, hi)
+        del g
         return source.finish()
 
 

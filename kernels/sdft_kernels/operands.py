@@ -3,9 +3,7 @@
 C rows of a chunk, V vocabulary, H hidden size.
 """
 
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -13,70 +11,49 @@ from torch import Tensor
 FP16_SHIFT = 2.0**10  # fp16 gradients are stored this much larger: most of them would be subnormal
 LOGITS_COLUMNS = 1024  # of an fp32 product at a time on the CPU: 6% faster than all of the vocabulary at once
 
-_bf16_lock = threading.Lock()
-_bf16_depth = 0
-_bf16_before = "none"
 
+def has_narrow_products(device: torch.device, operand: torch.dtype) -> bool:
+    """True if a product of operands in this dtype, bf16 or fp16, has an fp32 result on the device, see mm32.
 
-@contextmanager
-def bf16_products(active: bool) -> Iterator[None]:
-    """Let oneDNN multiply fp32 CPU matrices as bf16 with fp32 accumulation and fp32 results.
-
-    Lossless for operands that came from bf16, which is when the chunk loop turns it on. torch keeps this
-    switch per process: the depth count lets concurrent calls share it, but another thread's own fp32
-    matmul during the call is rounded too.
+    cuBLAS has no bf16 product before sm_80, and no fp32 result of fp16 operands while fp16 accumulation is on.
     """
-    global _bf16_depth, _bf16_before
-    if not active:
-        yield
-        return
-    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    with _bf16_lock:
-        if _bf16_depth == 0:
-            _bf16_before = matmul.fp32_precision
-            matmul.fp32_precision = "bf16"
-        _bf16_depth += 1
-    try:
-        yield
-    finally:
-        with _bf16_lock:
-            _bf16_depth -= 1
-            if _bf16_depth == 0:
-                matmul.fp32_precision = _bf16_before
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    if operand == torch.bfloat16:
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return not getattr(torch.backends.cuda.matmul, "allow_fp16_accumulation", False)
 
 
-def has_bf16_products(device: torch.device) -> bool:
-    """True where `bf16_products` pays: a CPU with AMX tiles, through oneDNN."""
-    return (
-        device.type == "cpu"
-        and torch.backends.mkldnn.is_available()
-        and hasattr(torch.backends.mkldnn, "matmul")
-        and bool(torch.cpu._is_amx_tile_supported())
-    )
+def prefers_narrow(device: torch.device) -> bool:
+    """Whether operands are narrow on the device if it can multiply them, see operand_dtype: a GPU."""
+    return device.type == "cuda"
 
 
-def has_narrow_products(device: torch.device) -> bool:
-    """True where a product of bf16 or fp16 operands has an fp32 result, see mm32; elsewhere they are widened."""
-    return device.type == "cuda" and torch.version.hip is None
+def operand_dtype(product: torch.dtype, result: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype of a GPU's operands whose values are rounded to `product`: the result's if it cannot be narrow.
+
+    On a CPU, where Triton's interpreter stands in for a GPU, they are narrow, and mm32 widens them.
+    """
+    return result if device.type == "cuda" and not has_narrow_products(device, product) else product
 
 
 def mm32(a: Tensor, b: Tensor, out: Tensor, beta: float = 0.0, alpha: float = 1.0) -> None:
-    """out = alpha·a b + beta·out in out's dtype, fp32 or fp64: neither sums nor result are rounded to the operands'."""
-    if a.dtype != out.dtype and has_narrow_products(a.device):
+    """out = alpha·a b + beta·out in out's dtype, with fp32 sums (fp64 for fp64): only the result may be rounded."""
+    if a.dtype != out.dtype and has_narrow_products(a.device, a.dtype):
         if beta == 0.0 and alpha == 1.0:
             torch.mm(a, b, out_dtype=out.dtype, out=out)
         else:
             torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, alpha=alpha, out=out)
         return
-    # No such product elsewhere: narrow operands are widened, which is exact, slower, and wants their memory twice.
+    # No such product elsewhere: narrow operands are widened, which is exact, slower, and needs their memory twice.
     torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=beta, alpha=alpha, out=out)
 
 
 class Head:
     """One side's output matrix (V, H), read in the dtype of the products through vocabulary tiles.
 
-    A matrix already in the compute dtype is one tile, itself. Otherwise tiles are upcast into one buffer,
-    or the whole matrix once if it fits in `budget` bytes.
+    A matrix already in the compute dtype is one tile, itself. Otherwise tiles are cast into one buffer of `budget`
+    bytes, again for every product, or the whole matrix once if it fits.
     """
 
     def __init__(self, weight: Tensor, vocab: int, rounding: torch.dtype, compute: torch.dtype, budget: int):

@@ -9,10 +9,11 @@ N tokens of a call, C of them in a chunk, V vocabulary, H hidden size; _s the st
 import torch
 from torch import Tensor
 
-from .call import Gradients, Inputs, Rows, Scales
+from .call import Gradients, Grads, Inputs, Rows, Scales, grad_dtype, new_dw
 from .checks import Options
 from .chunks import budget_of, power_of_two_below, put, take
-from .operands import FP16_SHIFT, Head, has_bf16_products, has_narrow_products, mm32
+from .onednn import has_bf16_products
+from .operands import FP16_SHIFT, Head, mm32, operand_dtype, prefers_narrow
 from .workspace import Plan, plan_workspace
 
 TILE_BYTES = 8 * 2**20  # of widened weights at a time: small enough to stay in cache for the product that follows
@@ -32,17 +33,19 @@ class Projection:
         options: Options,
         rows: Rows,
         made: Gradients,
+        grads: Grads,
         scales: Scales,
         count: int,  # rows of the call that count
         autocast: torch.dtype | None,
     ):
         self.inputs, self.vocab, self.made, self.keep = inputs, options.vocab, made, scales.keep
         self.dtype, device = inputs.dtype, inputs.x.device
-        self.narrow = rows.narrow or has_narrow_products(device)
+        self.narrow = rows.narrow or prefers_narrow(device)
         sides = inputs.sides
         self.products = [product_dtype(h, w, autocast if self.dtype == torch.float32 else None) for h, w in sides]
-        self.operands = self.products if self.narrow else [self.dtype] * len(sides)
-        self.as_bf16 = not self.narrow and has_bf16_products(device) and all(p == torch.bfloat16 for p in self.products)
+        self.operands = [operand_dtype(p, self.dtype, device) if self.narrow else self.dtype for p in self.products]
+        rounded = all(product == torch.bfloat16 for product in self.products)
+        self.as_bf16 = not self.narrow and device.type == "cpu" and has_bf16_products() and rounded
         self.shared = inputs.shared_head and len(set(self.operands)) == 1
         self.stacked = self.shared and self.narrow  # one product for both sides
         self._scale(scales, uniform=scales.uniform * options.grad_factor)
@@ -66,9 +69,13 @@ class Projection:
         self.both = torch.empty(
             2 * self.chunk if self.stacked else 0, hidden, dtype=self.operands[0], device=device
         )  # hidden states of both sides
-        direct = made.dx is not None and self.keep is None and made.dx.dtype == self.dtype
-        self.dx = torch.empty(0 if made.dx is None or direct else self.chunk, hidden, dtype=self.dtype, device=device)
-        self.direct = direct
+        self.direct = made.dx is not None and self.keep is None and made.dx.dtype == self.dtype
+        buffered = made.dx is not None and not self.direct
+        self.dx = torch.empty(self.chunk if buffered else 0, hidden, dtype=self.dtype, device=device)
+        # The sum over chunks is in `dtype`. A product that is the whole sum is written in the gradient's dtype.
+        self.dw_dtype = grad_dtype(inputs.w, self.dtype)
+        whole = self.chunk == count and self.operands[0] == self.dw_dtype
+        self.dw = new_dw(inputs.w, self.vocab, self.dw_dtype if whole else self.dtype) if grads.w else None
         self.x = inputs.x  # (C, H_s) the student's operand of the last chunk
 
     def _scale(self, scales: Scales, uniform: float) -> None:
@@ -116,10 +123,10 @@ class Projection:
         if made.dbias is not None:
             made.dbias[: self.vocab].add_(g.sum(0, dtype=self.dtype), alpha=self.alpha)
         g = g.to(self.operands[0])
-        if made.dw is not None:
+        if self.dw is not None:
             if self.gone is not None:  # the gradient of these rows is 0, but 0·NaN would not be
                 x = x.masked_fill(take(self.gone, self.keep, lo, hi), 0.0)
-            mm32(g.t(), x, made.dw[: self.vocab], beta=beta, alpha=self.alpha)
+            mm32(g.t(), x, self.dw[: self.vocab], beta=beta, alpha=self.alpha)
         if made.dx is not None:
             dx = made.dx[lo:hi] if self.direct else self.dx[: hi - lo]
             self.heads[0].input_grad(g, dx)
@@ -129,9 +136,14 @@ class Projection:
                 put(made.dx, self.keep, lo, hi, dx)
 
     def finish(self) -> Gradients:
-        """The gradients of the whole call."""
+        """The gradients of the whole call, each in its dtype. The buffers of the chunks are gone by then."""
+        self.z = self.both = self.dx = self.x = self.inputs.x.new_empty(0)
+        self.heads = []
+        self.made.dw = self.dw
         if self.operands[0] == torch.float16:
             self.made.scale_(self.after)
+        if self.dw is not None:
+            self.made.dw, self.dw = self.dw.to(self.dw_dtype), None
         return self.made
 
 

@@ -12,11 +12,12 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from .call import Gradients, Grads, Inputs, autocast_dtype, compute_dtype, dx_dtype, unsharded
+from .call import Gradients, Grads, Inputs, compute_dtype, grad_dtype, product_rounding, unsharded
 from .checks import (
     FLOATS,
     DivergenceName,
     Options,
+    Products,
     Reduction,
     check_bias,
     check_choice,
@@ -82,7 +83,7 @@ def _forward(
         wanted = labels if options.return_tokens else None
         rows = TopkRows(options, bias, teacher, wanted, tail, tail_floor, scales, bool(grads))
         if w is None:
-            made = Gradients(torch.empty_like(x, dtype=dx_dtype(x, dtype)) if grads.x else None)
+            made = Gradients(torch.empty_like(x, dtype=grad_dtype(x, dtype)) if grads.x else None)
             run_logits([x], options, rows, made.dx, scales, dtype)
         else:
             made = run_linear(Inputs(x, w, bias), options, rows, grads, scales, autocast)
@@ -115,8 +116,8 @@ def _fake(
         x.new_empty((x.shape[0],) if options.reduction == "none" else (), dtype=dtype),
         *(row(tokens) for _ in range(3)),
         row(tokens and labels is not None),
-        grad(x, need_x, dx_dtype(x, dtype)),
-        grad(w, need_w, dtype),
+        grad(x, need_x, grad_dtype(x, dtype)),
+        grad(w, need_w, dtype if w is None else grad_dtype(w, dtype)),
         grad(bias, need_bias, dtype),
     )
 
@@ -163,6 +164,7 @@ def linear_topk_divergence(
     vocab_size: int | None = None,
     return_tokens: bool = False,
     chunk_bytes: int | None = None,
+    products: Products | None = None,
 ) -> Any:
     """Divergence between the student and a teacher known by its k most likely tokens a row.
 
@@ -188,7 +190,7 @@ def linear_topk_divergence(
             infinite forward KL; under "renormalise" one that forbids all named tokens has any of them infinite.
             Such a row keeps the value; its gradient is 0.
         temperature, softcap, scale: of the student's logits, as in `linear_divergence`.
-        token_weights, labels, reduction, vocab_size, chunk_bytes: as in `linear_divergence`.
+        token_weights, labels, reduction, vocab_size, chunk_bytes, products: as in `linear_divergence`.
         return_tokens: also return TopkStats.
 
     Returns:
@@ -215,7 +217,7 @@ def linear_topk_divergence(
         softcap=softcap,
         scale=scale,
     )
-    autocast = autocast_dtype(x.device, compute_dtype(x, w))
+    autocast = product_rounding(products, x.device, compute_dtype(x, w))
     return _call(
         ("x", x), w, bias, teacher_ids, teacher_logprobs, token_weights, labels, autocast, tail, tail_floor, options
     )

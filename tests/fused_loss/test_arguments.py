@@ -46,7 +46,7 @@ def made() -> dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, Any]
     biases = {"student_bias": torch.zeros(V), "teacher_bias": torch.zeros(V)}
     common = {"divergence": "jsd", "beta": 0.5, "temperature": 1.0, "reduction": "mean", "return_tokens": False}
     common |= {"chunk_bytes": None, "vocab_size": None}
-    head = common | {"softcap": None, "scale": 1.0}
+    head = common | {"softcap": None, "scale": 1.0, "products": None}
     full = head | {"teacher_softcap": None, "teacher_scale": 1.0, "compact": True, "impl": None}
     tail = {"tail": "bucket", "tail_floor": 1e-7}
     knobs = {"ignore_index": -100, "temperature": 1.0}

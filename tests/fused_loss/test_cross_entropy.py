@@ -71,7 +71,7 @@ def test_against_the_reference(dtype: torch.dtype, which: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_with_operands_as_a_gpu_takes_them(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """fp16 gradients are stored larger there, or they would vanish."""
-    monkeypatch.setattr(projection, "has_narrow_products", lambda device: True)
+    monkeypatch.setattr(projection, "prefers_narrow", lambda device: True)
     for which in ("plain", "weights", "none", "by probability"):
         check(dtype, CASES[which], chunk_bytes=2**13)
 
