@@ -11,6 +11,9 @@ N tokens, V vocabulary, H hidden size, C tokens of a chunk.
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
+from sdft_kernels.workspace import Plan, plan_linear
+from sdft_kernels.workspace import default_workspace as workspace_of
+
 from .shapes import Shape
 
 MIB = 2**20
@@ -155,56 +158,17 @@ Made = tuple[list[Kernel], int]
 Design = Callable[[Shape, Device, int | None], Made]
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What the code that runs decides for a call."""
-
-    chunk: int  # tokens
-    casts: (
-        int  # of a whole head, in one call: 1 each if the cast is kept, else one for each product that reads the head
-    )
-
-
 def plan_of(shape: Shape, device: Device, workspace: int | None) -> Plan:
-    """The chunk of the Triton loop, from the loop itself: it is built on fake tensors, which take no memory."""
-    import torch
-    from sdft_kernels.call import Gradients, Grads, Inputs, Scales
-    from sdft_kernels.checks import make_options
-    from sdft_kernels.chunks import Outputs
-    from sdft_kernels.projection import Projection
-    from sdft_kernels.triton_rows import TritonRows
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    product_dtype = getattr(torch, shape.dtype)
-    stored = torch.float32 if shape.cast else product_dtype
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        x, tx = (torch.empty(shape.tokens, shape.hidden, dtype=stored, device="meta") for _ in range(2))
-        w, tw = (torch.empty(shape.vocab, shape.hidden, dtype=stored, device="meta") for _ in range(2))
-        budget = default_workspace(device) if workspace is None else workspace
-        options = make_options(
-            divergence="reverse_kl", beta=0.5, temperature=1.0, reduction="mean", vocab=shape.vocab,
-            return_tokens=False, chunk_bytes=budget, softcap=None, teacher_softcap=None, scale=1.0, teacher_scale=1.0,
-            compact=False, impl="triton",
-        )  # fmt: skip
-        inputs = Inputs(x, w, None, tx, w if shape.shared else tw)
-        autocast = product_dtype if shape.cast else None
-        outputs = Outputs(shape.tokens, torch.float32, x.device, tokens=False, labels=False)
-        scales = Scales(None, None, 1.0, masked=False)
-        rows = TritonRows(options, (None, None), None, outputs, scales.keep, product_dtype)
-        made = Gradients.new(inputs, shape.vocab, Grads(True, shape.trained), all_rows=True)
-        source = Projection(inputs, options, rows, made, scales, shape.tokens, autocast)
-    if not shape.cast:
-        return Plan(source.chunk, 0)
-    chunks = len(parts(shape.tokens, source.chunk))
-    readers = zip(source.heads[: 1 if shape.shared else 2], (2, 1), strict=False)  # logits and dX; logits
-    return Plan(source.chunk, sum(1 if head.tile == shape.vocab else products * chunks for head, products in readers))
+    """What the code that runs decides for a call: tokens of a chunk, and bytes for the casts of heads."""
+    budget = default_workspace(device) if workspace is None else workspace
+    sides = 1 if shape.shared else 2
+    casts = [shape.vocab * shape.hidden * shape.item] * sides if shape.cast else []
+    return plan_linear(shape.tokens, shape.vocab, [shape.hidden] * 2, budget, casts)
 
 
 def default_workspace(device: Device) -> int:
     """Bytes, by the code that runs."""
-    from sdft_kernels import workspace
-
-    return workspace.default_workspace(device.memory)
+    return workspace_of(device.memory)
 
 
 def chunked(shape: Shape, device: Device, workspace: int | None, row_bytes: float = 18.0) -> Made:
@@ -218,15 +182,19 @@ def chunked(shape: Shape, device: Device, workspace: int | None, row_bytes: floa
     entry = row_bytes + (2 if wide else 0)  # the gradient is as wide as the operands
     kernels: list[Kernel] = []
     head = shape.vocab * shape.hidden
-    if plan.casts:
-        kernels.append(elementwise("casts", head * (4 + shape.item), plan.casts))
-    for number, c in enumerate(parts(shape.tokens, plan.chunk)):
+    chunks = parts(shape.tokens, plan.chunk)
+    for size, products in zip(plan.casts, (2, 1), strict=False):  # of the student's head: logits and dX
+        once = size == head * shape.item
+        kernels.append(elementwise("casts", head * (4 + shape.item), 1 if once else products * len(chunks)))
+    direct = len(chunks) == 1 and not wide and not shape.cast  # dW is written in the head's dtype
+    for number, c in enumerate(chunks):
         kernels += both_logits(shape, c)
         kernels.append(elementwise("rows", entry * c * shape.vocab))
         if shape.trained:
-            kernels.append(weight_gradient(shape, c, shape.item, first=number == 0))
+            result = shape.item if direct else 4
+            kernels.append(weight_gradient(shape, c, shape.item, first=number == 0, result_bytes=result))
         kernels.append(input_gradient(shape, c, shape.item))
-    if shape.trained and not wide and not shape.cast:
+    if shape.trained and not wide and not shape.cast and not direct:
         kernels.append(elementwise("dW to its dtype", head * (4 + shape.item)))
     return kernels, plan.chunk
 

@@ -75,7 +75,7 @@ class LabelRows(TorchRows):
         elif looks_infinite(value):  # an infinite loss has no useful gradient
             factor = (value != torch.inf).to(s.dtype)
         if self.need_grad:  # p, less 1 at the label
-            log_p.exp_().scatter_add_(1, labels, log_p.new_tensor(-1.0).expand_as(labels))
+            log_p.exp_().scatter_add_(1, labels, log_p.new_full((1, 1), -1.0).expand_as(labels))
         return (value, chosen, top1), factor
 
 

@@ -14,7 +14,7 @@ from .checks import Options
 from .chunks import budget_of, power_of_two_below, put, take
 from .onednn import has_bf16_products
 from .operands import FP16_SHIFT, Head, mm32, operand_dtype, prefers_narrow
-from .workspace import Plan, plan_workspace
+from .workspace import Plan, plan_linear
 
 TILE_BYTES = 8 * 2**20  # of widened weights at a time: small enough to stay in cache for the product that follows
 
@@ -90,14 +90,16 @@ class Projection:
 
     def _plan(self, count: int, budget: int, casts: list[int], stride: int, rows: Rows) -> Plan:
         """Tokens of a chunk, from the bytes of their logits, hidden states and dX, and bytes of each head's cast."""
-        hidden = sum(h.shape[1] for h, _ in self.inputs.sides) + (2 if self.narrow else 1) * self.inputs.x.shape[1]
-        row_bytes = self.dtype.itemsize * (rows.sides * stride + hidden) + rows.row_bytes
+        hidden, item = [h.shape[1] for h, _ in self.inputs.sides], self.dtype.itemsize
         other = rows.block_bytes(count)
         if self.narrow:
-            if self.operands[0] != self.dtype and not rows.narrow:
-                row_bytes += self.operands[0].itemsize * self.vocab  # the gradient as an operand
-            return plan_workspace(count, row_bytes, budget, casts, other)
+            apart = self.operands[0] != self.dtype and not rows.narrow  # the gradient is cast to an operand
+            extra = rows.row_bytes + (self.operands[0].itemsize * self.vocab if apart else 0)
+            return plan_linear(
+                count, self.vocab, hidden, budget, casts, item=item, pad=rows.pad, extra=extra, other=other
+            )
         tiles = tuple(min(size, TILE_BYTES, budget // 8) for size in casts)
+        row_bytes = item * (rows.sides * stride + sum(hidden) + hidden[0]) + rows.row_bytes
         return Plan(min(count, power_of_two_below((budget - sum(tiles) - other) // row_bytes)), tiles)
 
     def logits(self, lo: int, hi: int) -> list[Tensor]:

@@ -8,15 +8,14 @@ from torch import Tensor
 from .checks import Options
 from .chunks import Outputs
 from .row_kernels import gradient_view, launch_rows
-
-PAD = 64  # of a row of logits, in entries: every row starts on a 16-byte boundary in every dtype
+from .workspace import GPU_PAD
 
 
 class TritonRows:
     """The divergence of the student's rows from the teacher's."""
 
     sides = 2
-    pad = PAD
+    pad = GPU_PAD
     narrow = True
     row_bytes = 0
 

@@ -7,6 +7,7 @@ import torch
 
 CPU_BYTES = 256 * 2**20
 DEVICE_SHARE = 64
+GPU_PAD = 64  # entries: every row of logits starts on a 16-byte boundary in every dtype
 ROW_MULTIPLE = 128  # of the tokens in a chunk: whole tiles in every product
 
 
@@ -25,6 +26,29 @@ def default_workspace(device_memory: int | None) -> int:
 def device_memory(device: torch.device) -> int | None:
     """Bytes of a GPU's memory; None for any other device."""
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+
+
+def plan_linear(
+    rows: int,
+    vocab: int,
+    hidden: Sequence[int],
+    budget: int,
+    casts: Sequence[int] = (),
+    *,
+    item: int = 4,
+    pad: int = GPU_PAD,
+    extra: int = 0,
+    other: int = 0,
+    tile: int | None = None,
+) -> Plan:
+    """plan_workspace for hidden states and heads: chunks of logits, hidden states and dX.
+
+    hidden: hidden size of each side with logits, the student's first. item: bytes of a logit. pad: entries; a row of
+    logits takes a multiple of them. extra: further bytes of each token in a chunk.
+    """
+    stride = -(-vocab // pad) * pad
+    row_bytes = item * (len(hidden) * stride + sum(hidden) + 2 * hidden[0]) + extra
+    return plan_workspace(rows, row_bytes, budget, casts, other, tile)
 
 
 def plan_workspace(

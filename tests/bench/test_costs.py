@@ -34,7 +34,7 @@ def test_bounds_of_a_loop_that_reads_logits_twice(
         most = mib * MIB // row_bytes // 64 * 64
         even = -(-shape.tokens // -(-shape.tokens // most))
         chunk = min(most, -(-even // 64) * 64)
-        monkeypatch.setattr(costs, "plan_of", lambda *_, chunk=chunk: costs.Plan(chunk, 0))
+        monkeypatch.setattr(costs, "plan_of", lambda *_, chunk=chunk: costs.Plan(chunk, ()))
         found = [100 * costs.bound_of(costs.chunked(shape, d, None, row_bytes=18.0)[0], shape, d) for d in (H100, H200)]
         assert found == pytest.approx(pair, abs=1.5)
 

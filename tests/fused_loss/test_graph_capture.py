@@ -34,6 +34,28 @@ class Host(TorchDispatchMode):
         self.waits: list[str] = []
         self.names: list[str] = []
 
+    def note(self, name: str, make: Any) -> Any:
+        """make, which copies a number of the host to the device of its result."""
+
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            out = make(*args, **kwargs)
+            if out.device.type != "cpu":
+                self.waits.append(name)
+            return out
+
+        return noted
+
+    def __enter__(self) -> "Host":
+        self.patch = pytest.MonkeyPatch()
+        for owner, name in ((torch, "tensor"), (torch, "as_tensor"), (Tensor, "new_tensor")):
+            self.patch.setattr(owner, name, self.note(name, getattr(owner, name)))
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self.patch.undo()
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name.split("::")[1]
         self.names.append(name)
