@@ -16,7 +16,6 @@ from sdft.data.records import Example, Message
 from sdft.errors import SdftError
 from sdft.evaluation import accuracy, harness
 from sdft.evaluation.accuracy import EvalResult, Uplift
-from sdft.evaluation.drift import seeded
 from sdft.evaluation.harness import Score
 from sdft.evaluation.pass_at_k import Samples, sample_answers
 from sdft.model import loading
@@ -24,7 +23,8 @@ from sdft.model.loading import LanguageModel
 from sdft.model.shape import Work
 from sdft.planning import plan as planning
 from sdft.planning.plan import Plan
-from sdft.rollout.sampling import generate as sample
+from sdft.rollout.engine import Engine
+from sdft.rollout.sampling import ModelEngine
 from sdft.training import loop
 from sdft.training.metrics import read_metrics
 
@@ -119,7 +119,9 @@ def check(config: Config, count: int = 32) -> CheckResult:
         [encode_chat(loaded.tokenizer, m, e.source) for m, e in zip(shown, picked, strict=True)],
     )
     student, teacher = (
-        accuracy.evaluate(loaded.model, loaded.tokenizer, picked, p, config.eval.max_new_tokens, config.eval.batch_size)
+        accuracy.evaluate(
+            loaded.engine, loaded.tokenizer, picked, p, config.eval.max_new_tokens, config.eval.batch_size
+        )
         for p in prompts
     )
     return CheckResult(student, teacher, *Uplift(student, teacher).verdict())
@@ -186,6 +188,11 @@ class LoadedModel:
     tokenizer: Any
     """The tokenizer, of transformers."""
     model: LanguageModel
+
+    @property
+    def engine(self) -> Engine:
+        """What generates by the model."""
+        return ModelEngine(self.model)
 
 
 ModelSource = str | Path | ModelConfig | LoadedModel
@@ -254,10 +261,10 @@ def evaluate(
     sampling = RolloutConfig(max_new_tokens=max_new_tokens, batch_size=batch_size, temperature=temperature, top_p=top_p)
     examples = read_evaluation(data)
     loaded = load_model(model)
-    lm, tokenizer = loaded.model, loaded.tokenizer
+    engine, tokenizer = loaded.engine, loaded.tokenizer
     prompts = accuracy.student_prompts(tokenizer, examples, system)
-    greedy = accuracy.evaluate(lm, tokenizer, examples, prompts, max_new_tokens, batch_size)
-    drawn = sample_answers(lm, tokenizer, examples, prompts, samples, sampling, seed) if samples else None
+    greedy = accuracy.evaluate(engine, tokenizer, examples, prompts, max_new_tokens, batch_size)
+    drawn = sample_answers(engine, tokenizer, examples, prompts, samples, sampling, seed) if samples else None
     return Evaluation(greedy, drawn)
 
 
@@ -316,8 +323,7 @@ def generate(
     asked = [p for p in ([prompts] if isinstance(prompts, str) else prompts) for _ in range(count)]
     loaded = load_model(model)
     ids = [encode_chat(loaded.tokenizer, [*first, Message(role="user", content=p)], "prompt") for p in asked]
-    with seeded(seed, loaded.model.device):
-        completions = sample(loaded.model, ids, sampling)
+    completions = loaded.engine.generate(ids, sampling, seed)
     return tuple(
         Generated(p, loaded.tokenizer.decode(c.ids, skip_special_tokens=True), c.truncated)
         for p, c in zip(asked, completions, strict=True)

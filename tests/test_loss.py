@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sdft.rollout.sampling import Completion
+from sdft.rollout.engine import Completion
 from sdft.training.gradients import accumulate_gradients
 from sdft.training.run import Run
 from sdft.training.step import train_step

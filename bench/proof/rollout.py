@@ -48,10 +48,10 @@ def prompts_of(count: int, vocab: int) -> list[list[int]]:
 
 def ours(model: Any, prompts: list[list[int]], new: int, temperature: float) -> list[list[int]]:
     from sdft.config import RolloutConfig
-    from sdft.rollout.sampling import generate
+    from sdft.rollout.sampling import ModelEngine
 
     config = RolloutConfig(max_new_tokens=new, temperature=temperature, batch_size=len(prompts))
-    return [completion.ids for completion in generate(model, prompts, config)]
+    return [completion.ids for completion in ModelEngine(model).generate(prompts, config)]
 
 
 def theirs(model: Any, prompts: list[list[int]], new: int, temperature: float) -> list[list[int]]:

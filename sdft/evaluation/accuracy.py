@@ -1,7 +1,6 @@
 """Task accuracy by greedy generation, and the teacher-uplift check. Knows nothing of training."""
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +9,7 @@ from sdft.data import checks
 from sdft.data.prompts import encode_chat, student_messages
 from sdft.data.records import Example
 from sdft.errors import SdftError
-from sdft.model.loading import LanguageModel
-from sdft.rollout.sampling import Completion, generate
+from sdft.rollout.engine import Completion, Engine
 
 
 @dataclass(frozen=True)
@@ -51,17 +49,16 @@ def check_evaluable(examples: Sequence[Example], path: str) -> None:
 
 
 def evaluate(
-    model: LanguageModel,
+    engine: Engine,
     tokenizer: Any,
     examples: Sequence[Example],
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     batch_size: int,
-    weights: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> EvalResult:
     """Greedy answers to `prompts` (token ids, one for each example), each compared by its example's check."""
     greedy = RolloutConfig(temperature=0.0, max_new_tokens=max_new_tokens, batch_size=batch_size)
-    completions = generate(model, prompts, greedy, weights)
+    completions = engine.generate(prompts, greedy)
     return EvalResult(tuple(judge(tokenizer, examples, completions)))
 
 

@@ -4,8 +4,7 @@ Legend: N completion tokens, H hidden size, V vocabulary. The result depends on 
 among them; torch's random generators are left as they were.
 """
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +15,8 @@ from torch import Tensor
 from sdft.config import RolloutConfig
 from sdft.errors import SdftError
 from sdft.model.loading import Head, LanguageModel
-from sdft.rollout.sampling import generate
+from sdft.rollout.engine import Engine
+from sdft.rollout.sampling import ModelEngine
 from sdft.score.batch import Batch, lay_out, micro_batches
 from sdft.score.teacher import Teacher
 
@@ -52,6 +52,7 @@ def drift(
     rollout: RolloutConfig,
     seed: int = 0,
     batch_tokens: int = 8192,
+    engine: Engine | None = None,
 ) -> Drift:
     """Both divergences between the model and its base along the model's own answers to `prompts` (token ids).
 
@@ -62,7 +63,7 @@ def drift(
     base: another model with the same tokenizer, or a Teacher of kind `base` made before the first stage. That one keeps
     the weights it started from; with a fresh adapter it is the adapter switched off, which stays the base only as long
     as nothing is merged. rollout: sampling (temperature 0 is greedy), longest answer, prompts that generate together.
-    batch_tokens: of a forward pass.
+    batch_tokens: of a forward pass. engine: generates by the model's weights; None: the model itself.
 
     Raises SdftError without prompts, or for a teacher of another kind.
     """
@@ -70,8 +71,7 @@ def drift(
         raise SdftError("no prompts are given; the divergence from the base is measured along answers to some")
     if isinstance(base, Teacher) and base.kind != "base":
         raise SdftError(f"the base is a teacher of kind {base.kind!r}, which moves; give one of kind 'base'")
-    with seeded(seed, model.device):
-        completions = generate(model, prompts, rollout)
+    completions = (engine or ModelEngine(model)).generate(prompts, rollout, seed)
     sizes = [len(p) + len(c.ids) for p, c in zip(prompts, completions, strict=True)]
     parts: dict[int, tuple[Tensor, ...]] = {}  # of each answer, its per-token values
     for group in micro_batches(sizes, batch_tokens, model.packed):
@@ -115,11 +115,3 @@ def _divergence(name: Any, hidden: Tensor, head: Head, base_hidden: Tensor, base
         scale=head.scale, softcap=head.softcap, divergence=name, reduction="sum", return_tokens=True, compact=False,
     )  # fmt: skip
     return tokens
-
-
-@contextlib.contextmanager
-def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Within it, torch draws from `seed`; afterwards it goes on as if nothing had been drawn."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield

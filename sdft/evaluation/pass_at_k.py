@@ -1,17 +1,14 @@
 """pass@k: how often one of k sampled completions is correct."""
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from sdft.config import RolloutConfig
 from sdft.data.records import Example
 from sdft.errors import SdftError
 from sdft.evaluation.accuracy import judge
-from sdft.evaluation.drift import seeded
-from sdft.model.loading import LanguageModel
-from sdft.rollout.sampling import generate
+from sdft.rollout.engine import Engine
 
 
 @dataclass(frozen=True)
@@ -38,19 +35,18 @@ class Samples:
 
 
 def sample_answers(
-    model: LanguageModel,
+    engine: Engine,
     tokenizer: Any,
     examples: Sequence[Example],
     prompts: Sequence[Sequence[int]],
     n: int,
     rollout: RolloutConfig,
     seed: int = 0,
-    weights: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Samples:
     """n sampled completions of each prompt (token ids, one for each example), judged by the example's check.
 
-    rollout: the sampling; its temperature must be above 0, and its per_prompt is not read. weights: as for
-    `accuracy.evaluate`. Raises SdftError if there are no prompts, or if all samples would be the same.
+    rollout: the sampling; its temperature must be above 0, and its per_prompt is not read. Raises SdftError if there
+    are no prompts, or if all samples would be the same.
     """
     if n < 1 or not prompts:
         raise SdftError(f"{n} samples of {len(prompts)} prompts: both must be 1 or more")
@@ -58,7 +54,6 @@ def sample_answers(
         raise SdftError("rollout.temperature = 0 gives the same answer every time; set it above 0 for pass@k")
     # The samples of a prompt lie next to each other, so a batch holds all samples of as many prompts as fit.
     repeated = [p for p in prompts for _ in range(n)]
-    with seeded(seed, model.device):
-        completions = generate(model, repeated, replace(rollout, per_prompt=1), weights)
+    completions = engine.generate(repeated, rollout, seed)
     answers = judge(tokenizer, [e for e in examples for _ in range(n)], completions)
     return Samples(n, tuple(sum(a.correct for a in answers[i : i + n]) for i in range(0, len(answers), n)))

@@ -1,14 +1,12 @@
 """Token ids -> sampled completions: prompts of like lengths together, left-padded, finished rows dropped.
 
 Legend: B prompts that generate together, T tokens of the longest, V vocabulary.
-A loop of our own, because transformers' generate grows its cache by copying it for every token, runs finished rows to
-the end and computes more than sampling needs (docs/performance.md).
+This loop is not transformers' generate, which grows its cache by copying it for every token, runs finished rows to the
+end and computes more than sampling needs (docs/performance.md).
 """
 
 import contextlib
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,38 +15,52 @@ from torch import Tensor
 from sdft.config import RolloutConfig
 from sdft.model.loading import LanguageModel
 from sdft.rollout.decode import Passage, decoder, linear
+from sdft.rollout.engine import Completion, Weights, own_weights
 
 # Tokens between two looks at what is finished. A look makes the host wait for a device that would run ahead of it.
 CHECK_EVERY = {"cpu": 1, "cuda": 8}
 
 
-@dataclass(frozen=True)
-class Completion:
-    ids: list[int]  # the end-of-turn token included where it was reached
-    truncated: bool  # max_new_tokens came first
+class ModelEngine:
+    """The engine that generates with the model in this process."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        self.model = model
+        self.weights = own_weights
+
+    def sync(self, weights: Weights = own_weights) -> None:
+        """See `Engine.sync`. Nothing is copied: the model has the weights while it generates."""
+        self.weights = weights
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: RolloutConfig, seed: int | None = None
+    ) -> list[Completion]:
+        """See `Engine.generate`. The draws of a prompt depend on which prompts are completed with it."""
+        model = self.model
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # like lengths together: less padding
+        done: dict[int, Completion] = {}
+        longest = max(map(len, prompts), default=0) + sampling.max_new_tokens
+        with (
+            torch.no_grad(), seeded(seed, model.device), model.evaluating(), self.weights(), model.autocast(),
+            decoder(model, longest) as start,
+        ):  # fmt: skip
+            head = decoding_head(model)
+            for at in range(0, len(order), sampling.batch_size):
+                part = order[at : at + sampling.batch_size]
+                rows = generate_batch(model, start, head, [prompts[i] for i in part], sampling)
+                done |= {i: _cut(*row, model.stop_ids) for i, row in zip(part, rows, strict=True)}
+        return [done[i] for i in range(len(prompts))]
 
 
-def generate(
-    model: LanguageModel,
-    prompts: Sequence[Sequence[int]],
-    config: RolloutConfig,
-    weights: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
-) -> list[Completion]:
-    """One completion for each prompt, in order.
-
-    prompts: token ids, of any lengths. config: sampling; temperature 0 is greedy. weights: a context in which
-    the model holds the weights that generate (teacher.weights). Draws from torch's global generator.
-    """
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # like lengths together: less padding
-    done: dict[int, Completion] = {}
-    longest = max(map(len, prompts), default=0) + config.max_new_tokens
-    with model.evaluating(), torch.no_grad(), weights(), model.autocast(), decoder(model, longest) as start:
-        head = decoding_head(model)
-        for at in range(0, len(order), config.batch_size):
-            part = order[at : at + config.batch_size]
-            ids = _generate_batch(model, start, head, [prompts[i] for i in part], config)
-            done |= {i: _cut(row, model.stop_ids) for i, row in zip(part, ids, strict=True)}
-    return [done[i] for i in range(len(prompts))]
+@contextlib.contextmanager
+def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
+    """Within it, torch draws from `seed`; afterwards its generators are as they were. None changes nothing."""
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 def decoding_head(model: LanguageModel) -> Callable[[Tensor], Tensor]:
@@ -58,39 +70,44 @@ def decoding_head(model: LanguageModel) -> Callable[[Tensor], Tensor]:
     return lambda hidden: head.cap(project(hidden).float())
 
 
-def _generate_batch(
+def generate_batch(
     model: LanguageModel,
     start: Callable[[int, int], Passage],
     head: Callable[[Tensor], Tensor],
     prompts: Sequence[Sequence[int]],
-    config: RolloutConfig,
-) -> list[list[int]]:
-    """Ids of each completion, with whatever comes after its end."""
+    sampling: RolloutConfig,
+) -> list[tuple[list[int], list[float]]]:
+    """Ids and log-probabilities of each completion, with whatever comes after its end."""
     width, device = max(len(p) for p in prompts), model.device
-    longest = width + config.max_new_tokens
+    longest = width + sampling.max_new_tokens
     ids = torch.tensor([[model.pad_id] * (width - len(p)) + [*p] for p in prompts], device=device)  # (B, T)
     lengths = torch.tensor([len(p) for p in prompts], device=device)  # (B,)
-    where = torch.arange(longest, device=device)
+    places = torch.arange(longest, device=device)
     mask = None
     if any(len(p) < width for p in prompts):
-        mask = (where >= width - lengths[:, None]).long()  # (B, T + new)
-    position = (where[:width] - width + lengths[:, None]).clamp(min=0)  # (B, T)
+        mask = (places >= width - lengths[:, None]).long()  # (B, T + new)
+    position = (places[:width] - width + lengths[:, None]).clamp(min=0)  # (B, T)
     stop = torch.tensor(model.stop_ids, device=device)
     finished = torch.zeros(len(prompts), dtype=torch.bool, device=device)  # (B,)
-    passage, pick = start(len(prompts), longest), sampler(config)
+    passage, pick = start(len(prompts), longest), sampler(sampling)
     rows = list(range(len(prompts)))  # which completion each row of the batch is
-    out: list[list[int]] = [[] for _ in prompts]
-    drawn: list[Tensor] = []  # tokens (B,) not yet handed to `out`
-    for n in range(config.max_new_tokens):
+    out: list[tuple[list[int], list[float]]] = [([], []) for _ in prompts]
+    drawn: list[Tensor] = []  # tokens (B,) not yet in `out`
+    likely: list[Tensor] = []  # their log-probabilities (B,)
+    for n in range(sampling.max_new_tokens):
         hidden = passage(ids, position, None if mask is None else mask[:, : width + n])  # (B, H)
-        ids = pick(head(hidden))  # (B, 1)
+        logits = head(hidden)  # (B, V)
+        ids = pick(logits)  # (B, 1)
         drawn.append(ids[:, 0])
+        likely.append(logits.log_softmax(-1).gather(1, ids)[:, 0])
         finished |= torch.isin(ids[:, 0], stop)
         position = position[:, -1:] + 1
-        if (n + 1) % CHECK_EVERY.get(device.type, 8) == 0 or n + 1 == config.max_new_tokens:
-            for row, tokens in zip(rows, torch.stack(drawn, dim=1).tolist(), strict=True):
-                out[row] += tokens
-            drawn = []
+        if (n + 1) % CHECK_EVERY.get(device.type, 8) == 0 or n + 1 == sampling.max_new_tokens:
+            columns = torch.stack(drawn, dim=1).tolist(), torch.stack(likely, dim=1).tolist()
+            for row, tokens, logprobs in zip(rows, *columns, strict=True):
+                out[row][0].extend(tokens)
+                out[row][1].extend(logprobs)
+            drawn, likely = [], []
             ended = finished.tolist()
             if all(ended):
                 break
@@ -125,8 +142,8 @@ def sampler(config: RolloutConfig) -> Callable[[Tensor], Tensor]:
     return pick
 
 
-def _cut(ids: list[int], stop_ids: Sequence[int]) -> Completion:
+def _cut(ids: list[int], logprobs: list[float], stop_ids: Sequence[int]) -> Completion:
     for i, token in enumerate(ids):
         if token in stop_ids:
-            return Completion(ids[: i + 1], truncated=False)
-    return Completion(ids, truncated=True)
+            return Completion(ids[: i + 1], False, logprobs[: i + 1])
+    return Completion(ids, True, logprobs)

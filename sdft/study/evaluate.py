@@ -14,6 +14,8 @@ from sdft.data.records import Example
 from sdft.evaluation import accuracy, drift, harness, pass_at_k
 from sdft.model import loading
 from sdft.model.loading import LanguageModel
+from sdft.rollout.engine import Engine
+from sdft.rollout.sampling import ModelEngine
 from sdft.study.spec import Harness, Study, Task
 
 
@@ -25,6 +27,11 @@ class Loaded:
     tokenizer: Any
     eval: EvalConfig
     system: str  # data.system
+
+    @property
+    def engine(self) -> Engine:
+        """What generates by the model."""
+        return ModelEngine(self.model)
 
     def prompts(self, records: Sequence[Example]) -> list[list[int]]:
         """Token ids of the records' prompts, without demonstrations."""
@@ -56,7 +63,7 @@ def on_all_sets(loaded: Loaded, sets: dict[str, str], wanted: Harness, answers: 
     for name, path in sets.items():
         records, settings = load_records(path), loaded.eval
         result = accuracy.evaluate(
-            loaded.model, loaded.tokenizer, records, loaded.prompts(records), settings.max_new_tokens,
+            loaded.engine, loaded.tokenizer, records, loaded.prompts(records), settings.max_new_tokens,
             settings.batch_size,
         )  # fmt: skip
         files.write_text(answers / f"{name}.jsonl", "".join(json.dumps(asdict(a)) + "\n" for a in result.answers))
@@ -102,7 +109,9 @@ def distance_from_base(loaded: Loaded, base: LanguageModel, study: Study, task: 
         if records:
             count = min(study.drift, len(records))
             picked = [records[i * len(records) // count] for i in range(count)]
-            found[kind] = drift.drift(loaded.model, base, loaded.prompts(picked), loaded.sampling(0.0)).summary()
+            found[kind] = drift.drift(
+                loaded.model, base, loaded.prompts(picked), loaded.sampling(0.0), engine=loaded.engine
+            ).summary()
     print("  ".join(f"KL to the base, {kind}: {of['kl_to_base']:.3f}" for kind, of in found.items()), flush=True)
     return found
 
@@ -116,7 +125,7 @@ def pass_at(loaded: Loaded, study: Study) -> dict[str, dict[str, float]]:
     for name in study.accuracy_sets:
         records = load_records(study.sets[name])
         drawn = pass_at_k.sample_answers(
-            loaded.model, loaded.tokenizer, records, loaded.prompts(records), study.samples, loaded.sampling(1.0)
+            loaded.engine, loaded.tokenizer, records, loaded.prompts(records), study.samples, loaded.sampling(1.0)
         )
         found[name] = {str(k): drawn.pass_at(k) for k in drawn.powers()}
     largest = {name: list(of.items())[-1] for name, of in found.items()}

@@ -1,6 +1,5 @@
 """What a step trains on: demonstrations, completions sampled in the step, or completions sampled before the first."""
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -12,7 +11,7 @@ from sdft.config import get
 from sdft.data.dataset import TokenizedExample
 from sdft.model import flops
 from sdft.rollout import offline
-from sdft.rollout.sampling import Completion, generate
+from sdft.rollout.engine import Completion, own_weights
 from sdft.training import checkpoint
 from sdft.training.retry import retry_with_less
 from sdft.training.run import Run
@@ -30,8 +29,8 @@ def complete(run: Run, batch: Sequence[TokenizedExample], step: int) -> tuple[li
     # mixed: in turns by step and not by prompt, since two half batches would take nearly twice the time of a whole one.
     by_teacher = rollout.source == "teacher" or (rollout.source == "mixed" and step % 2 == 1)
     prompts = [e.teacher_prompt if by_teacher else e.prompt for e in examples]
-    weights = run.teacher.weights if run.teacher and by_teacher else contextlib.nullcontext
-    return examples, generate(run.model, prompts, replace(rollout, batch_size=run.rollout_batch), weights)
+    run.engine.sync(run.teacher.weights if run.teacher and by_teacher else own_weights)
+    return examples, run.engine.generate(prompts, replace(rollout, batch_size=run.rollout_batch))
 
 
 def halve_rollout(run: Run) -> str:
@@ -47,7 +46,7 @@ def sample_before_training(run: Run, output: Path) -> dict[str, Any]:
     unless teacher.model names another.
     """
     config, rollout, device = run.config, run.config.rollout, run.model.device
-    weights = run.teacher.weights if run.teacher and config.teacher.model else contextlib.nullcontext
+    weights = run.teacher.weights if run.teacher and config.teacher.model else own_weights
     names = ("per_prompt", "max_new_tokens", "temperature", "top_p", "top_k")
     with weights():
         start = checkpoint.weights_digest(run.model.lm.named_parameters())
@@ -62,13 +61,14 @@ def sample_before_training(run: Run, output: Path) -> dict[str, Any]:
         found = retry_with_less(
             device,
             "completions before the first step",
-            lambda: generate(run.model, prompts, replace(rollout, batch_size=run.rollout_batch), weights),
+            lambda: run.engine.generate(prompts, replace(rollout, batch_size=run.rollout_batch)),
             lambda: halve_rollout(run),
             lambda: run.advise(config),
         )
         devices.return_freed(device)
         return [completion.ids for completion in found]
 
+    run.engine.sync(weights)
     prompts = [e.teacher_prompt for e in run.data.examples]
     found = offline.collect(
         output, origin, prompts, rollout.per_prompt, rollout.batch_size, config.train.seed, sample,

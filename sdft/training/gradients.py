@@ -10,7 +10,7 @@ from sdft import parallel
 from sdft.data.dataset import TokenizedExample
 from sdft.loss import LOSSES, TokenLoss
 from sdft.model import loading
-from sdft.rollout.sampling import Completion
+from sdft.rollout.engine import Completion
 from sdft.score.batch import lay_out, micro_batches, sequence_weights
 from sdft.training.run import Run
 

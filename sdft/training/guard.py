@@ -21,8 +21,11 @@ def evaluate(run: Run, step: int, output: Path) -> dict[str, Any]:
     The answers are written to OUTPUT/eval.
     """
     config = run.config.eval
+    run.engine.sync()  # the student's weights
     for name, (examples, prompts) in run.evals.items():
-        found = accuracy.evaluate(run.model, run.tokenizer, examples, prompts, config.max_new_tokens, config.batch_size)
+        found = accuracy.evaluate(
+            run.engine, run.tokenizer, examples, prompts, config.max_new_tokens, config.batch_size
+        )
         run.result[name] = found.accuracy
         if parallel.is_main():
             rows = "".join(json.dumps(asdict(a)) + "\n" for a in found.answers)

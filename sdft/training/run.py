@@ -10,6 +10,7 @@ from sdft.config import Config
 from sdft.data.dataset import Dataset
 from sdft.data.records import Example
 from sdft.model.loading import LanguageModel
+from sdft.rollout.engine import Engine
 from sdft.score.teacher import Teacher
 from sdft.training.metrics import Phases
 
@@ -23,6 +24,7 @@ def general_advice(config: Config) -> str:
 class Run:
     config: Config
     model: LanguageModel
+    engine: Engine
     tokenizer: Any
     data: Dataset
     evals: dict[str, tuple[list[Example], list[list[int]]]]  # by set: examples and the token ids of their prompts

@@ -20,6 +20,7 @@ from sdft.loss import check_impl
 from sdft.methods import Method
 from sdft.model import lean, loading
 from sdft.model.loading import LanguageModel
+from sdft.rollout.sampling import ModelEngine
 from sdft.score.teacher import check_other, other_weights
 from sdft.training import checkpoint
 from sdft.training.guard import best_on
@@ -83,6 +84,7 @@ def set_up(config: Config, output: Path, advise: Callable[[Config], str] = gener
     return Run(
         config=config,
         model=model,
+        engine=ModelEngine(model),
         tokenizer=tokenizer,
         data=data,
         evals=evals,

@@ -15,7 +15,7 @@ from sdft.data.dataset import TokenizedExample, batch_indices
 from sdft.errors import FruitlessError
 from sdft.model import flops
 from sdft.model.shape import Work
-from sdft.rollout.sampling import Completion
+from sdft.rollout.engine import Completion
 from sdft.training.completions import complete, halve_rollout
 from sdft.training.gradients import Scored, accumulate_gradients, sequence_sizes
 from sdft.training.metrics import token_metrics

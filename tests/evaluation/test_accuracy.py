@@ -8,7 +8,8 @@ from sdft.data.records import parse_record
 from sdft.errors import SdftError
 from sdft.evaluation import accuracy
 from sdft.evaluation.accuracy import Answer, EvalResult, Uplift, check_evaluable
-from sdft.rollout.sampling import Completion
+from sdft.rollout.engine import Completion
+from sdft.rollout.sampling import ModelEngine
 
 
 def test_records_that_cannot_be_evaluated() -> None:
@@ -20,8 +21,8 @@ def test_records_that_cannot_be_evaluated() -> None:
         check_evaluable([good, parse_record({"prompt": "p", "answer": "a", "check": "about"}, "f:2")], "f")
 
 
-def test_evaluate_is_greedy_and_compares_each_by_its_check(load_tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenizer, model = load_tiny()
+def test_evaluate_is_greedy_and_compares_each_by_its_check(load_tiny: Any) -> None:
+    tokenizer, _ = load_tiny()
     said = {"p1": "Paris!", "p2": "Paris!", "p3": "nothing"}
     examples = [
         parse_record({"prompt": "p1", "answer": ["London", "Paris"]}, "f:1"),
@@ -30,15 +31,15 @@ def test_evaluate_is_greedy_and_compares_each_by_its_check(load_tiny: Any, monke
     ]
     prompts = accuracy.student_prompts(tokenizer, examples, "")
 
-    def fake(model: Any, asked: Any, config: Any, weights: Any) -> list[Completion]:
-        assert (config.temperature, config.max_new_tokens, config.batch_size) == (0.0, 9, 2)
-        texts = [tokenizer.decode(ids) for ids in asked]
-        return [
-            Completion([*tokenizer(next(a for q, a in said.items() if q in t))["input_ids"], 257], False) for t in texts
-        ]
+    class Scripted:
+        def generate(self, asked: Any, sampling: Any, seed: Any = None) -> list[Completion]:
+            assert (sampling.temperature, sampling.max_new_tokens, sampling.batch_size) == (0.0, 9, 2)
+            answers = [next(a for q, a in said.items() if q in tokenizer.decode(ids)) for ids in asked]
+            return [Completion([*tokenizer(answer)["input_ids"], 257], False) for answer in answers]
 
-    monkeypatch.setattr(accuracy, "generate", fake)
-    result = accuracy.evaluate(model, tokenizer, examples, prompts, 9, 2)
+        def sync(self, weights: Any = None) -> None: ...
+
+    result = accuracy.evaluate(Scripted(), tokenizer, examples, prompts, 9, 2)
     assert [(a.prompt, a.given, a.correct) for a in result.answers] == [
         ("p1", "Paris!", True), ("p2", "Paris!", False), ("p3", "nothing", True)
     ]  # fmt: skip
@@ -50,8 +51,9 @@ def test_evaluate_runs_the_model(load_tiny: Any) -> None:
     examples = [parse_record({"prompt": p, "answer": "x", "check": "exact"}, "f:1") for p in ("a", "bb")]
     prompts = accuracy.student_prompts(tokenizer, examples, "be brief")
     assert "be brief" in tokenizer.decode(prompts[0])
-    first = accuracy.evaluate(model, tokenizer, examples, prompts, 5, 64)
-    assert first == accuracy.evaluate(model, tokenizer, examples, prompts, 5, 1)  # greedy, whatever the batch
+    engine = ModelEngine(model)
+    first = accuracy.evaluate(engine, tokenizer, examples, prompts, 5, 64)
+    assert first == accuracy.evaluate(engine, tokenizer, examples, prompts, 5, 1)  # greedy, whatever the batch
     assert first.accuracy == 0
 
 

@@ -10,7 +10,7 @@ from sdft.config import LoraConfig, RolloutConfig, TeacherConfig
 from sdft.errors import SdftError
 from sdft.evaluation import drift
 from sdft.model.loading import add_lora, enable_packing
-from sdft.rollout.sampling import generate
+from sdft.rollout.sampling import ModelEngine
 from sdft.score.teacher import Teacher
 from sdft.update.ema import make_teacher
 
@@ -50,7 +50,7 @@ def values(found: drift.Drift) -> list[torch.Tensor]:
 
 def test_both_directions_are_the_dense_ones(family: str, load_tiny: Any, nudge: Any) -> None:
     model, base, teacher = moved(load_tiny, nudge, family)
-    answers = [c.ids for c in generate(model, PROMPTS, GREEDY)]
+    answers = [c.ids for c in ModelEngine(model).generate(PROMPTS, GREEDY)]
     want = by_hand(model, base, answers)
     assert want[0].mean() > 0.01
     model.lm.train()
@@ -72,7 +72,7 @@ def test_adapters_and_packing(load_tiny: Any, nudge: Any) -> None:
     add_lora(model, LoraConfig(rank=4), 0)
     teacher = make_teacher(model, TeacherConfig(kind="base"))  # holds nothing: the adapter switched off
     nudge(model, size=0.2)
-    want = by_hand(model, base, [c.ids for c in generate(model, PROMPTS, GREEDY)])
+    want = by_hand(model, base, [c.ids for c in ModelEngine(model).generate(PROMPTS, GREEDY)])
     enable_packing(model, "on")
     for held in (base, teacher):
         got = drift.drift(model, held, PROMPTS, GREEDY)
@@ -109,9 +109,9 @@ def test_means_over_tokens_and_completions() -> None:
 
 def test_answers_that_end(load_tiny: Any, nudge: Any) -> None:
     model, base, _ = moved(load_tiny, nudge)
-    free = generate(model, PROMPTS, GREEDY)
+    free = ModelEngine(model).generate(PROMPTS, GREEDY)
     model.stop_ids = (free[0].ids[2], 257)
-    got, ended = drift.drift(model, base, PROMPTS, GREEDY), generate(model, PROMPTS, GREEDY)
+    got, ended = drift.drift(model, base, PROMPTS, GREEDY), ModelEngine(model).generate(PROMPTS, GREEDY)
     assert got.truncated == tuple(c.truncated for c in ended)
     assert got.lengths == tuple(len(c.ids) for c in ended)
     assert got.lengths[0] <= 3

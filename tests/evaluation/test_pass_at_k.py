@@ -14,7 +14,8 @@ from sdft.data.records import parse_record
 from sdft.errors import SdftError
 from sdft.evaluation import pass_at_k
 from sdft.evaluation.pass_at_k import Samples
-from sdft.rollout.sampling import Completion
+from sdft.rollout.engine import Completion
+from sdft.rollout.sampling import ModelEngine
 
 
 def test_pass_at_k_by_hand() -> None:
@@ -41,18 +42,20 @@ def test_k_is_at_most_the_number_of_samples(k: int) -> None:
         Samples(3, (1,)).pass_at(k)
 
 
-def test_samples_are_counted_for_their_own_prompt(load_tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenizer, model = load_tiny()
+def test_samples_are_counted_for_their_own_prompt(load_tiny: Any) -> None:
+    tokenizer, _ = load_tiny()
     examples = [parse_record({"prompt": p, "answer": p.upper()}, "f:1") for p in ("a", "b", "c")]
     said = iter(["A", "A", "x", "A", "B", "x", "x", "A", "x", "x", "x", "x"])
     asked: list[list[int]] = []
 
-    def fake(model: Any, prompts: Any, config: Any, weights: Any) -> list[Completion]:
-        asked.extend(prompts)
-        return [Completion(tokenizer(next(said))["input_ids"], False) for _ in prompts]
+    class Scripted:
+        def generate(self, prompts: Any, sampling: Any, seed: Any = None) -> list[Completion]:
+            asked.extend(prompts)
+            return [Completion(tokenizer(next(said))["input_ids"], False) for _ in prompts]
 
-    monkeypatch.setattr(pass_at_k, "generate", fake)
-    got = pass_at_k.sample_answers(model, tokenizer, examples, [[1], [2], [3]], 4, RolloutConfig())
+        def sync(self, weights: Any = None) -> None: ...
+
+    got = pass_at_k.sample_answers(Scripted(), tokenizer, examples, [[1], [2], [3]], 4, RolloutConfig())
     assert asked == [[1]] * 4 + [[2]] * 4 + [[3]] * 4
     assert got == pass_at_k.Samples(4, (3, 1, 0))
     assert got.pass_at(1) == pytest.approx((3 + 1 + 0) / 12)
@@ -71,16 +74,16 @@ def test_samples_follow_the_models_own_probabilities(load_tiny: Any) -> None:
     text = tokenizer.decode([likely])
     examples = [parse_record({"prompt": "x", "answer": text, "check": "exact"}, "f:1")]
     one = RolloutConfig(max_new_tokens=1, batch_size=500)
-    got = pass_at_k.sample_answers(model, tokenizer, examples, [[65]], 2000, one, seed=1)
+    got = pass_at_k.sample_answers(ModelEngine(model), tokenizer, examples, [[65]], 2000, one, seed=1)
     want = float(p[likely])
     assert got.pass_at(1) == pytest.approx(want, abs=4 * (want * (1 - want) / 2000) ** 0.5)
-    assert got == pass_at_k.sample_answers(model, tokenizer, examples, [[65]], 2000, one, seed=1)
-    assert got != pass_at_k.sample_answers(model, tokenizer, examples, [[65]], 2000, one, seed=2)
+    assert got == pass_at_k.sample_answers(ModelEngine(model), tokenizer, examples, [[65]], 2000, one, seed=1)
+    assert got != pass_at_k.sample_answers(ModelEngine(model), tokenizer, examples, [[65]], 2000, one, seed=2)
 
 
 def test_bad_samples(load_tiny: Any) -> None:
     tokenizer, model = load_tiny()
     with pytest.raises(SdftError, match=r"rollout.temperature = 0 gives the same answer"):
-        pass_at_k.sample_answers(model, tokenizer, [], [[1]], 3, RolloutConfig(temperature=0.0))
+        pass_at_k.sample_answers(ModelEngine(model), tokenizer, [], [[1]], 3, RolloutConfig(temperature=0.0))
     with pytest.raises(SdftError, match="0 samples of 1 prompts"):
-        pass_at_k.sample_answers(model, tokenizer, [], [[1]], 0, RolloutConfig())
+        pass_at_k.sample_answers(ModelEngine(model), tokenizer, [], [[1]], 0, RolloutConfig())

@@ -8,7 +8,7 @@ import torch
 from sdft.errors import SdftError
 from sdft.model import attention
 from sdft.model.loading import backbone, enable_packing
-from sdft.rollout.sampling import Completion
+from sdft.rollout.engine import Completion
 from sdft.score.batch import lay_out
 from sdft.training.gradients import accumulate_gradients
 from sdft.training.step import train_step

@@ -83,12 +83,12 @@ def test_gguf_converts_once_and_says_so(
 def test_gguf_file_loads_as_it_is(smollm2: Path) -> None:
     from sdft.config import ModelConfig, RolloutConfig
     from sdft.model import loading
-    from sdft.rollout.sampling import generate
+    from sdft.rollout.sampling import ModelEngine
 
     config = ModelConfig(name=str(smollm2), compute_dtype="float32")
     tokenizer, stop_ids = loading.load_tokenizer(config)
     model = loading.load(config, tokenizer, stop_ids)
     text = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    answer = generate(model, [ids], RolloutConfig(temperature=0.0, max_new_tokens=12))[0]
+    answer = ModelEngine(model).generate([ids], RolloutConfig(temperature=0.0, max_new_tokens=12))[0]
     assert "Paris" in tokenizer.decode(answer.ids)

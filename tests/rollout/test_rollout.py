@@ -10,7 +10,8 @@ import torch
 from sdft.config import LoraConfig, RolloutConfig
 from sdft.model.loading import add_lora
 from sdft.rollout import decode, sampling
-from sdft.rollout.sampling import Completion, generate
+from sdft.rollout.engine import Completion
+from sdft.rollout.sampling import ModelEngine
 
 PROMPTS = [[10, 20, 30], [40], [50, 60, 70, 80, 90, 100, 110], [7, 7], [120, 121, 122, 123]]
 
@@ -40,7 +41,7 @@ def test_greedy_is_the_naive_loop(family: str, load_tiny: Any) -> None:
     model.lm.eval()
     want = [naive(model, p, 12) for p in PROMPTS]
     model.lm.train()
-    assert generate(model, PROMPTS, greedy()) == want
+    assert ModelEngine(model).generate(PROMPTS, greedy()) == want
     assert model.lm.training  # as it was
 
 
@@ -48,7 +49,7 @@ def test_greedy_is_the_naive_loop(family: str, load_tiny: Any) -> None:
 def test_order_does_not_depend_on_the_batch_size(load_tiny: Any, batch_size: int) -> None:
     model = load_tiny()[1]
     model.lm.eval()
-    assert generate(model, PROMPTS, greedy(batch_size=batch_size)) == [naive(model, p, 12) for p in PROMPTS]
+    assert ModelEngine(model).generate(PROMPTS, greedy(batch_size=batch_size)) == [naive(model, p, 12) for p in PROMPTS]
 
 
 def test_stop_tokens_cut_and_the_rest_is_truncated(load_tiny: Any) -> None:
@@ -56,7 +57,7 @@ def test_stop_tokens_cut_and_the_rest_is_truncated(load_tiny: Any) -> None:
     model.lm.eval()
     free = [naive(model, p, 12).ids for p in PROMPTS]
     model.stop_ids = (257, free[0][3], free[2][5])  # tokens that these answers do reach, the model's own stop first
-    got = generate(model, PROMPTS, greedy())
+    got = ModelEngine(model).generate(PROMPTS, greedy())
     assert got == [naive(model, p, 12) for p in PROMPTS]
     assert len(got[0].ids) <= 4
     assert {c.truncated for c in got} == {True, False}
@@ -70,7 +71,7 @@ def test_sampling_follows_the_seed(load_tiny: Any) -> None:
 
     def draw(seed: int) -> list[Completion]:
         torch.manual_seed(seed)
-        return generate(model, PROMPTS, RolloutConfig(max_new_tokens=8))
+        return ModelEngine(model).generate(PROMPTS, RolloutConfig(max_new_tokens=8))
 
     assert draw(1) == draw(1)
     assert draw(1) != draw(2)
@@ -79,7 +80,7 @@ def test_sampling_follows_the_seed(load_tiny: Any) -> None:
 def sample_counts(model: Any, prompt: list[int], draws: int, **settings: Any) -> torch.Tensor:
     torch.manual_seed(5)
     config = RolloutConfig(max_new_tokens=1, batch_size=2000, **settings)
-    counts = Counter(c.ids[0] for c in generate(model, [prompt] * draws, config))
+    counts = Counter(c.ids[0] for c in ModelEngine(model).generate([prompt] * draws, config))
     return torch.tensor([counts[t] for t in range(264)], dtype=torch.float64)
 
 
@@ -131,7 +132,10 @@ LEAKS = {
 def test_the_models_generation_config_does_not_leak_into_samples(tiny: Any, name: str) -> None:
     def draw() -> list[Completion]:
         torch.manual_seed(3)
-        return [*generate(tiny, PROMPTS, RolloutConfig(max_new_tokens=8)), *generate(tiny, PROMPTS, greedy())]
+        return [
+            *ModelEngine(tiny).generate(PROMPTS, RolloutConfig(max_new_tokens=8)),
+            *ModelEngine(tiny).generate(PROMPTS, greedy()),
+        ]
 
     want = draw()
     setattr(tiny.lm.generation_config, name, LEAKS[name])
@@ -149,7 +153,7 @@ def test_a_generation_config_as_models_bring_it_leaves_frequencies_alone(tiny: A
 def test_the_given_weights_generate(load_tiny: Any) -> None:
     model = load_tiny()[1]
     model.lm.eval()
-    before = generate(model, PROMPTS, greedy())
+    before = ModelEngine(model).generate(PROMPTS, greedy())
 
     @contextlib.contextmanager
     def other() -> Any:
@@ -157,10 +161,41 @@ def test_the_given_weights_generate(load_tiny: Any) -> None:
         yield
         model.lm.lm_head.weight.data.neg_()
 
-    within = generate(model, PROMPTS, greedy(), other)
+    engine = ModelEngine(model)
+    engine.sync(other)
+    within = engine.generate(PROMPTS, greedy())
     with other():
         assert within == [naive(model, p, 12) for p in PROMPTS] != before
-    assert generate(model, PROMPTS, greedy()) == before
+    engine.sync()
+    assert engine.generate(PROMPTS, greedy()) == before
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "settings", [{}, {"temperature": 0.5, "top_p": 0.9}, {"top_k": 5}, {"temperature": 0.0}], ids=str
+)
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])  # whose logits are soft-capped
+def test_log_probabilities_are_those_of_the_models_whole_distribution(
+    kind: str, settings: dict[str, Any], load_tiny: Any
+) -> None:
+    """At temperature 1 and over the whole vocabulary, however the tokens are drawn; against float64 without a cache."""
+    model = load_tiny(kind)[1]
+    got = ModelEngine(model).generate(PROMPTS, RolloutConfig(max_new_tokens=8, batch_size=3, **settings), seed=2)
+    model.lm.eval().double()
+    for prompt, completion in zip(PROMPTS, got, strict=True):
+        ids = torch.tensor(completion.ids)
+        logits = model.lm(torch.tensor([prompt + completion.ids])).logits[0, len(prompt) - 1 : -1]
+        want = logits.double().log_softmax(-1).gather(1, ids[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(completion.logprobs).double(), want, rtol=1e-5, atol=1e-5)
+
+
+def test_a_seed_alone_decides_and_leaves_no_trace(tiny: Any) -> None:
+    engine, sampling = ModelEngine(tiny), RolloutConfig(max_new_tokens=8)
+    before = torch.get_rng_state()
+    one = engine.generate(PROMPTS, sampling, seed=1)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.rand(3)
+    assert engine.generate(PROMPTS, sampling, seed=1) == one != engine.generate(PROMPTS, sampling, seed=2)
 
 
 # What the loop does besides.
@@ -181,7 +216,7 @@ def test_finished_rows_are_dropped(
     monkeypatch.setitem(sampling.CHECK_EVERY, "cpu", every)
     rows = []
     hook = model.lm.get_input_embeddings().register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
-    assert generate(model, PROMPTS, greedy()) == want
+    assert ModelEngine(model).generate(PROMPTS, greedy()) == want
     hook.remove()
     assert rows[0] == len(PROMPTS)
     assert rows == sorted(rows, reverse=True)
@@ -201,10 +236,10 @@ def test_the_model_is_left_as_it_was(rank: int, dora: bool, compute: str, load_t
     if rank:
         add_lora(model, LoraConfig(rank=rank, dora=dora), 0)
     before = state(model)
-    generate(model, PROMPTS, greedy())
+    ModelEngine(model).generate(PROMPTS, greedy())
     assert state(model) == before
     with pytest.raises(IndexError):
-        generate(model, [[9999]], greedy())
+        ModelEngine(model).generate([[9999]], greedy())
     assert state(model) == before
 
 
@@ -230,7 +265,7 @@ def test_weights_are_cast_once_and_not_for_every_token(rank: int, load_tiny: Any
     counts = []
     for new in (2, 9):
         with Casts() as casts:
-            generate(model, PROMPTS, greedy(max_new_tokens=new))
+            ModelEngine(model).generate(PROMPTS, greedy(max_new_tokens=new))
         counts.append(casts.count)
     assert counts[0] == counts[1] == 15  # seven products in each of two layers, and the head
 
@@ -265,10 +300,10 @@ def test_tokens_without_probability_are_never_drawn() -> None:
 def test_adapters_generate_as_they_score(settings: dict[str, Any], off: bool, load_tiny: Any, nudge: Any) -> None:
     model = load_tiny()[1]
     add_lora(model, LoraConfig(rank=2, **settings), 0)
-    plain = generate(model, PROMPTS, greedy())
+    plain = ModelEngine(model).generate(PROMPTS, greedy())
     nudge(model, size=0.3)
     model.lm.eval()
     with model.lm.disable_adapter() if off else contextlib.nullcontext():
-        got = generate(model, PROMPTS, greedy())
+        got = ModelEngine(model).generate(PROMPTS, greedy())
         assert got == [naive(model, p, 12) for p in PROMPTS]
     assert (got == plain) == off

@@ -175,7 +175,7 @@ def test_pass_at_k_is_that_of_the_samples(loaded: Any, capsys: Any) -> None:
     found, model = loaded
     got = evaluate.pass_at(model, found)
     records = load_records(found.sets["sizes-test"])
-    drawn = sample_answers(model.model, model.tokenizer, records, model.prompts(records), 3, model.sampling(1.0))
+    drawn = sample_answers(model.engine, model.tokenizer, records, model.prompts(records), 3, model.sampling(1.0))
     assert got["sizes-test"] == {"1": drawn.pass_at(1), "2": drawn.pass_at(2), "3": drawn.pass_at(3)}
     assert "sizes-test pass@3" in capsys.readouterr().out
 

@@ -13,7 +13,7 @@ from sdft.config import load_config, to_toml
 from sdft.errors import SdftError
 from sdft.evaluation import accuracy
 from sdft.evaluation.accuracy import Answer, EvalResult
-from sdft.rollout.sampling import generate
+from sdft.rollout.sampling import ModelEngine
 from sdft.training import checkpoint, guard, loop
 from sdft.training.checkpoint import checkpoints, latest
 from sdft.training.metrics import read_metrics
@@ -231,7 +231,7 @@ def test_other_limits_are_another_run(make_config: Any, settings: Any, scores: A
 def test_the_command_guards_what_the_model_knew(make_config: Any, make_run: Any, tmp_path: Path, capsys: Any) -> None:
     """The guard asks for the start's own greedy answers, which a hard training loses."""
     run = make_run(**{"train.output": str(tmp_path / "probe"), "rollout.temperature": 0.0})
-    found = generate(run.model, [e.prompt for e in run.data.examples], run.config.rollout)
+    found = ModelEngine(run.model).generate([e.prompt for e in run.data.examples], run.config.rollout)
     given = [run.tokenizer.decode(c.ids, skip_special_tokens=True) for c in found]
     asked = [json.loads(line)["prompt"] for line in Path(run.config.data.train).read_text().splitlines()]
     rows = [{"prompt": p, "answer": a, "check": "exact"} for p, a in zip(asked, given, strict=True) if a.strip()]

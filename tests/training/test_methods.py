@@ -14,9 +14,9 @@ from sdft.errors import SdftError
 from sdft.model import flops, loading
 from sdft.model.shape import ModelShape
 from sdft.planning import plan
-from sdft.rollout.sampling import generate
+from sdft.rollout.sampling import ModelEngine
 from sdft.score.batch import lay_out
-from sdft.training import completions, loop
+from sdft.training import loop
 from sdft.training.checkpoint import latest
 from sdft.training.completions import complete, sample_before_training
 from sdft.training.gradients import accumulate_gradients
@@ -130,8 +130,8 @@ def test_steps_train_on_what_was_sampled_before_them(settings: dict[str, Any], m
 
 def test_the_start_answers_with_the_demonstration_in_context(make_run: Any, tmp_path: Path) -> None:
     run = make_run(**OFFLINE | {"rollout.temperature": 0.0})
-    want = generate(run.model, [e.teacher_prompt for e in run.data.examples], run.config.rollout)
-    without = generate(run.model, [e.prompt for e in run.data.examples], run.config.rollout)
+    want = ModelEngine(run.model).generate([e.teacher_prompt for e in run.data.examples], run.config.rollout)
+    without = ModelEngine(run.model).generate([e.prompt for e in run.data.examples], run.config.rollout)
     sample_before_training(run, tmp_path / "run")
     assert [e.samples for e in run.data.examples] == [(c.ids, c.ids) for c in want]
     assert [c.ids for c in want] != [c.ids for c in without]
@@ -157,7 +157,7 @@ def test_an_offline_run_resumes_bit_for_bit(
     assert "answers 24/24" in capsys.readouterr().out
     run, split = tmp_path / "run", tmp_path / "split"
     again = settings | {"train.output": str(split)}
-    for module, name, call in ((completions, "generate", 3), (loop, "train_step", 3)):
+    for module, name, call in ((ModelEngine, "generate", 3), (loop, "train_step", 3)):
         with monkeypatch.context() as patch:
             fails_at(patch, module, name, call)
             with pytest.raises(RuntimeError, match="power cut"):
@@ -169,7 +169,7 @@ def test_an_offline_run_resumes_bit_for_bit(
     out = capsys.readouterr().out
     assert "14 of them are there.\nanswers 21/24" in out
     with monkeypatch.context() as patch:
-        patch.setattr(completions, "generate", lambda *a: pytest.fail("sampled again"))
+        patch.setattr(ModelEngine, "generate", lambda *a: pytest.fail("sampled again"))
         loop.train(make_config(**again | {"train.resume": True}))
     assert not (split / "offline-unfinished.jsonl").exists()
     assert sampled(split)[1:] == sampled(run)[1:]
@@ -205,17 +205,18 @@ def test_an_offline_file_of_another_run_is_refused(make_config: Any, tmp_path: P
     loop.train(again)
 
 
-def test_memory_that_runs_out_while_sampling(make_run: Any, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+def test_memory_that_runs_out_while_sampling(make_run: Any, tmp_path: Path, capsys: Any) -> None:
     run = make_run(**OFFLINE | {"rollout.temperature": 0.0})
     sizes: list[int] = []
 
-    def short(model: Any, prompts: Any, rollout: Any, weights: Any) -> Any:
-        sizes.append(rollout.batch_size)
-        if rollout.batch_size > 3:
-            raise MemoryError
-        return generate(model, prompts, rollout, weights)
+    class Short(ModelEngine):
+        def generate(self, prompts: Any, sampling: Any, seed: Any = None) -> Any:
+            sizes.append(sampling.batch_size)
+            if sampling.batch_size > 3:
+                raise MemoryError
+            return super().generate(prompts, sampling, seed)
 
-    monkeypatch.setattr(completions, "generate", short)
+    run.engine = Short(run.model)
     sample_before_training(run, tmp_path / "run")
     assert sizes == [7, 3, 3, 3, 3]
     assert "completions before the first step: out of memory" in capsys.readouterr().out
@@ -300,7 +301,7 @@ def test_reinvocation_brings_the_student_back(
 def test_offline_answers_of_another_model(stages: dict[str, Any], make_run: Any, load_tiny: Any) -> None:
     run = make_run(**stages | {"rollout.source": "offline", "rollout.temperature": 0.0})
     sample_before_training(run, Path(run.config.train.output))
-    want = generate(load_tiny()[1], [e.prompt for e in run.data.examples], run.config.rollout)
+    want = ModelEngine(load_tiny()[1]).generate([e.prompt for e in run.data.examples], run.config.rollout)
     assert [e.samples for e in run.data.examples] == [(c.ids,) for c in want]
 
 

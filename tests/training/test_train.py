@@ -16,7 +16,7 @@ from sdft.config import RolloutConfig, load_config
 from sdft.errors import SdftError
 from sdft.loss import LOSSES
 from sdft.model import loading
-from sdft.rollout.sampling import generate
+from sdft.rollout.sampling import ModelEngine
 from sdft.training import loop
 from sdft.training.checkpoint import latest
 from sdft.training.completions import complete
@@ -143,8 +143,9 @@ def test_who_answers(make_run: Any, nudge: Any) -> None:
     nudge(run.model)
     examples = list(run.data.examples)
     config = run.config.rollout
-    by_student = generate(run.model, [e.prompt for e in examples], config)
-    by_teacher = generate(run.model, [e.teacher_prompt for e in examples], config, run.teacher.weights)
+    by_student = ModelEngine(run.model).generate([e.prompt for e in examples], config)
+    with run.teacher.weights():
+        by_teacher = ModelEngine(run.model).generate([e.teacher_prompt for e in examples], config)
     assert all(s != t for s, t in zip(by_student, by_teacher, strict=True))
 
     def who(source: str, step: int = 0) -> list[str]:
@@ -196,7 +197,7 @@ def test_sdft_lowers_the_divergence_on_held_out_prompts(make_run: Any, tmp_path:
                           "train.batch_size": 8, "train.output": str(tmp_path / divergence)})  # fmt: skip
         held, run.data = run.data.examples[9:] * 8, replace(run.data, examples=run.data.examples[:9])
         torch.manual_seed(0)
-        sampled = generate(run.model, [e.prompt for e in held], RolloutConfig(max_new_tokens=6))
+        sampled = ModelEngine(run.model).generate([e.prompt for e in held], RolloutConfig(max_new_tokens=6))
 
         def measure(run: Any = run, held: Any = held, sampled: Any = sampled) -> float:
             loss = accumulate_gradients(run, held, sampled).loss.item()
@@ -213,8 +214,8 @@ def test_sft_learns_the_skill(make_run: Any, tmp_path: Path) -> None:
     run = make_run(**{"loss.method": "sft", "optim.lr": 1e-2, "train.steps": 60, "train.batch_size": 12})
 
     def right() -> int:
-        got = generate(
-            run.model, [e.prompt for e in run.data.examples], RolloutConfig(temperature=0.0, max_new_tokens=6)
+        got = ModelEngine(run.model).generate(
+            [e.prompt for e in run.data.examples], RolloutConfig(temperature=0.0, max_new_tokens=6)
         )
         return sum(c.ids == e.target for c, e in zip(got, run.data.examples, strict=True))
 
