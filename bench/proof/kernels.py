@@ -4,6 +4,7 @@ The products are told apart by their shapes, which the profiler records: (C, H)(
 (C, V)(V, H) dX. What other operators of torch launch is `copies`; the rest are the loss's own Triton kernels, `rows`.
 """
 
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -41,30 +42,34 @@ def profiled(case: Case, impl: str, place: Place, rows: list[Row]) -> None:
         clock.finish()
     events = profiler.key_averages(group_by_input_shape=True)
     who = case.label() | {"impl": impl}
-    phases = dict.fromkeys(("logits", "rows", "dW", "dX", "copies"), 0.0)
-    kernels: dict[str, list[float]] = {}
-    for event in events:
-        ms = (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e3
-        if on_gpu and event.device_type == DeviceType.CUDA:
-            entry = kernels.setdefault(event.key, [0, 0.0])
-            entry[0] += event.count
-            entry[1] += ms
-        elif event.key.startswith("aten::"):
-            phases[phase_of(event.key, event.input_shapes, problem) or "copies"] += ms
+    phases, kernels = account(events, on_gpu, len(problem.w))
     busy = sum(ms for _, ms in kernels.values()) if on_gpu else whole
     phases["rows"] = max(0.0, busy - sum(phases.values()))
     rows.append(who | {"phase": "whole call", "ms": whole, "kernels ms": busy})
     rows += [who | {"phase": name, "ms": ms} for name, ms in phases.items()]
     most = sorted(kernels.items(), key=lambda pair: -pair[1][1])[:12]
-    rows += [who | {"kernel": name[:80], "calls": int(calls), "ms": ms} for name, (calls, ms) in most]
+    rows += [who | {"kernel": name[:80], "calls": calls, "ms": ms} for name, (calls, ms) in most]
 
 
-def phase_of(operator: str, shapes: Any, problem: Problem) -> str | None:
+def account(events: Iterable[Any], on_gpu: bool, vocab: int) -> tuple[dict[str, float], dict[str, tuple[int, float]]]:
+    """Milliseconds of each phase but `rows`, whose kernels no operator of torch launches; calls and ms of each kernel."""
+    phases = dict.fromkeys(("logits", "rows", "dW", "dX", "copies"), 0.0)
+    kernels: dict[str, tuple[int, float]] = {}
+    for event in events:
+        ms = (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e3
+        if on_gpu and event.device_type == DeviceType.CUDA:
+            calls, before = kernels.get(event.key, (0, 0.0))
+            kernels[event.key] = calls + event.count, before + ms
+        elif event.key.startswith("aten::"):
+            phases[phase_of(event.key, event.input_shapes, vocab) or "copies"] += ms
+    return phases, kernels
+
+
+def phase_of(operator: str, shapes: list[list[int]], vocab: int) -> str | None:
     """The phase of a product by the shapes of its factors; None for other operators."""
     if operator not in ("aten::mm", "aten::addmm", "aten::addmm_"):
         return None
     a, b = shapes[:2] if operator == "aten::mm" else shapes[1:3]
-    vocab = len(problem.w)
     if len(a) != 2 or len(b) != 2:
         return None
     return "logits" if b[1] == vocab else "dW" if a[0] == vocab else "dX" if a[1] == vocab else "logits"

@@ -1,5 +1,6 @@
 """One measured case: values first, then memory and time; what fails becomes a note and loses nothing else."""
 
+import importlib
 import json
 import time
 from collections.abc import Iterable
@@ -212,3 +213,11 @@ def test_floors_skip_the_frozen_heads_gradient() -> None:
             with FlopCounterMode(display=False) as counter:
                 floor()
             assert counter.get_total_flops() == gemms * 2 * 40 * vocab * hidden
+
+
+def test_the_numbers_of_the_integrations_have_a_command() -> None:
+    from bench.integrations.__main__ import NAMES, main
+
+    with pytest.raises(SystemExit, match="liger"):
+        main([])
+    assert all(callable(importlib.import_module(f"bench.integrations.{name}").main) for name in NAMES)

@@ -4,10 +4,12 @@ import json
 import re
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch.autograd import DeviceType
 
 from bench.proof import __main__ as proof
 from bench.proof import kernels, offload, phases, report, rollout, values
@@ -158,10 +160,31 @@ def test_without_a_gpu_it_says_what_runs_here() -> None:
         proof.main([])
 
 
-def test_products_are_told_apart_by_their_shapes() -> None:
-    problem = type("Problem", (), {"w": torch.empty(500, 8)})()
-    shapes = {"logits": [[4, 8], [8, 500]], "dW": [[500, 4], [4, 8]], "dX": [[4, 500], [500, 8]]}
-    for name, factors in shapes.items():
-        assert kernels.phase_of("aten::mm", factors, problem) == name  # type: ignore[arg-type]
-        assert kernels.phase_of("aten::addmm", [[1, 1], *factors], problem) == name  # type: ignore[arg-type]
-    assert kernels.phase_of("aten::copy_", [[4, 8], [4, 8]], problem) is None  # type: ignore[arg-type]
+def test_the_profile_is_divided_among_the_phases() -> None:
+    """Events as torch.profiler has them on a GPU: operators with the time of their kernels, and the kernels."""
+    cpu, cuda = DeviceType.CPU, DeviceType.CUDA
+
+    def event(key: str, kind: DeviceType, us: float, shapes: Any = (), count: int = 1) -> Any:
+        return SimpleNamespace(
+            key=key,
+            device_type=kind,
+            self_device_time_total=us,
+            self_cpu_time_total=1.0,
+            input_shapes=shapes,
+            count=count,
+        )
+
+    events = [
+        event("sdft::linear_divergence", cpu, 300.0),
+        event("aten::mm", cpu, 2000.0, [[4, 8], [8, 500], [], [4, 500]], 2),
+        event("aten::mm", cpu, 500.0, [[500, 4], [4, 8]]),
+        event("aten::addmm", cpu, 700.0, [[500, 8], [500, 4], [4, 8]]),
+        event("aten::mm", cpu, 900.0, [[4, 500], [500, 8]]),
+        event("aten::copy_", cpu, 50.0, [[4, 8], [4, 8]]),
+        event("nvjet_gemm", cuda, 4100.0, count=5),
+        event("row_kernel", cuda, 300.0, count=2),
+        event("vectorized_copy", cuda, 50.0),
+    ]
+    phases, found = kernels.account(events, on_gpu=True, vocab=500)
+    assert phases == {"logits": 2.0, "rows": 0.0, "dW": 1.2, "dX": 0.9, "copies": 0.05}
+    assert found == {"nvjet_gemm": (5, 4.1), "row_kernel": (2, 0.3), "vectorized_copy": (1, 0.05)}

@@ -592,12 +592,12 @@ def test_kl_div_as_theirs(reduction: str, log_target: bool, theirs: dict[str, An
 def test_the_docs_numbers_come_from_a_script(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from bench import compat_liger
+    from bench.integrations import liger as numbers
 
     for name, small in {"ROWS": 16, "VOCAB": 512, "HIDDEN": 32}.items():
-        monkeypatch.setattr(compat_liger, name, small)
-    compat_liger.errors()
-    compat_liger.padded()
+        monkeypatch.setattr(numbers, name, small)
+    numbers.errors()
+    numbers.padded()
     lines = capsys.readouterr().out.splitlines()
     found = {side: [ln for ln in lines if f" {side} " in ln] for side in ("ours", "Liger chunked")}
     percent = {

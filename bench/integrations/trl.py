@@ -1,6 +1,6 @@
 """The memory of TRL's trainers with their own loss and with `sdft.integrations.trl`: the table of docs/integrations.md.
 
-    python -m bench.integrations_trl
+    python -m bench.integrations trl
 
 One micro-batch of 4 sequences, 64 prompt and 256 completion tokens each, on a random Llama of two layers with
 SmolLM2-135M's width, head and vocabulary, in fp32 on the CPU. Growth of the peak resident set over `compute_loss` and
@@ -18,7 +18,7 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 import torch
 
-from .measure import Cpu
+from ..measure import Cpu
 
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "SDFT, full logits": ("SDFT", {"distillation_mode": "full_logits"}),
@@ -96,7 +96,7 @@ def batch(vocabulary: int, stale: bool) -> dict[str, Any]:
 
 def extra_bytes(row: str, side: str) -> tuple[int, float]:
     """Bytes of one loss with its backward, and the loss."""
-    from .trainers import random_qwen
+    from ..trainers import random_qwen
 
     name, settings = ROWS[row]
     torch.manual_seed(0)
@@ -121,20 +121,17 @@ def extra_bytes(row: str, side: str) -> tuple[int, float]:
     return Cpu().extra_bytes(run) or 0, found[0]
 
 
-def main() -> None:
-    if len(sys.argv) > 1:
-        print(*extra_bytes(*sys.argv[1:]))
+def main(arguments: list[str]) -> None:
+    """Prints the numbers; with arguments, those of one process."""
+    if arguments:
+        print(*extra_bytes(*arguments))
         return
     print(f"| fp32, {B * ANSWER} tokens, V = 49152, H = 576 | ours | TRL's | loss, ours | loss, TRL's |")
     for row in ROWS:
         found = {}
         for side in ("ours", "theirs"):
-            command = [sys.executable, "-m", "bench.integrations_trl", row, side]
+            command = [sys.executable, "-m", "bench.integrations", "trl", row, side]
             out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
             found[side] = out.split()[-2:]
         (ours, loss), (theirs, want) = found["ours"], found["theirs"]
         print(f"| {row} | {int(ours) / 1e6:.0f} MB | {int(theirs) / 1e6:.0f} MB | {loss:.9} | {want:.9} |", flush=True)
-
-
-if __name__ == "__main__":
-    main()

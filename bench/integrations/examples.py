@@ -1,6 +1,6 @@
 """The number of docs/integrations.md, section Examples: a step of examples/train_plain.py with and without logits.
 
-    python -m bench.examples
+    python -m bench.integrations examples
 
 SmolLM2-135M in fp32 on the CPU, the example as it is, with four answers of 256 (random) tokens; then once more with the
 loss replaced by `sdft_kernels.reference`, the dense one in plain PyTorch. Each in a process of its own. Printed are the
@@ -24,9 +24,9 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from sdft.model.loading import prepare_smollm2
 
-from .measure import proc_bytes
+from ..measure import proc_bytes
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 ANSWER = 256
 LOSSES: dict[str, Callable[..., Any]] = {
     "fused": sdft_kernels.linear_divergence,
@@ -62,16 +62,13 @@ def child(name: str) -> None:
     runpy.run_path(str(EXAMPLES / "train_plain.py"), run_name="__main__")
 
 
-def main() -> None:
-    if len(sys.argv) > 1:
-        child(sys.argv[1])
+def main(arguments: list[str]) -> None:
+    """Prints the numbers; with arguments, those of one process."""
+    if arguments:
+        child(arguments[0])
         return
     for name in LOSSES:
-        command = [sys.executable, "-m", "bench.examples", name]
+        command = [sys.executable, "-m", "bench.integrations", "examples", name]
         out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         peak, grown = (int(v) / 1e6 for v in [line.split() for line in out.splitlines() if "bytes" in line][-1][1:])
         print(f"{name}: peak {peak:.0f} MB, of which {grown:.0f} MB in loss and backward")
-
-
-if __name__ == "__main__":
-    main()

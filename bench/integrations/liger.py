@@ -1,6 +1,6 @@
 """The numbers of docs/integrations.md: `sdft_kernels.compat.liger` beside liger-kernel's chunked class, on the CPU.
 
-    python -m bench.compat_liger
+    python -m bench.integrations liger
 
 Errors are |a − b| / |b| against dense float64 of the same bf16 inputs. Memory is the growth of the peak resident set
 over loss and backward, in a process of its own a row, the gradients that are asked for included.
@@ -14,7 +14,7 @@ import sdft_kernels.compat.liger as ours
 import torch
 from torch import Tensor
 
-from .measure import Cpu
+from ..measure import Cpu
 
 ROWS, VOCAB, HIDDEN, NOISE = 64, 4096, 256, 0.05  # of the errors: a teacher near its student
 BIG = (1024, 49152, 576)  # of the memory: SmolLM2-135M's head
@@ -102,17 +102,14 @@ def memory(what: str) -> int:
     return Cpu().extra_bytes(run) or 0
 
 
-def main() -> None:
-    if len(sys.argv) > 1:
-        print(memory(sys.argv[1]))
+def main(arguments: list[str]) -> None:
+    """Prints the numbers; with arguments, those of one process."""
+    if arguments:
+        print(memory(arguments[0]))
         return
     errors()
     padded()
     for what in ("ours soft", "theirs soft", "ours frozen", "theirs frozen", "ours both", "theirs both", "ours logs"):
-        command = [sys.executable, "-m", "bench.compat_liger", what]
+        command = [sys.executable, "-m", "bench.integrations", "liger", what]
         grown = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
         print(f"fp32, N, V, H = {BIG}: {what:14s} {grown / 1e6:.0f} MB")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,1 @@
+"""The numbers of docs/integrations.md: `python -m bench.integrations`."""
