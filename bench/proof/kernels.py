@@ -52,7 +52,7 @@ def profiled(case: Case, impl: str, place: Place, rows: list[Row]) -> None:
 
 
 def account(events: Iterable[Any], on_gpu: bool, vocab: int) -> tuple[dict[str, float], dict[str, tuple[int, float]]]:
-    """Milliseconds of each phase but `rows`, whose kernels no operator of torch launches; calls and ms of each kernel."""
+    """Milliseconds of each phase but `rows`, whose kernels torch does not launch; calls and milliseconds of kernels."""
     phases = dict.fromkeys(("logits", "rows", "dW", "dX", "copies"), 0.0)
     kernels: dict[str, tuple[int, float]] = {}
     for event in events:
