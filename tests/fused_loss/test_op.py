@@ -72,8 +72,12 @@ OPCHECK: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("which", list(OPCHECK))
+@pytest.mark.parametrize(
+    ("which", "impl"),
+    [(which, "torch") for which in OPCHECK]
+    # Triton's interpreter takes seconds for each; the operator is the same, only the loop differs.
+    + [pytest.param(which, "triton", marks=() if which == "tokens" else pytest.mark.slow) for which in OPCHECK],
+)
 def test_operators_keep_the_rules_of_torch_library(which: str, impl: str) -> None:
     options = dict(OPCHECK[which])
     dtype, needs = options.pop("dtype", torch.float32), options.pop("needs", (True, True))
@@ -131,14 +135,15 @@ def test_compiled_equals_eager_and_is_one_opaque_operator(which: str, impl: str)
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_compiled_ready_logits(impl: str) -> None:
-    s, t = torch.randn(5, 40, requires_grad=True), torch.randn(5, 40)
-    for options in ({}, {"reduction": "none"}, {"return_tokens": True, "temperature": 2.0}):
+    s, t = torch.randn(3, 40, requires_grad=True), torch.randn(3, 40)
+    for options in ({"reduction": "none"}, {"return_tokens": True, "temperature": 2.0}):
         compiled_against_eager(lambda a, b, o=options: divergence(a, b, impl=impl, **o), [s, t], "aot_eager")
-        compiled_against_eager(Divergence(impl=impl, **options), [s, t], "aot_eager")
+    compiled_against_eager(Divergence(impl=impl), [s, t], "aot_eager")
     with pytest.raises(Exception, match="inplace=True does not work under torch"):
         torch.compile(lambda a, b: divergence(a, b, inplace=True, impl=impl), backend="eager", fullgraph=True)(s, t)
 
 
+@pytest.mark.slow
 def test_compiled_by_inductor() -> None:
     def f(x: Tensor, w: Tensor, tx: Tensor, tw: Tensor) -> Any:
         return linear_divergence(x * 2 + 1, w, tx, tw, impl="triton") * 0.5
@@ -152,7 +157,7 @@ def test_a_new_number_of_tokens_does_not_recompile(impl: str) -> None:
     module = LinearDivergence(impl=impl, reduction="sum")
     fast = torch.compile(module, backend=counter, fullgraph=True)
     _, w, _, tw = make()
-    for rows in (5, 7, 12, 3, 33, 9):
+    for rows in (3, 5, 2, 7):
         x, _, tx, _ = make(rows)
         tensors = [x, w, tx, tw]
         got, want = fast(*tensors), module(*tensors)
@@ -352,12 +357,12 @@ def watched(impl: str, tensors: list[Tensor], weights: Tensor | None, needs: tup
 
 
 def test_the_host_waits_for_nothing() -> None:
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        for reduction in ("mean", "none"):
-            for weights in (torch.tensor([1.0, 0, 2, 0.5]), None):
-                options = {"compact": False, "return_tokens": True, "reduction": reduction}
-                seen = watched("triton", make(dtype=dtype), weights, (True, True, False), **options)
-                assert not seen.waits()
+    some = torch.tensor([1.0, 0, 2, 0.5])
+    for dtype, reduction, weights in (
+        (torch.float32, "none", some), (torch.bfloat16, "mean", None), (torch.float16, "mean", some)
+    ):  # fmt: skip
+        options = {"compact": False, "return_tokens": True, "reduction": reduction}
+        assert not watched("triton", make(dtype=dtype), weights, (True, True, False), **options).waits()
     assert {"addmm", "zeros"} <= watched("triton", make(), None, (True, True, False)).names  # it does see inside
     assert watched("triton", make(), torch.ones(4), (True, True, False)).waits() == {"nonzero"}  # compact=True, as said
     s, t = torch.randn(4, 40), torch.randn(4, 40)
@@ -376,8 +381,8 @@ def test_the_host_waits_for_nothing() -> None:
 @pytest.mark.parametrize("weighted", [False, True])
 def test_memory_stays_within_the_budget(weighted: bool, impl: str) -> None:
     # Few tokens of a long vocabulary: Triton's interpreter takes its time for each.
-    rows, vocab, hidden = 48, 3000, 16
-    budget = 12 * (8 * 3008 + 16 * hidden)  # a dozen tokens
+    rows, vocab, hidden = 16, 3000, 4
+    budget = 4 * (8 * 3008 + 16 * hidden)  # four tokens
     tensors = make(rows, vocab, hidden)
     weights = torch.ones(rows) if weighted else None
     head, x, slack = vocab * hidden * 4, rows * hidden * 4, 2**13

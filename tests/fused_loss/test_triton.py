@@ -539,11 +539,12 @@ def test_both_implementations_agree_with_float64(
         assert (ours[key] - value).norm() <= limit * value.norm() + 1e-5, (key, error(ours[key], value))
 
 
-def test_a_run_has_the_same_losses(make_config: Callable[..., Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("steps", [5, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_run_has_the_same_losses(steps: int, make_config: Callable[..., Any], tmp_path: Path) -> None:
     from sdft.training.loop import train
     from sdft.training.metrics import read_metrics
 
-    sizes = {"train.steps": 20, "train.batch_size": 2, "rollout.max_new_tokens": 3, "model.device": "cpu"}
+    sizes = {"train.steps": steps, "train.batch_size": 2, "rollout.max_new_tokens": 3, "model.device": "cpu"}
     config = make_config(**sizes)
     curves = []
     for impl in ("torch", "triton"):
@@ -551,8 +552,8 @@ def test_a_run_has_the_same_losses(make_config: Callable[..., Any], tmp_path: Pa
         one = replace(one, train=replace(one.train, output=str(tmp_path / impl)))
         train(one)
         curves.append([line["loss"] for line in read_metrics(tmp_path / impl)])
-    assert len(curves[0]) == 20
-    assert len(set(curves[0])) > 10
+    assert len(curves[0]) == steps
+    assert len(set(curves[0])) > steps // 2
     torch.testing.assert_close(torch.tensor(curves[1]), torch.tensor(curves[0]), rtol=1e-3, atol=1e-6)
 
 
