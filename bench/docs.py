@@ -14,6 +14,8 @@ from .proof import report
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
 NOT_MEASURED = "**Not measured on a GPU.** `make gpu-proof` fills this in."
+NOT_MEASURED_IN_README = """**Times and memory are not measured on a GPU yet**; `make gpu-proof` measures everything
+on one GPU in under ten minutes."""
 
 
 def between(text: str, name: str) -> str:
@@ -65,11 +67,32 @@ def is_default(row: report.Row) -> bool:
 
 def loss_line(row: report.Row) -> str:
     bound = f"{row['bound']:.0%}" if "bound" in row else ""
-    who = f"{row['model']}, {row['head']}, N = {row['N']}, {row['divergence']}, {row['dtype']}: {row['variant']}"
+    who = f"{case_of(row)}, {row['dtype']}: {row['variant']}"
     extra, error = row.get("extra MB") or 0, row.get("dX error")
     note = f" ({row['note']})" if "note" in row else ""
     cells = [f"{row['ms']:.3g}", f"{row['of the floor']:.0%}", bound, f"{extra:.0f}", f"{error:.0e}" if error else ""]
     return f"| {who}{note} | {' | '.join(cells)} |"
+
+
+def headline() -> str:
+    """For the README: ours and the fastest exact loss of others on the peers' cases, by GPU."""
+    lines = []
+    for _, data in proofs():
+        peers = [row for row in report.rows_of(data, "peers") if "of the floor" in row and "note" not in row]
+        for key in dict.fromkeys(case_of(row) for row in peers):
+            rows = [row for row in peers if case_of(row) == key]
+            own = [row for row in rows if row["variant"].startswith("sdft_kernels")]
+            others = [row for row in rows if not row["variant"].startswith("sdft_kernels")]
+            for row in [min(part, key=lambda row: row["ms"]) for part in (own, others) if part]:
+                who = f"{data['meta']['device']}: {key}: {row['variant']}"
+                lines.append(f"| {who} | {row['ms']:.3g} | {row['of the floor']:.0%} | {row['extra MB']:.0f} |")
+    if not lines:
+        return NOT_MEASURED_IN_README
+    return "\n".join(["| | ms | share of the bare GEMMs | extra MB |", "|---|---:|---:|---:|", *lines])
+
+
+def case_of(row: report.Row) -> str:
+    return f"{row['model']}, {row['head']}, N = {row['N']}, {row['divergence']}"
 
 
 def steps() -> str:
