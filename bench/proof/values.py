@@ -14,9 +14,10 @@ from itertools import product
 from typing import Any
 
 import torch
-from sdft_kernels import divergence, linear_divergence, linear_topk_divergence
+from sdft_kernels import divergence, linear_cross_entropy, linear_divergence, linear_topk_divergence
 from sdft_kernels.checks import IMPLS
 from sdft_kernels.reference import divergence_reference, topk_divergence_reference
+from sdft_kernels.reference import linear_cross_entropy_reference as cross_entropy_reference
 from sdft_kernels.reference import linear_divergence_reference as reference
 from torch import Tensor
 
@@ -237,6 +238,14 @@ def autocast(place: Place, hidden: torch.dtype) -> Iterator[Found]:
                 )  # fmt: skip
 
 
+def narrow_operands(place: Place) -> Iterator[Found]:
+    """products="bfloat16": bf16 hidden states and fp32 heads outside autocast, as FSDP2's mixed precision has them."""
+    x, w, teacher_x, teacher_w = draw(place, 253, 5001, 128, torch.float32)
+    inputs = [x.bfloat16(), w, teacher_x.bfloat16(), teacher_w]
+    rounded = [t.bfloat16() for t in inputs]
+    yield from compare("bf16 operands", inputs, 5e-3, exact=rounded, loop={"products": "bfloat16"})
+
+
 def long_vocabulary(place: Place, vocab: int) -> Iterator[Found]:
     for kind in KINDS:
         inputs = draw(place, 48, vocab, 64, torch.bfloat16, shared=True)
@@ -343,6 +352,45 @@ def top_k(place: Place, dtype: torch.dtype) -> Iterator[Found]:
         wanted = torch.autograd.grad(want * SCALER, exact)
         for name, got, value in zip(("dX", "dW"), grads, wanted, strict=True):
             yield Found(f"{kind}, {tail}: {name}", relative(got, value), BOUNDS[dtype])
+
+
+def cross_entropy(place: Place, dtype: torch.dtype) -> Iterator[Found]:
+    """linear_cross_entropy, and with each token's loss times its probability."""
+    x, w, *_ = draw(place, 200, 3000, 64, dtype)
+    labels = torch.arange(2 * len(x), device=place.device)[::2] * 37 % len(w)
+    weights = (torch.arange(len(x), device=place.device) % 3).float()
+    for by_probability in (False, True):
+        leaves = [t.detach().requires_grad_() for t in (x, w)]
+        exact = [t.detach().double().requires_grad_() for t in (x, w)]
+        options: dict[str, Any] = {"token_weights": weights, "reduction": "sum"}
+        loss = linear_cross_entropy(*leaves, labels, by_probability=by_probability, chunk_bytes=2**21, **options)
+        want = cross_entropy_reference(*exact, labels, by_probability=by_probability, **options)
+        what = "by probability" if by_probability else "plain"
+        yield Found(f"{what}: loss", relative(loss, want), 1e-3)
+        grads, wanted = (torch.autograd.grad(v * SCALER, t) for v, t in ((loss, leaves), (want, exact)))
+        for name, got, value in zip(("dX", "dW"), grads, wanted, strict=True):
+            yield Found(f"{what}: {name}", relative(got, value), BOUNDS[dtype])
+
+
+def strides_of_logits(place: Place) -> Iterator[Found]:
+    """Ready logits whose rows, or entries, lie apart, with weights that do."""
+    n, v = (5, 203) if place.tiny else (33, 10_007)
+    gen = torch.Generator(place.device).manual_seed(0)
+    student, teacher = (torch.randn(n, v, generator=gen, device=place.device) for _ in range(2))
+    weights = torch.rand(2 * n, generator=gen, device=place.device)[::2]
+    forms = {
+        "rows apart": lambda t: torch.cat([t, t], dim=1)[:, :v],
+        "by columns": lambda t: t.t().contiguous().t(),
+        "every second entry": lambda t: torch.stack([t, t], dim=2).flatten(1)[:, ::2],
+    }
+    for name, form in forms.items():
+        leaf, exact = form(student).detach().requires_grad_(), student.double().requires_grad_()
+        options = {"token_weights": weights, "reduction": "sum"}
+        loss = divergence(leaf, form(teacher), impl="triton", **options)
+        want = divergence_reference(exact, teacher.double(), **options)
+        yield Found(f"{name}: loss", relative(loss, want), 1e-5)
+        grad, true = torch.autograd.grad(loss, leaf)[0], torch.autograd.grad(want, exact)[0]
+        yield Found(f"{name}: gradient", relative(grad, true), BOUNDS[torch.float32])
 
 
 # What a call may not do.
@@ -481,6 +529,7 @@ CHECKS = (
     Check("vectors and matrices that are not contiguous", partial(strides, impl="triton")),
     *(Check(f"fp32 heads under autocast, hidden states in {short(dtype)}", partial(autocast, hidden=dtype))
       for dtype in (torch.bfloat16, torch.float32)),
+    Check("bf16 products of fp32 heads", narrow_operands),
     *(Check(f"options of {kind}", partial(options, kind=kind)) for kind in KINDS),
     *(Check(f"{vocab} tokens", partial(long_vocabulary, vocab=vocab)) for vocab in (151_936, 262_144)),
     Check("models far apart", far_apart),
@@ -490,6 +539,8 @@ CHECKS = (
     Check("memory stays within the budget", memory_budget, needs_gpu=True),
     Check("products of narrow operands", narrow_products, needs_gpu=True),
     *(Check(f"ready logits, {short(dtype)}", partial(ready_logits, dtype=dtype)) for dtype in BOUNDS),
+    Check("ready logits that are not contiguous", strides_of_logits),
+    *(Check(f"cross-entropy, {short(dtype)}", partial(cross_entropy, dtype=dtype)) for dtype in BOUNDS),
     *(Check(f"top-k, {short(dtype)}", partial(top_k, dtype=dtype)) for dtype in BOUNDS),
     *(Check(f"{impl}: {kind}, {short(dtype)}", partial(matches, kind=kind, dtype=dtype, impl=impl))
       for impl, kind, dtype in product(CANDIDATES, KINDS, BOUNDS)),

@@ -1,7 +1,7 @@
 """What a CUDA graph needs of a call: nothing that the host waits for, nothing that a tensor's values decide.
 
 The loop runs here on meta tensors, which have no values: code that reads one raises. Launches of Triton kernels are
-recorded instead of made. `make test-gpu` captures a call on a real GPU.
+recorded instead of made. `make gpu-proof` captures a call on a real GPU.
 """
 
 import importlib
