@@ -63,11 +63,13 @@ def config_of(settings: dict[str, Any], folder: Path) -> Any:
 
 def predicted(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The plan's phases in bytes by term."""
-    from sdft.planning import plan
+    from sdft.planning.machine import this_machine
+    from sdft.planning.plan import predict
+    from sdft.planning.work import shape_of, work_of
 
     config = config_of(settings, folder)
-    shape, work = plan.shape_of(config), plan.work_of(config)
-    return plan.predict(shape, config, work, plan.this_machine(config)).phases
+    shape, work, machine = shape_of(config), work_of(config), this_machine(config)
+    return predict(shape, config, work, machine).phases
 
 
 def measured(settings: dict[str, Any], folder: Path) -> dict[str, int]:
@@ -124,14 +126,35 @@ METHODS: dict[str, dict[str, Any]] = {
     "LoRA 16, bf16 weights, checkpointing": LORA,
     "QLoRA 16, checkpointing": LORA | {"model.quantize": "4bit"},
 }
-# Sizes from the models' public config.json.
-SHAPES = {
-    "Qwen2.5-0.5B": ("qwen2", 24, 896, 4864, 14, 2, 64, 151936, True),
-    "Qwen2.5-1.5B": ("qwen2", 28, 1536, 8960, 12, 2, 128, 151936, True),
-    "Qwen2.5-7B": ("qwen2", 28, 3584, 18944, 28, 4, 128, 152064, False),
-    "Llama-3.1-8B": ("llama", 32, 4096, 14336, 32, 8, 128, 128256, False),
+# Sizes from the models' public config.json: model type, layers, hidden, MLP, heads, heads of keys, vocabulary, tied.
+MODELS: dict[str, tuple[str, int, int, int, int, int, int, bool]] = {
+    "Qwen2.5-0.5B": ("qwen2", 24, 896, 4864, 14, 2, 151936, True),
+    "Qwen2.5-1.5B": ("qwen2", 28, 1536, 8960, 12, 2, 151936, True),
+    "Qwen2.5-7B": ("qwen2", 28, 3584, 18944, 28, 4, 152064, False),
+    "Llama-3.1-8B": ("llama", 32, 4096, 14336, 32, 8, 128256, False),
 }
 STEP = {"prompt": 512, "teacher_prompt": 1024, "completion": 256}  # tokens of each of a step's 32 sequences
+
+
+def shape_of(model: str) -> Any:
+    """The ModelShape of one of MODELS."""
+    from transformers import AutoConfig
+
+    from sdft.model.shape import ModelShape
+
+    kind, layers, hidden, inner, heads, kv_heads, vocab, tied = MODELS[model]
+    return ModelShape.from_config(
+        AutoConfig.for_model(
+            kind,
+            num_hidden_layers=layers,
+            hidden_size=hidden,
+            intermediate_size=inner,
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            vocab_size=vocab,
+            tie_word_embeddings=tied,
+        )
+    )
 
 
 def full_logits() -> tuple[float, float]:
@@ -144,7 +167,7 @@ def full_logits() -> tuple[float, float]:
     from torch._subclasses.fake_tensor import FakeTensorMode
     from trl.experimental.sdft.loss_utils import compute_full_logit_self_distillation_loss
 
-    from sdft.planning.simulate import LiveBytes
+    from sdft.planning.live_bytes import LiveBytes
 
     rows, vocab = 64, 4096
     with FakeTensorMode():
@@ -167,37 +190,37 @@ def full_logits() -> tuple[float, float]:
 def table() -> str:
     """The largest token budget of every method on every GPU: Markdown."""
     from sdft.config import Config, override
-    from sdft.model.shape import ModelShape, Work
-    from sdft.planning.costs import Costs, Machine, Pass
-    from sdft.planning.plan import CUBLAS_WORKSPACE, CUDA_CONTEXT, FRAGMENTATION
+    from sdft.planning.machine import CUBLAS_WORKSPACE, CUDA_CONTEXT, FRAGMENTATION, Machine
+    from sdft.planning.plan import Costs, Terms
+    from sdft.planning.work import Pass, uniform_work
 
     forward, backward = full_logits()
 
     class FullLogits(Costs):
         """The same plan, but the loss keeps every logit of both sides, and makes gradients in the backward pass."""
 
-        def losing(self, one: Pass) -> dict[str, int]:
-            logits = {"gradients": 0, "loss": round(forward * one.rows * self.shape.vocab)}
-            return super().losing(one) | logits
+        def in_loss(self, uses: Terms, one: Pass) -> Terms:
+            return self._with_logits(uses, forward * one.rows)
 
-        def descending(self, one: Pass, again: bool) -> list[dict[str, int]]:
-            first, *rest = super().descending(one, again)
-            logits = {"gradients": self.gradients * again, "loss": round(backward * one.rows * self.shape.vocab)}
-            return [first | logits, *rest]
+        def in_backward(self, uses: Terms, one: Pass, place: str) -> Terms:
+            return self._with_logits(uses, backward * one.rows) if place == "before" else uses
+
+        def _with_logits(self, uses: Terms, entries: float) -> Terms:
+            gradients = max(0, uses.get("gradients", 0) - self.held.head_gradient)
+            return uses | {"gradients": gradients, "loss": round(entries * self.shape.vocab)}
 
     lines = [
         f"| model | what trains | {' | '.join(f'{gpu} GB' for gpu in GPUS)} |",
         f"|---|---|{'---|' * len(GPUS)}",
     ]
-    for (model, sizes), (method, settings) in product(SHAPES.items(), METHODS.items()):
-        shape = ModelShape(*sizes, qkv_bias=sizes[0] == "qwen2")
+    for model, (method, settings) in product(MODELS, METHODS.items()):
         new = {"rollout.max_new_tokens": STEP["completion"], "model.device": "cuda", "teacher.kind": "ema"}
         config = override(Config(), new | settings)
-        work = Work.uniform(config, **STEP)
+        work = uniform_work(config, **STEP)
         cells = []
         for gpu in GPUS:
             machine = Machine("cuda", gpu * GIB, CUDA_CONTEXT + CUBLAS_WORKSPACE, FRAGMENTATION)
-            found = [largest(kind, shape, config, machine, work) for kind in (Costs, FullLogits)]
+            found = [largest(kind, shape_of(model), config, machine, work) for kind in (Costs, FullLogits)]
             cells.append(" / ".join(found) if found != ["–", "–"] else "–")
         lines.append(f"| {model} | {method} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -209,7 +232,7 @@ def largest(kind: Any, shape: Any, config: Any, machine: Any, work: Any) -> str:
     from sdft.planning.plan import largest_budget
 
     for prompts in (32, 8, 1):
-        costs = kind(shape, override(config, {"rollout.batch_size": prompts}), machine, True)
+        costs = kind(shape, override(config, {"rollout.batch_size": prompts}), machine)
         budget = largest_budget(costs, work)
         if budget is not None:
             few = f" ({prompts})" if prompts < 32 else ""

@@ -232,12 +232,14 @@ def run_ours(job: Job, rows: list[dict[str, str]]) -> Row:
 def prediction(config: Any) -> Row:
     """`sdft plan`'s peak for the config, in what the peak is measured in; nothing where there is no sdft.plan."""
     try:
-        from sdft.planning import plan
+        from sdft.planning.machine import this_machine
+        from sdft.planning.plan import peak as predicted_peak
+        from sdft.planning.work import shape_of, work_of
     except ImportError:
         return {}
-    shape, work = plan.shape_of(config), plan.work_of(config)
-    machine = plan.this_machine(config)  # last: on the CPU it counts the libraries that are loaded by then
-    peak = plan.predict(shape, config, work, machine).peak
+    shape, work = shape_of(config), work_of(config)
+    machine = this_machine(config)  # last: on the CPU it counts the libraries that are loaded by then
+    peak = predicted_peak(shape, config, work, machine)
     # The allocator's peak leaves out the CUDA context; a process's resident memory holds all there is.
     return {"predicted": peak - (machine.runtime if machine.kind == "cuda" else 0)}
 

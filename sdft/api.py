@@ -20,9 +20,11 @@ from sdft.evaluation.harness import Score
 from sdft.evaluation.pass_at_k import Samples, sample_answers
 from sdft.model import loading
 from sdft.model.loading import LanguageModel
-from sdft.model.shape import Work
-from sdft.planning import plan as planning
-from sdft.planning.plan import Plan
+from sdft.planning.advice import advice, advice_after_running_out
+from sdft.planning.machine import parse_size, this_machine
+from sdft.planning.picture import verdict
+from sdft.planning.plan import Plan, predict
+from sdft.planning.work import shape_of, uniform_work, work_of
 from sdft.rollout.engine import Engine
 from sdft.rollout.sampling import ModelEngine
 from sdft.training import loop
@@ -72,7 +74,7 @@ def train(config: Config) -> TrainResult:
     Raises SdftError for a config that cannot work, FruitlessError if the run ends without a model (NaN, or a guard that
     no checkpoint respects), and KeyboardInterrupt after Ctrl-C, with a checkpoint written.
     """
-    return TrainResult(Path(config.train.output), loop.train(config, planning.advice_after_running_out))
+    return TrainResult(Path(config.train.output), loop.train(config, advice_after_running_out))
 
 
 # Before training.
@@ -165,17 +167,17 @@ def plan(
     if prompt_tokens:
         unused["data.train"] = config.data.train or "unused"
     validate(override(config, unused))
-    size = planning.parse_size(memory) if isinstance(memory, str) else memory
-    shape = planning.shape_of(config)
+    size = parse_size(memory) if isinstance(memory, str) else memory
+    shape = shape_of(config)
     if prompt_tokens:
         longest = config.rollout.max_new_tokens
-        work = Work.uniform(config, prompt_tokens, teacher_prompt_tokens or prompt_tokens + longest, longest)
+        work = uniform_work(config, prompt_tokens, teacher_prompt_tokens or prompt_tokens + longest, longest)
     else:
-        work = planning.work_of(config)
-    machine = planning.this_machine(config, size)
-    found = planning.predict(shape, config, work, machine)
-    advice = () if found.fits else tuple(planning.advice(shape, config, work, machine))
-    return PlanResult(found, planning.verdict(found, config), advice)
+        work = work_of(config)
+    machine = this_machine(config, size)
+    found = predict(shape, config, work, machine)
+    changes = () if found.fits else tuple(advice(shape, config, work, machine))
+    return PlanResult(found, verdict(found), changes)
 
 
 # With a model.

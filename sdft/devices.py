@@ -35,6 +35,15 @@ def return_freed(device: torch.device) -> None:
         trim(0)
 
 
+def resident_bytes() -> int:
+    """Bytes of this process that are in memory; on systems other than Linux the most that ever were."""
+    if sys.platform == "linux":
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
 def return_freed_within(lm: nn.Module, device: torch.device) -> None:
     """return_freed a few times (RETURNS) in every forward pass that keeps activations, and in its backward pass.
 

@@ -133,11 +133,11 @@ def study_command(args: list[str]) -> None:
 
 def plan_of_study(a: StudyArgs, found: "Study") -> str:
     """Peak memory and time of every distinct run, as a table."""
-    from sdft.planning import plan
+    from sdft.planning.machine import parse_size, this_machine
     from sdft.study.plan import Sizes, plan_study, plan_table
 
-    size = plan.parse_size(a.memory) if a.memory else 0
-    machine = plan.this_machine(override(found.config, {"model.device": "cuda"} if size else {}), size)
+    size = parse_size(a.memory) if a.memory else 0
+    machine = this_machine(override(found.config, {"model.device": "cuda"} if size else {}), size)
     planned = plan_study(found, machine, Sizes(a.prompt_tokens, a.teacher_prompt_tokens, a.records))
     return plan_table(planned, machine.memory, a.tflops)
 

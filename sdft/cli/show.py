@@ -5,7 +5,7 @@ from rich.table import Table
 
 from sdft.api import CheckResult, Evaluation, PlanResult
 from sdft.evaluation.harness import Score
-from sdft.planning.plan import picture
+from sdft.planning.picture import picture
 
 
 def plan(found: PlanResult) -> None:

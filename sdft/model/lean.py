@@ -10,8 +10,6 @@ transformers', they keep 20 with what attention keeps (docs/memory.md):
   gradient: one layer's copy at a time, in memory that is still warm
 - LoRA layers that share an input share what is kept of it
 
-An embedding of any model adds its gradient to the rows that were looked up and makes none of the whole vocabulary.
-
 Legend: B rows, T tokens, H hidden size, I size of the MLP, V vocabulary.
 """
 
@@ -53,41 +51,6 @@ def share_inputs(lm: nn.Module) -> None:
     for module in lm.modules():
         if hasattr(module, "cast_input_dtype_enabled") and not module.lora_variant:
             module.cast_input_dtype_enabled = False
-
-
-def scatter_gradient(embedding: Any) -> None:
-    """Makes an embedding add its gradient to the parameter's, row by row, when it comes.
-
-    PyTorch's is (V, H) and zero but for the rows that were looked up; with a tied head it comes last, beside the
-    head's, which has waited for it: the peak of a small model's backward pass. Weights of less than fp32 are left
-    alone: a row that is looked up often would be rounded each time.
-    """
-    if scatters(embedding):
-        embedding.forward = partial(look_up, embedding)
-
-
-def scatters(embedding: Any) -> bool:
-    """Whether scatter_gradient changes this embedding."""
-    if type(embedding) is not nn.Embedding or embedding.max_norm is not None or embedding.scale_grad_by_freq:
-        return False
-    return embedding.weight.requires_grad and embedding.weight.dtype == torch.float32
-
-
-def look_up(module: Any, ids: Tensor) -> Tensor:
-    """Rows (B, T, H) of an embedding (V, H); a backward() adds to weight.grad behind autograd's back."""
-    weight: nn.Parameter = module.weight
-    x = nn.functional.embedding(ids, weight.detach())
-    if torch.is_grad_enabled():
-
-        def scatter(grad: Tensor) -> None:
-            if weight.grad is None:
-                weight.grad = torch.zeros_like(weight)
-            if module.padding_idx is not None:  # whose row PyTorch does not train either
-                grad = grad.masked_fill((ids == module.padding_idx)[..., None], 0)
-            weight.grad.index_put_((ids,), grad.to(weight.dtype), accumulate=True)  # in the same order every time
-
-        x.requires_grad_().register_hook(scatter)
-    return x
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:

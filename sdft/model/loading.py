@@ -515,11 +515,11 @@ class saved_activations(torch.autograd.graph.save_on_cpu):  # noqa: N801  # name
     def __init__(self) -> None:
         super().__init__(pin_memory=True)
         pack, unpack = self.pack_hook, self.unpack_hook
-        self.pack_hook = lambda t: t if _is_weight(t) else pack(t)
+        self.pack_hook = lambda t: t if is_weight(t) else pack(t)
         self.unpack_hook = lambda kept: kept if isinstance(kept, Tensor) else unpack(kept)
 
 
-def _is_weight(tensor: Tensor) -> bool:
+def is_weight(tensor: Tensor) -> bool:
     # A linear layer saves its weight transposed: a view.
     return isinstance(tensor if tensor._base is None else tensor._base, nn.Parameter)
 

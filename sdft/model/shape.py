@@ -6,7 +6,6 @@ Both are plain numbers: what counts operations (flops.py), memory or rows needs 
 from dataclasses import dataclass, field
 from typing import Any
 
-from sdft.config import Config
 from sdft.errors import SdftError
 
 # Model types whose blocks consist of `ModelShape.linears` and norms, and of nothing else.
@@ -109,18 +108,6 @@ class Work:
     teacher_prompts: tuple[int, ...]  # with the demonstration; empty if there is no teacher (sft, dft)
     completions: tuple[int, ...]
     offline: tuple[int, ...] = ()  # prompts of all completions that are sampled before the first step
-
-    @classmethod
-    def uniform(cls, config: Config, prompt: int, teacher_prompt: int, completion: int) -> "Work":
-        """A step whose sequences all have the same lengths."""
-        repeats = 1 if config.method.completions == "demonstrations" else config.rollout.per_prompt
-        count = config.train.batch_size * repeats
-        return cls(
-            (prompt,) * count,
-            (teacher_prompt,) * count if config.method.needs_teacher else (),
-            (completion,) * count,
-            (teacher_prompt,) * config.rollout.batch_size if config.method.completions == "offline" else (),
-        )
 
     @property
     def sizes(self) -> list[int]:

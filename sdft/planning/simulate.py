@@ -1,76 +1,209 @@
 """What a micro-batch holds at its peaks, by running it on fake tensors: shapes and lifetimes, no memory, no arithmetic.
 
-Knows any family that loads. It is the truth that the closed forms of plan.py are tested against, and what they fall
-back on. Legend: T tokens of a forward pass, N completion tokens, H hidden size, V vocabulary.
+Any family that loads can be simulated. A few of the model's layers are enough: what each further layer adds is the same
+(depth.py). Legend: T tokens of a forward pass, N completion tokens, H hidden size, V vocabulary.
 """
 
-import weakref
-from collections.abc import Iterable, Sequence
+import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    UnsupportedOperatorException,
+)
 
-from sdft.config import Config
+from sdft.config import LoraConfig, ModelConfig
 from sdft.model import lean
 from sdft.model.attention import attend
-from sdft.model.loading import DTYPES, LanguageModel, add_lora, disable_dropout, enable_gradient_checkpointing
+from sdft.model.loading import (
+    DTYPES,
+    LanguageModel,
+    add_lora,
+    backbone,
+    disable_dropout,
+    enable_gradient_checkpointing,
+    is_weight,
+)
+from sdft.planning.live_bytes import LiveBytes
+from sdft.planning.work import Pass
 
 ATTENTION = "sdft_simulated"
+UNPLANNABLE = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException)
 
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the storages that operators make, each once, until nothing refers to them any more.
-
-    Gradients, saved tensors and temporaries all count; what existed before is left out.
-    """
-
-    def __init__(self, existing: Sequence[Tensor] = ()) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self.seen: dict[int, Any] = {t.untyped_storage()._cdata: None for t in existing}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if not isinstance(tensor, Tensor):
-                continue
-            storage = tensor.untyped_storage()
-            if storage._cdata not in self.seen:
-                size = storage.nbytes()
-                self.seen[storage._cdata] = weakref.finalize(storage, self._drop, storage._cdata, size)
-                self.now += size
-                self.peak = max(self.peak, self.now)
-        return out
-
-    def _drop(self, key: int, size: int) -> None:
-        del self.seen[key]
-        self.now -= size
-
-    def take_peak(self) -> int:
-        """The peak since the last call."""
-        peak, self.peak = self.peak, self.now
-        return peak
+Peaks = dict[tuple[str, str], dict[str, int]]  # (phase, place in it) -> bytes at the peak, by use
 
 
 @dataclass(frozen=True)
-class Peaks:
-    """Bytes beyond the weights and what a run always holds, in the first micro-batch of a step or in a later one."""
+class Counts:
+    """Entries of a model's weights."""
 
-    teacher: int  # most during the teacher's forward
-    saved: int  # left by the student's forward
-    student: int  # most during it
-    loss: int  # most during the loss, work space apart
-    backward: int  # most during the backward pass, the gradients included
-    gradients: int  # left by it
+    frozen: int  # those that do not train
+    trained: int
+    matrices: int  # of the frozen ones, in linear layers other than the head: what quantization makes smaller
+
+    def at_depth(self, more: "Counts", layers: int, more_layers: int, depth: int) -> "Counts":
+        """These are of `layers` layers, `more` of `more_layers`; the counts of `depth` layers."""
+        mine, theirs = (self.frozen, self.trained, self.matrices), (more.frozen, more.trained, more.matrices)
+        steps, gap = depth - layers, more_layers - layers
+        return Counts(*(a + (b - a) * steps // gap for a, b in zip(mine, theirs, strict=True)))
+
+
+class Simulation:
+    """A model on fake tensors that runs micro-batches."""
+
+    def __init__(
+        self,
+        lm_config: Any,
+        model: ModelConfig,
+        lora: LoraConfig,
+        compute: torch.dtype,
+        packed: bool,
+        kind: str,  # of device, whose attention is used
+    ) -> None:
+        self.packed, self.offload = packed, model.activation_offload
+        self.model = _model(lm_config, model, lora, compute, kind)
+        self.mode = FakeTensorMode(allow_non_fake_inputs=False)
+        self.live: LiveBytes | None = None
+        self.phase = ""
+        with self.mode:
+            _fill(self.model.lm)
+        for parameter in self.model.trainable().values():
+            parameter.register_post_accumulate_grad_hook(self._gradient_is_complete)
+        self._watch_blocks()
+
+    @property
+    def counts(self) -> Counts:
+        parameters = list(self.model.lm.parameters())
+        head = self.model.inner.get_output_embeddings()
+        linears = [m.weight for m in self.model.lm.modules() if isinstance(m, nn.Linear) and m is not head]
+        return Counts(
+            sum(p.numel() for p in parameters if not p.requires_grad),
+            sum(p.numel() for p in parameters if p.requires_grad),
+            sum(w.numel() for w in linears if not w.requires_grad),
+        )
+
+    def micro_batch(self, one: Pass) -> tuple[Peaks, Peaks]:
+        """The peaks of a micro-batch, beyond the weights and what a run always holds.
+
+        First those of a step's first micro-batch, then those of a later one, which adds its gradients to earlier ones.
+        Phases: teacher, student, loss, backward.
+        """
+        with self.mode, LiveBytes([*self.model.lm.parameters(), *self.model.lm.buffers()]) as live:
+            self.live = live
+            self._run(live, one)
+            self.live = None
+            for parameter in self.model.trainable().values():
+                parameter.grad = None
+        return _by_phase(live.peaks()), _by_phase(live.peaks(again=True))
+
+    def prompt_pass(self, tokens: int) -> int:
+        """Most bytes at once during a forward pass without gradients."""
+        with self.mode, LiveBytes([*self.model.lm.parameters(), *self.model.lm.buffers()]) as live, torch.no_grad():
+            self.model.lm.eval()
+            self._hidden(tokens, 1, 1)
+            self.model.lm.train()
+        return live.take_peak()
+
+    def _gradient_is_complete(self, parameter: nn.Parameter) -> None:
+        if self.live is not None and parameter.grad is not None:
+            self.live.add_to_sum(parameter.grad)
+
+    def _run(self, live: LiveBytes, one: Pass) -> None:
+        teacher_hidden = None
+        if one.teacher:
+            self._begin("teacher")
+            self.model.lm.eval()
+            with torch.no_grad():
+                teacher_hidden = self._hidden(one.teacher, one.sequences, one.rows)
+            self.model.lm.train()
+        self._begin("student")
+        with (
+            torch.autograd.graph.saved_tensors_hooks(_to_host, _from_host) if self.offload else contextlib.nullcontext()
+        ):
+            x = self._hidden(one.student, one.sequences, one.rows)
+        live.name_rest("activations")
+        for kept in (x, teacher_hidden):
+            if kept is not None:
+                live.name(kept, "transient")
+        self._begin("loss")
+        head = self.model.inner.get_output_embeddings().weight
+        # Autograd keeps a tied head's gradient until the embedding's comes, and adds it in place. Under a dispatch mode
+        # it would add out of place: the gradient is kept here instead.
+        tied = head is self.model.inner.get_input_embeddings().weight
+        loss, dw = _FusedLoss.apply(x, head, tied)
+        live.name(dw, "gradients")
+        if tied:
+            dw = dw.to(head.dtype)
+            live.name(dw, "gradients")
+        else:
+            del dw
+        self._begin("backward")
+        del x
+        loss.backward()
+        del loss, teacher_hidden
+        dw = None
+
+    def _hidden(self, tokens: int, sequences: int, rows: int) -> Tensor:  # (N, H)
+        ids = torch.zeros((sequences, tokens // sequences), dtype=torch.int64)
+        with self.model.autocast():
+            extra = {"lengths": (tokens,)} if self.packed else {}
+            full = backbone(self.model.inner)(input_ids=ids, use_cache=False, **extra).last_hidden_state
+        return full.flatten(0, 1).index_select(0, torch.zeros(rows, dtype=torch.int64))
+
+    # Where in a pass a peak is: before the first layer, in one of the layers, or after the last.
+
+    def _begin(self, phase: str, place: str = "before") -> None:
+        self.phase = phase
+        if self.live is not None:
+            self.live.begin(f"{phase}/{place}")
+
+    def _watch_blocks(self) -> None:
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        blocks = [m for m in self.model.lm.modules() if isinstance(m, GradientCheckpointingLayer)]
+        half = len(blocks) // 2
+        for i, block in enumerate(blocks):
+            # Layers are counted from the nearer end: depth.py compares models of different depths by these names.
+            place = f"layer {i}" if i < half else f"layer {i - len(blocks)}"
+            block.register_forward_pre_hook(self._at_block_input(place, first=i == 0), with_kwargs=True)
+            block.register_forward_hook(self._at_block_output(place, last=i == len(blocks) - 1))
+
+    def _at_block_input(self, place: str, first: bool) -> Any:
+        def enter(block: nn.Module, args: Any, kwargs: Any) -> None:
+            if self.phase == "backward":  # gradient checkpointing computes the layer again
+                return
+            self._begin(self.phase, place)
+            hidden = args[0] if args else kwargs["hidden_states"]
+            if first and hidden.requires_grad:
+                hidden.register_hook(lambda _: self._begin("backward", "after"))
+
+        return enter
+
+    def _at_block_output(self, place: str, last: bool) -> Any:
+        def leave(block: nn.Module, args: Any, output: Any) -> None:
+            if self.phase == "backward":
+                return
+            hidden = output[0] if isinstance(output, tuple) else output
+            if hidden.requires_grad:
+                hidden.register_hook(lambda _: self._begin("backward", place))
+            if last:
+                self._begin(self.phase, "after")
+
+        return leave
+
+
+def _by_phase(peaks: dict[str, dict[str, int]]) -> Peaks:
+    return {(span.partition("/")[0], span.partition("/")[2]): uses for span, uses in peaks.items() if span}
 
 
 class _FusedLoss(torch.autograd.Function):
-    """The lifetimes of the fused loss: both gradients made in the forward, none of its work space."""
+    """The lifetimes of the fused loss: both gradients made in the forward, without its workspace."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, tied: bool) -> tuple[Tensor, Tensor]:
@@ -88,115 +221,61 @@ class _FusedLoss(torch.autograd.Function):
         return dx, None if dw is None else dw.to(ctx.dtype), None
 
 
-def simulate(
-    lm_config: Any, config: Config, compute: torch.dtype, student: Sequence[int], teacher: Sequence[int], rows: int,
-    packed: bool, kind: str = "cuda", micro_batches: int = 1,
-) -> Peaks:  # fmt: skip
-    """Peaks of the last of `micro_batches` equal ones.
-
-    lm_config: a Hugging Face config. student, teacher: tokens of each sequence's forward pass on that side (teacher
-    may be empty). rows: completion tokens N. packed: end to end, or padded to the longest. kind: of device,
-    whose attention is used.
-    """
-    model = _model(lm_config, config, compute, kind)
-    with FakeTensorMode(allow_non_fake_inputs=False):
-        _fill(model.lm)
-        existing = [*model.lm.parameters(), *model.lm.buffers()]
-        sums = _accumulate_in_place(model.trainable().values())
-        with LiveBytes(existing) as live:
-            for _ in range(micro_batches):
-                for parameter in sums:
-                    parameter.grad = None
-                peaks = _micro_batch(model, live, student, teacher, rows, packed)
-    return peaks
+def _to_host(tensor: Tensor) -> Any:
+    """model.activation_offload: what a forward saves leaves the device, weights excepted."""
+    return tensor if is_weight(tensor) else (tensor.shape, tensor.dtype)
 
 
-def count(lm_config: Any, config: Config) -> tuple[int, int]:
-    """Entries of all weights, adapters included, and of those that train."""
-    parameters = list(_model(lm_config, config, torch.float32).lm.parameters())
-    return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
+def _from_host(kept: Any) -> Tensor:
+    return kept if isinstance(kept, Tensor) else torch.empty(kept[0], dtype=kept[1])
 
 
-def _micro_batch(
-    model: LanguageModel, live: LiveBytes, student: Sequence[int], teacher: Sequence[int], rows: int, packed: bool
-) -> Peaks:
-    def hidden(lengths: Sequence[int]) -> Tensor:  # (N, H)
-        shape = (1, sum(lengths)) if packed else (len(lengths), max(lengths))
-        ids = torch.zeros(shape, dtype=torch.int64)
-        where = torch.zeros(rows, dtype=torch.int64)
-        with model.autocast():
-            out = (
-                model.inner.base_model
-                if model.lm is model.inner
-                else getattr(model.inner, model.inner.base_model_prefix)
-            )
-            extra = {"lengths": tuple(lengths)} if packed else {}
-            full = out(input_ids=ids, use_cache=False, **extra).last_hidden_state
-        return full.flatten(0, 1).index_select(0, where)
+class _Unpacked(torch.autograd.Function):
+    """x W^T by a 4-bit W, which is unpacked for every product."""
 
-    live.take_peak()
-    teacher_hidden = None
-    if teacher:
-        model.lm.eval()
-        with torch.no_grad():
-            teacher_hidden = hidden(teacher)
-        model.lm.train()
-    infer = live.take_peak()
-    before = live.now
-    x = hidden(student)
-    saved, most = live.now - before, live.take_peak()
-    head = model.inner.get_output_embeddings().weight
-    # Autograd keeps a tied head's gradient until the embedding's comes, and adds it in place. Under a dispatch mode it
-    # would add out of place: the gradient is kept here instead.
-    embedding = model.inner.get_input_embeddings()
-    tied = head is embedding.weight and not lean.scatters(embedding)
-    loss, dw = _FusedLoss.apply(x, head, tied)
-    in_loss = live.take_peak()
-    if tied:
-        dw = dw.to(head.dtype)
-    else:
-        del dw
-    del x
-    loss.backward()
-    del loss, teacher_hidden
-    dw = None
-    return Peaks(infer, saved, most, in_loss, live.take_peak(), live.now)
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        return x @ weight.to(x.dtype, copy=True).t()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (weight,) = ctx.saved_tensors
+        return grads[0] @ weight.to(grads[0].dtype, copy=True), None
 
 
-def _accumulate_in_place(parameters: Iterable[nn.Parameter]) -> dict[nn.Parameter, Tensor]:
-    """Gradients that autograd stores, the sums of all micro-batches; those of a later one are dropped when they come.
+class _Linear4bit(nn.Linear):
+    """The lifetimes of bitsandbytes' 4-bit layer, with weights whose own bytes do not count here."""
 
-    That is as if added in place, what autograd does with plain tensors; fake ones it would add out of place, so no
-    parameter may hold a sum when a micro-batch begins.
-    """
-    sums: dict[nn.Parameter, Tensor] = {}
-
-    def keep(parameter: nn.Parameter) -> None:
-        assert parameter.grad is not None
-        parameter.grad = sums.setdefault(parameter, parameter.grad)
-
-    for parameter in parameters:
-        parameter.register_post_accumulate_grad_hook(keep)
-    return sums
+    def forward(self, input: Tensor) -> Tensor:
+        dtype = lean.autocast_dtype(input)
+        out = _Unpacked.apply(input.to(dtype), self.weight)
+        return out if self.bias is None else out + self.bias.to(dtype)
 
 
-def _model(lm_config: Any, config: Config, compute: torch.dtype, kind: str = "cuda") -> LanguageModel:
-    """The model as train.py sets it up, on the meta device."""
+def _model(lm_config: Any, config: ModelConfig, lora: LoraConfig, compute: torch.dtype, kind: str) -> LanguageModel:
+    """The model as the trainer sets it up, on the meta device."""
     from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
 
     AttentionInterface.register(ATTENTION, _attend_on_cpu if kind == "cpu" else _attend)
     AttentionMaskInterface.register(ATTENTION, lambda *args, **kwargs: None)
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(
-            lm_config, dtype=DTYPES[config.model.weights_dtype], attn_implementation=ATTENTION
+            lm_config,
+            dtype=DTYPES[config.weights_dtype],
+            attn_implementation="eager" if config.attention == "eager" else ATTENTION,
         )
         disable_dropout(lm)
+        if config.quantize == "4bit":
+            head = lm.get_output_embeddings()
+            for module in lm.modules():
+                if type(module) is nn.Linear and module is not head:
+                    module.__class__ = _Linear4bit
         lean.install(lm)
         model = LanguageModel(lm, torch.device("cpu"), compute, 0, (0,))
-        if config.lora.rank:
-            add_lora(model, config.lora, 0)
-        lean.scatter_gradient(lm.get_input_embeddings())
-    if config.model.gradient_checkpointing:
+        if lora.rank:
+            add_lora(model, lora, 0)
+    if config.gradient_checkpointing:
         enable_gradient_checkpointing(model)
     model.lm.train()
     return model
@@ -220,7 +299,7 @@ def _attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
     lengths: Sequence[int] | None = None, **options: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """Attention without a mask, a sequence at a time where `lengths` are given: (B, heads, T, D) -> (B, T, heads, D).
+    """Attention without a mask, a sequence at a time if `lengths` are given: (B, heads, T, D) -> (B, T, heads, D).
 
     transformers makes masks of T x T wherever it cannot look at values, as in fake tensors.
     """
@@ -235,5 +314,5 @@ def _attend(
 def _attend_on_cpu(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
-    """The trainer's own, which has a rule of its own for the CPU."""
+    """The trainer's attention, which has a rule of its own for the CPU."""
     return attend(module, query, key, value, None, **options)

@@ -8,7 +8,10 @@ from typing import Any
 from sdft.config import Config, override
 from sdft.data.dataset import TokenizedExample
 from sdft.model import flops
-from sdft.planning import plan
+from sdft.planning import work as planning
+from sdft.planning.machine import Machine
+from sdft.planning.picture import size
+from sdft.planning.plan import peak
 from sdft.study.spec import BASE, Study, cells, stage_configs
 
 # Settings in which two runs may differ and still take the same memory and operations.
@@ -42,12 +45,12 @@ class _Run:
     count: int = 0
 
 
-def plan_study(study: Study, machine: Any, sizes: Sizes = Sizes()) -> list[Planned]:
+def plan_study(study: Study, machine: Machine, sizes: Sizes = Sizes()) -> list[Planned]:
     """Peak memory and operations of every distinct run. Evaluations are not counted.
 
-    Sampled completions are taken to be as long as rollout.max_new_tokens. machine: a planning Machine.
+    Sampled completions are taken to be as long as rollout.max_new_tokens.
     """
-    shape = plan.shape_of(study.config)
+    shape = planning.shape_of(study.config)
     read: dict[str, Sequence[TokenizedExample]] = {}  # the same data, model and context are read once
     peaks: dict[str, int] = {}
     planned = []
@@ -57,12 +60,12 @@ def plan_study(study: Study, machine: Any, sizes: Sizes = Sizes()) -> list[Plann
             steps, works, asked = _stated_work(config, sizes)
         else:
             same = json.dumps([asdict(c) for c in (config.model, config.data, config.teacher)])
-            read[same] = read.get(same) or plan.tokenized(config)
-            steps, works = plan.steps_of(config, len(read[same])), list(plan.works_of(config, read[same]))
+            read[same] = read.get(same) or planning.tokenized(config)
+            steps, works = planning.steps_of(config, len(read[same])), list(planning.works_of(config, read[same]))
             asked = list(works[0].offline)
         heaviest = max(works, key=lambda work: sum(work.sizes))
         alike = json.dumps([asdict(override(config, SAME | {"train.epochs": 1.0, "train.steps": 0})), heaviest.sizes])
-        peaks[alike] = peaks.get(alike) or plan.peak(shape, config, heaviest, machine)
+        peaks[alike] = peaks.get(alike) or peak(shape, config, heaviest, machine)
         total = sum(flops.step_flops(shape, config, work).total for work in works) * steps // len(works)
         if config.method.completions == "offline":
             total += flops.answer_flops(shape, asked, [config.rollout.max_new_tokens] * len(asked))
@@ -93,8 +96,8 @@ def _stated_work(config: Config, sizes: Sizes) -> tuple[int, list[Any], list[int
     """Steps, the work of a step, and the prompts of offline completions, for data of these sizes."""
     answer = config.rollout.max_new_tokens
     shown = sizes.prompt if config.teacher.context == "none" else sizes.teacher_prompt or sizes.prompt + answer
-    work = plan.Work.uniform(config, sizes.prompt, shown, answer)
-    return plan.steps_of(config, sizes.records), [work], [shown] * (sizes.records * config.rollout.per_prompt)
+    work = planning.uniform_work(config, sizes.prompt, shown, answer)
+    return planning.steps_of(config, sizes.records), [work], [shown] * (sizes.records * config.rollout.per_prompt)
 
 
 def plan_table(planned: Sequence[Planned], memory: int, tflops: float) -> str:
@@ -106,13 +109,13 @@ def plan_table(planned: Sequence[Planned], memory: int, tflops: float) -> str:
     lines = ["| run | runs | steps | peak memory | fits | PFLOP | hours |", "|---|---:|---:|---:|---|---:|---:|"]
     for one in planned:
         fits = "yes" if one.peak <= memory else "no"
-        row = [one.name, one.runs, one.steps, plan.size(one.peak), fits, f"{one.flops / 1e15:.3g}", hours(one.flops)]
+        row = [one.name, one.runs, one.steps, size(one.peak), fits, f"{one.flops / 1e15:.3g}", hours(one.flops)]
         lines.append(f"| {' | '.join(map(str, row))} |")
     runs, total = sum(one.runs for one in planned), sum(one.runs * one.flops for one in planned)
     lines.append(f"| all | {runs} | | | | {total / 1e15:.3g} | {hours(total)} |")
     return (
         "\n".join(lines)
-        + f"\n\nThe device has {plan.size(memory)}. Hours are the hours of one run if the device does {tflops:g} "
+        + f"\n\nThe device has {size(memory)}. Hours are the hours of one run if the device does {tflops:g} "
         "TFLOP/s on average: that is an\nassumption, and sampling is slower than training. Sampled completions are "
         "taken to be as long as they may\nget; evaluations are not counted.\n"
     )

@@ -149,7 +149,7 @@ def run_stage(study: Study, cell: Cell, number: int) -> None:
 
 def train_stage(study: Study, cell: Cell, number: int) -> dict[str, int]:
     """Trains or resumes the runs of a stage; returns how many tokens were trained on, and the FLOPs if known."""
-    from sdft.planning.plan import advice_after_running_out
+    from sdft.planning.advice import advice_after_running_out
     from sdft.training.loop import train
     from sdft.training.metrics import read_metrics
 

@@ -18,7 +18,7 @@ from sdft.errors import SdftError
 from sdft.evaluation import accuracy
 from sdft.loss import check_impl
 from sdft.methods import Method
-from sdft.model import lean, loading
+from sdft.model import loading
 from sdft.model.loading import LanguageModel
 from sdft.rollout.sampling import ModelEngine
 from sdft.score.teacher import check_other, other_weights
@@ -127,7 +127,6 @@ def load_model(config: Config, tokenizer: Any, stop_ids: tuple[int, ...], length
     loading.set_up_lora(model, config.lora, config.train.seed)
     if config.model.gradient_checkpointing:
         loading.enable_gradient_checkpointing(model)
-    lean.scatter_gradient(model.inner.get_input_embeddings())
     devices.return_freed_within(model.lm, model.device)
     model.lm.train()
     return model

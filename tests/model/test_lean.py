@@ -10,7 +10,6 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from sdft.model import lean
-from sdft.planning.simulate import LiveBytes
 
 KINDS = ("llama", "mistral", "qwen2", "qwen3")
 MODES = {  # weights, autocast
@@ -115,51 +114,6 @@ def test_a_linear_layer_makes_only_the_gradients_that_are_asked_for() -> None:
         layer.weight.requires_grad_(True)
         layer(x.detach()).float().sum().backward()
     torch.testing.assert_close(layer.weight.grad[0], x.detach().sum((0, 1)), rtol=0.02, atol=0.05)
-
-
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("padding", [None, 2])
-def test_an_embedding_adds_its_gradient_where_the_parameter_holds_it(tied: bool, padding: int | None) -> None:
-    torch.manual_seed(0)
-    own = nn.Embedding(50, 8, padding_idx=padding)
-    head = nn.Linear(8, 50, bias=False)
-    if tied:
-        head.weight = own.weight
-    found = []
-    for change in (lambda e: None, lean.scatter_gradient):
-        embedding, out = copy.deepcopy((own, head))
-        change(embedding)
-        for step in range(2):  # two micro-batches
-            ids = torch.randint(0, 6, (2, 20), generator=torch.Generator().manual_seed(step))  # each often
-            out(embedding(ids).tanh()).square().mean().backward()
-        found.append([embedding.weight.grad, out.weight.grad])
-        assert embedding.weight.grad[:6].abs().min() > 0 or padding is not None
-        with torch.no_grad():
-            assert not embedding(ids).requires_grad
-    for got, want in zip(*found, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
-
-
-@pytest.mark.parametrize("scatter", [True, False])
-def test_an_embeddings_gradient_is_not_of_the_whole_vocabulary(scatter: bool) -> None:
-    embedding = nn.Embedding(1000, 64)
-    if scatter:
-        lean.scatter_gradient(embedding)
-    loss = nn.functional.linear(embedding(torch.arange(5)).tanh(), embedding.weight).square().mean()
-    with LiveBytes([embedding.weight]) as live:
-        loss.backward()
-    whole = 4 * embedding.weight.numel()
-    assert whole < live.peak < 1.6 * whole if scatter else live.peak > 2 * whole  # the head's alone, or both
-
-
-@pytest.mark.parametrize("changes", [{"dtype": torch.bfloat16}, {"max_norm": 1.0}, {"scale_grad_by_freq": True}])
-def test_embeddings_that_are_left_alone(changes: dict[str, Any]) -> None:
-    embedding = nn.Embedding(10, 4, **changes)
-    lean.scatter_gradient(embedding)
-    assert "forward" not in embedding.__dict__
-    frozen = nn.Embedding(10, 4).requires_grad_(False)
-    lean.scatter_gradient(frozen)
-    assert "forward" not in frozen.__dict__
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -13,7 +13,10 @@ from sdft import config
 from sdft.errors import SdftError
 from sdft.model import flops, loading
 from sdft.model.shape import ModelShape
-from sdft.planning import plan
+from sdft.planning.advice import advice
+from sdft.planning.machine import Machine
+from sdft.planning.plan import predict
+from sdft.planning.work import shape_of, uniform_work, work_of
 from sdft.rollout.sampling import ModelEngine
 from sdft.score.batch import lay_out
 from sdft.training import loop
@@ -226,7 +229,7 @@ def test_the_plan_of_an_offline_run(make_config: Any) -> None:
     """Sampling is planned by the teacher's prompts of all records; a cross-entropy has no teacher's forward."""
     base = make_config(**{"train.steps": 1, "train.batch_size": 1, "rollout.batch_size": 64})
     works = {
-        name: plan.work_of(config.override(base, {"rollout.source": source, "loss.method": method}))
+        name: work_of(config.override(base, {"rollout.source": source, "loss.method": method}))
         for name, source, method in (
             ("sdft", "offline", "sdft"),
             ("sft", "offline", "sft"),
@@ -238,13 +241,13 @@ def test_the_plan_of_an_offline_run(make_config: Any) -> None:
     assert works["sft"].teacher_prompts == ()
     assert works["sdft"].teacher_prompts == works["live"].teacher_prompts
     assert works["sft"].completions == (base.rollout.max_new_tokens,)  # not the demonstration's length
-    uniform = plan.Work.uniform(config.override(base, {"rollout.source": "offline", "loss.method": "sft"}), 10, 20, 6)
+    uniform = uniform_work(config.override(base, {"rollout.source": "offline", "loss.method": "sft"}), 10, 20, 6)
     assert (uniform.prompts, uniform.teacher_prompts, uniform.completions) == ((10,), (), (6,))
     assert set(uniform.offline) == {20}
-    machine = plan.Machine("cpu", 2**34, 0)
+    machine = Machine("cpu", 2**34, 0)
     for method in ("sdft", "sft"):
         c = config.override(base, {"rollout.source": "offline", "loss.method": method})
-        found = plan.predict(plan.shape_of(c), c, works[method], machine)
+        found = predict(shape_of(c), c, works[method], machine)
         assert found.phases["rollout"]["KV cache"] > 0
         assert found.phases["rollout"]["moments"] == 0 < found.phases["update"]["moments"]
         assert (found.phases["rollout"]["teacher"] > 0) == (method == "sdft")
@@ -375,10 +378,10 @@ def test_the_check_needs_a_context(stages: dict[str, Any], make_config: Any) -> 
 
 def test_another_models_weights_count_as_a_base_teachers(make_config: Any) -> None:
     c = make_config(**{"teacher.kind": "base"})
-    shape, work = plan.shape_of(c), plan.work_of(c)
-    machine = plan.Machine("cpu", 2**34, 0)
+    shape, work = shape_of(c), work_of(c)
+    machine = Machine("cpu", 2**34, 0)
     other = replace(c, teacher=replace(c.teacher, model=c.model.name))
-    assert plan.predict(shape, other, work, machine) == plan.predict(shape, c, work, machine)
-    small = plan.Machine("cpu", 2**10, 0)
-    assert "lora.rank" in " ".join(plan.advice(shape, c, work, small))
-    assert "lora.rank" not in " ".join(plan.advice(shape, other, work, small))  # which would be refused
+    assert predict(shape, other, work, machine) == predict(shape, c, work, machine)
+    small = Machine("cpu", 2**10, 0)
+    assert "lora.rank" in " ".join(advice(shape, c, work, small))
+    assert "lora.rank" not in " ".join(advice(shape, other, work, small))  # which would be refused

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sdft.errors import SdftError
-from sdft.planning import plan
+from sdft.planning.advice import advice_after_running_out
 from sdft.training import loop
 from sdft.training.metrics import read_metrics
 from sdft.training.retry import ran_out_of_memory, retry_with_less
@@ -99,7 +99,7 @@ def test_twice_out_of_memory_is_a_clear_error(
 ) -> None:
     tried = out_of_memory_over(monkeypatch, 0)
     with pytest.raises(SdftError) as error:
-        loop.train(make_config(), plan.advice_after_running_out)
+        loop.train(make_config(), advice_after_running_out)
     assert len(tried) == 2
     for words in (
         "step 1, gradients: out of memory also in halves",
