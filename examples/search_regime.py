@@ -42,7 +42,7 @@ CELLS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def cell_config(name: str, seed: int) -> Any:
     """The config of a cell, its data written."""
-    from sdft.config import load_config, override
+    from sdft import load_config, override
     from sdft.data import tasks
 
     method, changes = CELLS[name]
@@ -62,7 +62,7 @@ def cell_config(name: str, seed: int) -> Any:
 
 def run(config: Any) -> None:
     """Runs a cell unless it is finished; weights are not kept."""
-    from sdft.training.loop import train
+    from sdft import train
 
     output = Path(config.train.output)
     if (output / "done").exists():

@@ -1,13 +1,13 @@
 """What `from sdft import ...` offers: train, check, plan, evaluate and generate, each with a typed result.
 
-The commands print these results and do nothing else. Every function raises SdftError, a sentence with the setting, its
-value and the fix, for whatever a user can put right; where that can be known, before long work.
+The commands print these results. Every function raises SdftError for what the user can put right, before long work if
+it can be known before: a sentence with the setting, its value and the fix.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sdft.config import Config, ModelConfig, RolloutConfig, override, validate
 from sdft.data.formats import load_records
@@ -29,6 +29,9 @@ from sdft.rollout.engine import Engine
 from sdft.rollout.sampling import ModelEngine
 from sdft.training import loop
 from sdft.training.metrics import read_metrics
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 __all__ = [
     "CheckResult",
@@ -187,13 +190,13 @@ def plan(
 class LoadedModel:
     """A model in memory, to evaluate or to generate more than once."""
 
-    tokenizer: Any
-    """The tokenizer, of transformers."""
+    tokenizer: "PreTrainedTokenizerBase"
+    """The tokenizer, as transformers loads it."""
     model: LanguageModel
 
     @property
     def engine(self) -> Engine:
-        """What generates by the model."""
+        """The engine that samples from the model."""
         return ModelEngine(self.model)
 
 
@@ -326,10 +329,8 @@ def generate(
     loaded = load_model(model)
     ids = [encode_chat(loaded.tokenizer, [*first, Message(role="user", content=p)], "prompt") for p in asked]
     completions = loaded.engine.generate(ids, sampling, seed)
-    return tuple(
-        Generated(p, loaded.tokenizer.decode(c.ids, skip_special_tokens=True), c.truncated)
-        for p, c in zip(asked, completions, strict=True)
-    )
+    texts = loaded.tokenizer.batch_decode([c.ids for c in completions], skip_special_tokens=True)
+    return tuple(Generated(p, text, c.truncated) for p, text, c in zip(asked, texts, completions, strict=True))
 
 
 def _at_least(low: int, **given: int) -> None:
