@@ -1,45 +1,42 @@
-"""Is an answer right? Each check compares what was said with what a record accepts. Knows nothing of models.
+"""Is an answer right? A check compares what a model said with what a record accepts.
 
-A record names its check (default `contains`) and what is accepted (`answer`, or its demonstrations):
+A record names its check (default `contains`) and what it accepts (`answer`, or else its demonstrations):
 
-- `exact`: equal but for surrounding white space.
-- `contains`: stands in the answer as whole words, whatever the case. `contains_all`: every one of `answer` does.
+- `exact`: equal except for white space around it.
+- `contains`: in the answer as whole words, in upper or lower case. `contains_all`: every entry of `answer` is.
 - `tool_call`: the same `Action:` / `Action Input:` pairs in the same order, arguments equal as JSON.
-- `choice`: the letter of a multiple choice; `choices` in the record (a list of texts, or {letter: text}) says which
-  letters there are, and lets an answer name its option by text.
+- `choice`: the letter of a multiple choice. If the record has `choices` (a list of texts, or {letter: text}), only
+  these letters count, and an answer may also give the text of an option.
 - `number`: the last number in the answer.
-- `regex`: a pattern in Python's syntax that is found in the answer.
-- `python:FILE.py:FUNCTION` or `python:MODULE:FUNCTION`: a function of yours, `(given: str, record: dict) -> bool`.
-  FILE counts from the working folder. The code runs as it stands: read it first if it is not yours.
+- `regex`: a Python pattern that is found in the answer.
+- `python:FILE.py:FUNCTION` or `python:MODULE:FUNCTION`: your function, `(given: str, record: dict) -> bool`. FILE is
+  relative to the working folder. The code is run: read it first if you did not write it.
 
-All but `python` look at what follows a thinking model's `</think>`; a thought without an end is no answer.
+All checks except `python` look only at the text after a thinking model's `</think>`; a thought without an end is no
+answer.
 """
 
 import functools
-import importlib
-import importlib.util
-import inspect
 import json
 import re
-import traceback
 from collections.abc import Callable, Mapping
 from decimal import Decimal, InvalidOperation
-from pathlib import Path
 from typing import Any
 
 from sdft.data.records import Example
+from sdft.data.user_checks import call_function, load_function
 from sdft.errors import SdftError
 
 Check = Callable[[str], bool]  # the answer -> is it right?
 
 
 def check_exact(given: str, expected: str) -> bool:
-    """Equal but for surrounding white space."""
+    """Equal except for white space around it."""
     return given.strip() == expected.strip()
 
 
 def check_contains(given: str, expected: str) -> bool:
-    """The expected text stands in the answer as whole words, whatever the case."""
+    """The expected text is in the answer as whole words, in upper or lower case."""
     return re.search(rf"(?<!\w){re.escape(expected.strip())}(?!\w)", given, re.IGNORECASE) is not None
 
 
@@ -60,7 +57,7 @@ def _number(text: str) -> Decimal:
 
 # Tool calls.
 
-# An input without an action of its own is found too, as a call too many.
+# An input without an action is found too: it counts as a further call.
 CALL = re.compile(r"\baction(?:[ \t]+input)?[ \t]*:[*` \t]*(?P<name>[^\n]*)", re.IGNORECASE)
 INPUT = re.compile(r"\s*\**action[ \t]+input[ \t]*:\**\s*(?:`+\w*\s*)?", re.IGNORECASE)
 
@@ -68,8 +65,8 @@ INPUT = re.compile(r"\s*\**action[ \t]+input[ \t]*:\**\s*(?:`+\w*\s*)?", re.IGNO
 def check_tool_call(given: str, expected: str) -> bool:
     """The same calls in the same order: function names equal, arguments equal as JSON.
 
-    Numbers are equal by value (1 = 1.0, but not true), the order of keys does not matter. Fences and text around the
-    calls are passed over; a call too many is wrong, also one without arguments, or arguments without a call.
+    Numbers are equal by value (1 = 1.0, but 1 is not true); the order of keys does not matter. Fences and text around
+    the calls are ignored. A further call is wrong, also a call without arguments, and arguments without a call.
     """
     calls, wanted = parse_tool_calls(given), parse_tool_calls(expected)
     return bool(wanted) and len(calls) == len(wanted) and all(map(_same_call, calls, wanted))
@@ -78,8 +75,9 @@ def check_tool_call(given: str, expected: str) -> bool:
 def parse_tool_calls(text: str) -> list[tuple[str, Any]]:
     """(function, arguments) of every `Action: name` / `Action Input: {...}` pair, in order.
 
-    Arguments that are not JSON, have a key twice, or share their line with more text stay text, white space as one
-    blank: such a call equals only one written the same way. None where `Action Input:` is missing.
+    Arguments stay text if they are not JSON, have a key twice, or share their line with other text; white space in them
+    becomes one blank. Such a call equals only a call that is written the same way. Arguments are None if
+    `Action Input:` is missing.
     """
     calls: list[tuple[str, Any]] = []
     position = 0
@@ -94,10 +92,10 @@ def parse_tool_calls(text: str) -> list[tuple[str, Any]]:
 
 
 def _arguments(text: str, start: int) -> tuple[Any, int]:
-    """The JSON at `start`, or the text up to the next call; and where the search for that goes on."""
+    """The JSON at `start`, or else the text up to the next call; and the position after it."""
     try:
         value, end = DECODER.raw_decode(text, start)
-        # Not `{"a": 1} or {"a": 2}`: who takes the first of these takes a guess for an answer.
+        # `{"a": 1} or {"a": 2}` is a guess, so its first part does not count.
         if re.match(r"[^\w{}\[\]\"'\n]*(?:\n|\Z)", text[end:]):
             return value, end
     except (ValueError, RecursionError):
@@ -126,7 +124,7 @@ def _same_call(a: tuple[str, Any], b: tuple[str, Any]) -> bool:
 
 
 def json_equal(a: Any, b: Any) -> bool:
-    """Equal as JSON: numbers by value, objects whatever the order of their keys; Python's True == 1 is not."""
+    """Equal as JSON: numbers by value, keys in any order; 1 and true are not equal, though Python's True == 1."""
     if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(json_equal(a[key], b[key]) for key in a)
     if isinstance(a, list) and isinstance(b, list):
@@ -136,7 +134,7 @@ def json_equal(a: Any, b: Any) -> bool:
 
 # Multiple choice.
 
-# Where an answer may give its letter; the first kind that occurs decides.
+# The forms in which an answer may give its letter; the first form that occurs decides.
 STATED = (
     r"<answer>|\\boxed\{(?:\s*\\(?:text|mathrm|mathbf)\{)?",
     r"(?<![</])\b(?:answer|(?:correct|right|best) (?:option|choice))\b[^\w\n(\[]*"
@@ -144,23 +142,24 @@ STATED = (
     r"^[^\w(\[\n]*",
     r"(?=\(\w\)|\[\w\])|\b(?:option|choice)[ \t]+",
 )
-# A word after the letter makes it part of a sentence ("A dog", "B is wrong"), unless it speaks for the letter.
-SPEAKS_FOR_IT = r"because\b|since\b|as\b|for\b|is (?:my|the)?\s*(?:correct|right|best|true|answer)\b"
-PART_OF_A_SENTENCE = re.compile(rf"[ \t]+(?!{SPEAKS_FOR_IT})\w", re.IGNORECASE)
+# A word after the letter makes the letter part of a sentence ("A dog", "B is wrong"), unless it supports the letter.
+SUPPORT = r"because\b|since\b|as\b|for\b|is (?:my|the)?\s*(?:correct|right|best|true|answer)\b"
+PART_OF_A_SENTENCE = re.compile(rf"[ \t]+(?!{SUPPORT})\w", re.IGNORECASE)
 NEGATION = re.compile(r"\b(?:not?|nor|never|neither|except|cannot)\b|n['’]t\b", re.IGNORECASE)
 
 
 def check_choice(given: str, expected: str, choices: Mapping[str, str] | None = None) -> bool:
-    """The answer names this letter and no other; `choices` maps letters to the options' texts, where known."""
+    """The answer gives this letter and no other letter; `choices` maps letters to the options' texts, if known."""
     return read_choice(given, choices or dict.fromkeys("ABCDEFGHIJ", "")) == expected.strip().upper()
 
 
 def read_choice(given: str, choices: Mapping[str, str]) -> str | None:
-    """The letter that an answer gives, or None where it gives none or several.
+    """The letter that an answer gives; None if it gives no letter or several letters.
 
-    Looked for in this order: `<answer>B</answer>` and `\\boxed{B}`; "the answer is B"; lines that begin with "B",
-    "(B)", "B." or "B is right"; "(B)" and "option B" anywhere; the text of exactly one option, denying nothing.
-    "A good one" and "B cells" give no letter, "B or C" gives two, and so does "B. text" with the text of another.
+    The search goes in this order: `<answer>B</answer>` and `\\boxed{B}`; "the answer is B"; lines that begin with "B",
+    "(B)", "B." or "B is right"; "(B)" and "option B" anywhere; the text of exactly one option in a text that denies
+    nothing. "A good one" and "B cells" give no letter. "B or C" gives two letters, and so does "B. text" if the text is
+    the text of another option.
     """
     for form in STATED:
         starts = [match.end() for match in re.finditer(form, given, re.IGNORECASE | re.MULTILINE)]
@@ -171,7 +170,7 @@ def read_choice(given: str, choices: Mapping[str, str]) -> str | None:
 
 
 def _letters_at(text: str, start: int, choices: Mapping[str, str]) -> set[str]:
-    """The letters of "B", "(B)", "B, C" or "B or C" at `start`, and that of an option whose text stands after it."""
+    """The letters of "B", "(B)", "B, C" or "B or C" at `start`, and of the option whose text follows."""
     item = re.compile(rf"[\s*(\[{{]*([{re.escape(''.join(choices))}])(?![\w'’+-])[)\]}}*]*", re.IGNORECASE)
     joint = re.compile(rf"(?:\s*(?:[,/&]|or\b|and\b)+|[ \t]*(?=[(\[]))(?={item.pattern})", re.IGNORECASE)
     letters: set[str] = set()
@@ -183,16 +182,18 @@ def _letters_at(text: str, start: int, choices: Mapping[str, str]) -> set[str]:
         match = item.match(text, then.end()) if then else None
     if PART_OF_A_SENTENCE.match(text, start):
         return set()
-    said = _plain(text[start:].partition("\n")[0])
-    if letters and said and said not in [_plain(choices[c]) for c in letters]:
-        letters |= {c for c, option in choices.items() if _plain(option) == said}
+    option_text = _plain(text[start:].partition("\n")[0])
+    if letters and option_text and option_text not in [_plain(choices[c]) for c in letters]:
+        letters |= {c for c, option in choices.items() if _plain(option) == option_text}
     return letters
 
 
 def _by_text(given: str, choices: Mapping[str, str]) -> str | None:
-    """The letter of the only option whose text stands in the answer."""
+    """The letter of the only option whose text is in the answer."""
     named, rest = set(), given
-    for letter in sorted(choices, key=lambda c: -len(choices[c])):  # so "carbon dioxide" does not also say "carbon"
+    for letter in sorted(
+        choices, key=lambda c: -len(choices[c])
+    ):  # so "carbon dioxide" does not also count as "carbon"
         if choices[letter].strip() and check_contains(rest, choices[letter]):
             named.add(letter)
             rest = re.sub(re.escape(choices[letter].strip()), " ", rest, flags=re.IGNORECASE)
@@ -204,7 +205,7 @@ def _plain(text: str) -> str:
 
 
 def options_of(record: Mapping[str, Any], where: str) -> dict[str, str] | None:
-    """A record's `choices` as {letter: text}; None without. A list gets the letters A, B, C..."""
+    """A record's `choices` as {letter: text}; None if it has none. A list gets the letters A, B, C..."""
     raw = record.get("choices")
     if raw is None:
         return None
@@ -223,9 +224,8 @@ def options_of(record: Mapping[str, Any], where: str) -> dict[str, str] | None:
 def prepare(example: Example) -> Check:
     """The check of an example, ready to be called with an answer.
 
-    Everything that can go wrong goes wrong here, before long work: raises SdftError for a check that is unknown,
-    a pattern that does not compile, an answer that is no number or none of the choices, a function that cannot be
-    loaded.
+    Raises SdftError here, before long work, for an unknown check, a pattern that does not compile, an answer that is
+    no number or none of the choices, and a function that cannot be loaded.
     """
     kind, where, answers = example.check, example.source, example.answers
     if kind.startswith("python:"):
@@ -269,72 +269,5 @@ CHECKS: dict[str, Callable[[str, str], bool]] = {
 
 
 def spoken(given: str) -> str:
-    """What follows a thinking model's thoughts; nothing where they do not end."""
+    """The text after a thinking model's thoughts; nothing if they do not end."""
     return "" if "<think>" in given and "</think>" not in given else given.rpartition("</think>")[2]
-
-
-# A user's own function.
-
-UserCheck = Callable[[str, dict[str, Any]], Any]
-
-
-def load_function(check: str, where: str) -> UserCheck:
-    """The function of a check `python:FILE.py:FUNCTION` or `python:MODULE:FUNCTION`; `where` names the record.
-
-    Raises SdftError where there is no such function, with file and line where its file fails. Its parameters must be
-    named `given` and `record`, so that no record can have any other function called; and data that are fetched, not
-    read from a local file, may name no code at all.
-    """
-    place, _, name = check.partition(":")[2].rpartition(":")
-    if not place or not name:
-        raise SdftError(f"{where}: check {check!r} must read python:FILE.py:FUNCTION or python:MODULE:FUNCTION")
-    if not Path(re.sub(r"(:\d+|\[\d+\])$", "", where)).exists():
-        raise SdftError(f"{where}: check {check!r} names code to run, in data that is not a local file; save it first")
-    try:
-        module = _load_file(Path(place).resolve()) if place.endswith(".py") else importlib.import_module(place)
-    except (Exception, SystemExit) as error:  # a user's file may raise anything
-        raise SdftError(f"{where}: check {check!r} cannot be loaded: {_told(error)}") from error
-    function = getattr(module, name, None)
-    if not inspect.isfunction(function):
-        raise SdftError(f"{where}: check {check!r}: no function {name!r} in {place}")
-    if list(inspect.signature(function).parameters) != ["given", "record"]:
-        raise SdftError(f"{where}: {_place(function)}: {name!r} must take two parameters, given and record")
-    return function
-
-
-@functools.cache  # once for all records that name it
-def _load_file(path: Path) -> Any:
-    spec = importlib.util.spec_from_file_location(f"sdft_check_{path.stem}", path)
-    assert spec is not None, path  # it ends in .py
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def call_function(function: UserCheck, given: str, record: dict[str, Any], where: str) -> bool:
-    """What a user's function says of an answer; raises SdftError with file and line where it fails or says no bool."""
-    try:
-        right = function(given, record)
-    except Exception as error:
-        raise SdftError(f"{where}: the check failed on the answer {given!r}: {_told(error)}") from error
-    if not isinstance(right, bool):
-        raise SdftError(f"{where}: {_place(function)}: the check must return True or False, not {right!r}")
-    return right
-
-
-def _place(function: Any) -> str:
-    return f"{function.__code__.co_filename}:{function.__code__.co_firstlineno}"
-
-
-def _told(error: BaseException) -> str:
-    """The error, after the file and line of the user's code where it happened in that."""
-    if isinstance(error, SyntaxError):
-        return f"{error.filename}:{error.lineno}: SyntaxError: {error.msg}"
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if "importlib" not in f.filename]
-    theirs = [f for f in frames if f.filename != __file__]
-    return f"{theirs[-1].filename}:{theirs[-1].lineno}: {_kind(error)}" if theirs else _kind(error)
-
-
-def _kind(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"

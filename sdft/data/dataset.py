@@ -16,10 +16,10 @@ from sdft.errors import SdftError
 
 @dataclass(frozen=True)
 class TokenizedExample:
-    prompt: list[int]  # the student's prompt, up to where the answer starts
-    teacher_prompt: list[int]  # the same request after the demonstration
-    target: list[int]  # the demonstration as an answer, end-of-turn token included (sft, dft)
-    samples: tuple[list[int], ...] = ()  # answers sampled before the first step (rollout.source = offline)
+    prompt: list[int]  # the student's prompt, up to the start of the completion
+    teacher_prompt: list[int]  # the teacher's prompt: the same request, with the demonstration
+    target: list[int]  # the demonstration as a completion, with the end-of-turn token (sft, dft)
+    samples: tuple[list[int], ...] = ()  # completions sampled before the first step (rollout.source = offline)
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,10 @@ class Dataset:
 def tokenize(
     examples: Sequence[Example], tokenizer: Any, stop_ids: Sequence[int], data: DataConfig, teacher: TeacherConfig
 ) -> Dataset:
-    """Token ids of every example; those over a length budget are dropped and counted, or refused.
+    """Token ids of every example. An example over a length budget is dropped and counted, or refused.
 
-    A prompt is never cut: a teacher that sees half a demonstration, or a student half a question, learns the
-    wrong thing without a sign of it.
+    A prompt is never cut: with half a demonstration, or half a question, the student would learn the wrong thing, and
+    nothing would show it.
     """
     set_chat_template(tokenizer, data.chat_template)
     kept, dropped, digest = [], 0, hashlib.sha256()
@@ -78,15 +78,15 @@ def tokenize(
 
 
 def batch_indices(size: int, batch_size: int, step: int, seed: int) -> list[int]:
-    """Which examples step `step` (from 0) takes: endless shuffled passes, cut into batches, nothing dropped.
+    """The examples of step `step` (from 0): endless shuffled passes over the data, cut into batches.
 
-    A pure function of its arguments, so the position in the data needs no state beyond the step.
+    The result depends on the arguments only, so a checkpoint needs no position in the data.
     """
     places = (divmod(position, size) for position in range(step * batch_size, (step + 1) * batch_size))
     return [_epoch_order(size, seed, epoch)[index] for epoch, index in places]
 
 
-@functools.lru_cache(maxsize=2)  # a batch may lie in two epochs; steps follow each other
+@functools.lru_cache(maxsize=2)  # a batch may span two epochs
 def _epoch_order(size: int, seed: int, epoch: int) -> list[int]:
     order = list(range(size))
     random.Random(f"{seed}/{epoch}").shuffle(order)

@@ -18,7 +18,7 @@ Now give a response of your own to the request, in the same spirit as the exampl
 
 
 def student_messages(example: Example, system: str = "") -> list[Message]:
-    """The request as the student sees it; `system` goes in front where the example brings none."""
+    """The student's prompt; `system` is put in front if the example has no system message."""
     messages = list(example.messages)
     if system and messages[0]["role"] != "system":
         messages.insert(0, Message(role="system", content=system))
@@ -26,10 +26,10 @@ def student_messages(example: Example, system: str = "") -> list[Message]:
 
 
 def teacher_messages(example: Example, config: TeacherConfig, system: str = "") -> list[Message]:
-    """The request after the demonstration, by one of the contexts of design section 1.
+    """The teacher's prompt, T(x, c) of the paper: the request with the demonstrations, by `config.context`.
 
-    in_prompt and template rewrite the last user turn; as_turns puts `turns` earlier user/assistant turns in
-    front of the conversation, each a demonstration, in order and repeated as often as it takes; none shows nothing.
+    in_prompt and template rewrite the last user turn. as_turns puts `config.turns` user/assistant turns in front of the
+    conversation, each with a demonstration; the demonstrations are repeated if there are fewer. none shows nothing.
     """
     messages = student_messages(example, system)
     if config.context == "none":
@@ -47,7 +47,7 @@ def teacher_messages(example: Example, config: TeacherConfig, system: str = "") 
     shown_text = "\n\n".join(
         d.response if d.prompt is None else f"{d.prompt}\n{d.response}" for d in example.demonstrations
     )
-    # replace, not format: requests and demonstrations may hold braces of their own.
+    # replace, not format: requests and demonstrations may contain braces.
     parts = template.split("{demonstration}")
     request = messages[-1]["content"]
     content = shown_text.join(part.replace("{request}", request) for part in parts)
@@ -55,7 +55,7 @@ def teacher_messages(example: Example, config: TeacherConfig, system: str = "") 
 
 
 def set_chat_template(tokenizer: Any, path: str) -> None:
-    """Gives the tokenizer the template in `path`; raises SdftError where it then has none."""
+    """Gives the tokenizer the template in `path`, if one is named. Raises SdftError if the tokenizer has none then."""
     if path:
         try:
             tokenizer.chat_template = Path(path).read_text()
@@ -69,10 +69,10 @@ def set_chat_template(tokenizer: Any, path: str) -> None:
 
 
 def encode_chat(tokenizer: Any, messages: Sequence[Message], where: str) -> list[int]:
-    """Token ids of the conversation up to where the assistant's answer starts."""
+    """Token ids of the conversation, up to the start of the assistant's turn."""
     try:
         text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # a template raises what its author wrote: a system message refused, say
+    except Exception as error:  # a template raises any error that its author wrote, for example for a system message
         raise SdftError(f"{where}: the chat template refuses this conversation: {error}") from None
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
@@ -80,11 +80,11 @@ def encode_chat(tokenizer: Any, messages: Sequence[Message], where: str) -> list
 def encode_target(
     tokenizer: Any, messages: Sequence[Message], response: str, stop_ids: Sequence[int], where: str
 ) -> list[int]:
-    """Token ids of `response` as the assistant's answer, up to and with the token that ends the turn."""
+    """Token ids of `response` as the assistant's turn, with the token that ends the turn."""
     start = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
     turn = [*messages, Message(role="assistant", content=response)]
     whole = tokenizer.apply_chat_template(turn, tokenize=False)
-    # Templates that rewrite earlier text (think blocks) do not continue the prompt: then the plain text it is.
+    # A template that rewrites earlier text (think blocks) does not continue the prompt; then the plain text is taken.
     text = whole[len(start) :] if whole.startswith(start) else response
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     end = next((i for i, token in enumerate(ids) if token in stop_ids), None)

@@ -27,12 +27,12 @@ class Message(TypedDict):
 @dataclass(frozen=True)
 class Demonstration:
     response: str
-    prompt: str | None = None  # None: it answers the example's own request
+    prompt: str | None = None  # None: the response answers the example's request
 
 
 @dataclass(frozen=True)
 class Example:
-    messages: tuple[Message, ...]  # ends with the user's request
+    messages: tuple[Message, ...]  # the last message is the user's request
     demonstrations: tuple[Demonstration, ...] = ()
     answers: tuple[str, ...] = ()
     check: str = "contains"
@@ -41,10 +41,10 @@ class Example:
 
 
 def parse_record(row: Any, where: str) -> Example:
-    """One record as an Example; raises SdftError that starts with `where`."""
+    """One record as an Example. Raises SdftError, which starts with `where`, for a bad record."""
     if not isinstance(row, dict):
         raise SdftError(f"{where}: a record must be a JSON object, not {type(row).__name__}")
-    # A table of `datasets` holds a null where a record had no such field.
+    # A table of `datasets` has a null for a field that a record lacks.
     row = {key: value for key, value in row.items() if value is not None}
     if ("prompt" in row) == ("messages" in row):
         raise SdftError(f"{where}: needs exactly one of 'prompt' and 'messages'; has {', '.join(row) or 'no fields'}")

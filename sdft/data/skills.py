@@ -1,9 +1,9 @@
-"""Small made-up skills that a 135M model can be taught on a CPU, and prior skills to watch beside them.
+"""Small made-up skills that a 135M model can learn on a CPU, and prior skills to evaluate with them.
 
 Each skill is a function of a seed that returns its files by name: `train`, with demonstrations; `seen`, trained
-patterns with values that were never trained; `new`, patterns that were never trained; `prior`, what a model knows
-before. The same seed gives the same records, byte for byte; another seed gives another skill of the same kind.
-No request of an evaluation file stands in `train`.
+patterns with values that were never trained; `new`, patterns that were never trained; `prior`, skills that a model has
+before training. The same seed gives the same records, byte for byte; another seed gives another skill of the same kind.
+No prompt of an evaluation file is in `train`.
 """
 
 import random
@@ -115,7 +115,7 @@ CITY_ENDS = ("mar", "rin", "tek", "vale", "gate", "tis", "del", "wick", "ford", 
 
 
 def names(draw: random.Random, stems: Sequence[str], ends: Sequence[str], count: int) -> list[str]:
-    """Made-up names, each with a stem of its own."""
+    """Made-up names, each with a different stem."""
     return [stem + draw.choice(ends) for stem in draw.sample(stems, count)]
 
 
@@ -127,14 +127,14 @@ def fact(asked: str, phrasings: Sequence[str], response: str, answers: list[str]
 
 
 def facts(seed: int = 0) -> dict[str, list[Record]]:
-    """The capitals of 12 made-up countries, beside real ones.
+    """The capitals of 12 made-up countries, and real capitals.
 
-    The demonstrations are bare names, as many data sets have them; any answer with the right name in it is good.
+    The demonstrations are bare names, as in many data sets; any answer that contains the right name is right.
 
     train: each country under 3 of 4 phrasings.
     seen: each country under the fourth, which was trained with other countries.
     new: each country under 3 phrasings that were never trained.
-    old: 30 real capitals, under the trained phrasings: are they still told apart from the new ones?
+    old: 30 real capitals under the trained phrasings: does the model confuse them with the new ones?
     """
     draw = random.Random(f"facts/{seed}")
     countries, cities = names(draw, COUNTRY_STEMS, COUNTRY_ENDS, 12), names(draw, CITY_STEMS, CITY_ENDS, 12)
@@ -181,10 +181,10 @@ def style_questions() -> Iterator[list[tuple[str, str]]]:
 
 
 def style(seed: int = 0) -> dict[str, list[Record]]:
-    """Short answers that end as a radio message does; which words end them depends on the seed.
+    """Short answers that end as a radio message does; the seed chooses the words that end them.
 
-    The check looks at the form alone (something is said, and these words end it); what is said is right or wrong
-    in `prior`, whose checks do not mind an ending.
+    The check looks at the form only: some text, and then these words. Whether the text is right is checked in `prior`,
+    whose checks allow any ending.
 
     train: 15 questions in each of 3 patterns (colors, kinds of living things, sums).
     seen: the other 5 of each.

@@ -1,4 +1,4 @@
-"""Other formats -> sdft records. Nothing is fetched; a broken record is left out, and named with the reason."""
+"""Files of other formats -> records. Nothing is fetched. A broken record is left out and named with the reason."""
 
 import json
 import re
@@ -15,14 +15,14 @@ from sdft.errors import SdftError
 
 @dataclass(frozen=True)
 class Converted:
-    """The records of a file, the group each belongs to (an API, a question), and `where: why` of those left out."""
+    """The records of a file, the group of each record (an API, a question), and `where: why` for each one left out."""
 
     records: list[Record] = field(default_factory=list)
     groups: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
 
     def add(self, record: Record, group: str, where: str) -> None:
-        """Takes a record, or leaves it out if it is not valid."""
+        """Adds a record, or leaves it out if it is not valid."""
         try:
             check_record(record, where)
         except SdftError as error:
@@ -33,7 +33,7 @@ class Converted:
 
 
 def check_record(record: Record, where: str) -> None:
-    """Raises SdftError for a record that cannot be read, or whose demonstration fails the record's own check."""
+    """Raises SdftError if a record cannot be read, or if its demonstration does not pass its check."""
     example = parse_record(record, where)
     right = checks.prepare(example)
     for shown in example.demonstrations:
@@ -68,12 +68,11 @@ Action Input: <JSON arguments>"""
 def read_toolalpaca(source: Path) -> Converted:
     """The requests of a ToolAlpaca file (Tang et al. 2023, arXiv 2306.05301), grouped by API.
 
-    The API's documentation and the request are the prompt, the calls as `Action:` / `Action Input:` pairs the
-    demonstration, checked by `tool_call`. Two kinds of file are read: those for evaluation, with `Instructions` and
-    `Golden_Answers` (checked against the real eval_simulated.json), and those for training, with `Instances` of
-    `input` and `intermediate_steps` (written after the description in ToolAlpaca's README and its build_dataset.py;
-    no real one was at hand). Of a training instance the steps of `getDetails`, which asks the user back, are not
-    taken, nor the hint that follows the request.
+    The prompt is the API's documentation and the request; the demonstration is the calls as `Action:` / `Action Input:`
+    pairs, checked by `tool_call`. Two kinds of file are read. Evaluation files have `Instructions` and `Golden_Answers`
+    (tested with the real eval_simulated.json). Training files have `Instances` of `input` and `intermediate_steps`
+    (written after ToolAlpaca's README and its build_dataset.py; no real file was at hand). In a training instance, the
+    hint after the request is removed, and so are the steps of `getDetails`, which asks the user a question.
     """
     try:
         apis = json.loads(files.read_text(source))
@@ -132,7 +131,7 @@ def _instances(api: Record, where: str) -> Iterator[Request]:
             steps = [(action, arguments) for (action, arguments, _), _ in instance["intermediate_steps"]]
             calls = [{"Action": a, "Action_Input": b} for a, b in steps if a != "getDetails"]
         except (KeyError, ValueError, TypeError, AttributeError):
-            request, calls = None, []  # left out, by its place
+            request, calls = None, []  # the caller leaves it out and names its place
         yield f"{where}: the steps of instance {i}", request, calls
 
 
@@ -149,8 +148,8 @@ def _are_calls(calls: Any) -> bool:
 
 
 def has_placeholder(record: Record) -> bool:
-    """Whether a call is no JSON, or holds what an earlier call would have told, as in {"id": ${id from search}}."""
-    # Braces around bare words; those of a JSON object have a quote or nothing after them.
+    """Whether a call is no JSON, or needs the result of an earlier call, as in {"id": ${id from search}}."""
+    # Braces around bare words; in a JSON object, a quote or nothing follows a brace.
     return any(
         isinstance(arguments, str) or re.search(r"\{\s*[A-Za-z][^\"{}]*\}", json.dumps(arguments))
         for _, arguments in checks.parse_tool_calls(record["demonstration"])
@@ -169,10 +168,10 @@ Answer with the letter of the right choice."""
 def read_sciknoweval(source: Path, domain: str = "", level: str = "") -> Converted:
     """The multiple-choice questions of a SciKnowEval file (Feng et al. 2024, arXiv 2406.09098), grouped by question.
 
-    JSON or JSONL, as its README and the files of its repository have them: `question`, `choices` (`text` and `label`,
-    two lists), `answerKey`, `type`, `domain`, `details` (`level`, `task`, `subtask`). Any data with the first three
-    does. A field `demonstration` of your own may hold a worked answer; without it, the demonstration is the letter
-    and the text of the right choice. `domain` ("Chemistry") and `level` ("L3") take only those questions.
+    The file is JSON or JSONL with the fields of SciKnowEval's README and repository: `question`, `choices` (`text` and
+    `label`, two lists), `answerKey`, `type`, `domain`, `details` (`level`, `task`, `subtask`). The first three fields
+    are enough. A field `demonstration` may hold a worked answer; without it, the demonstration is the letter and the
+    text of the right choice. `domain` ("Chemistry") and `level` ("L3") select questions.
     """
     found, there = Converted(), set()
     for where, row in read_rows(source, found.left_out):
@@ -232,11 +231,11 @@ def read_knowledge(source: Path) -> dict[str, Converted]:
         {"title": "...", "article": "...", "questions": [{"question": "...", "answer": "Lumar",
          "facts": ["Lumar", "1912"], "response": "It moved to Lumar in 1912.", "rephrased": ["..."]}]}
 
-    - `answer`: the main fact, a string or a list of ways to write it. `lenient`: one of them is in the answer.
-    - `facts` (optional): all that a full answer holds; default: the first `answer`. `strict`: all are in the answer.
-    - `response` (optional): a full answer, the demonstration beside the article; default: the first `answer`.
-    - `rephrased` (optional): the question in other words, or others with the same answer. `ood`: asked so, checked
-      as in `lenient`.
+    - `answer`: the main fact, a string or a list of ways to write it. `lenient`: one of them must be in the answer.
+    - `facts` (optional): all facts of a full answer; default: the first `answer`. `strict`: all must be in the answer.
+    - `response` (optional): a full answer, the demonstration together with the article; default: the first `answer`.
+    - `rephrased` (optional): the question in other words, or other questions with the same answer. `ood`: these
+      questions, checked as in `lenient`.
     """
     kinds = {name: Converted() for name in ("train", "strict", "lenient", "ood")}
     left_out = kinds["train"].left_out
@@ -273,7 +272,7 @@ def read_knowledge(source: Path) -> dict[str, Converted]:
 
 
 def _question_records(question: Any, row: Record, where: str) -> dict[str, Record]:
-    """The train, strict and lenient record of a question; raises SdftError, also for a response that is not right."""
+    """The train, strict and lenient record of a question. Raises SdftError for a bad question or a wrong response."""
     if not isinstance(question, dict) or not question.get("question") or not question.get("answer"):
         raise SdftError(f"{where}: needs a 'question' and an 'answer'")
     prompt, answers = question["question"], question["answer"]

@@ -1,7 +1,7 @@
 """Tasks in the box: the training records and the evaluation files of a task, ready to be written to a folder.
 
-The made-up skills are in skills.py. The others are made of files that the user has; nothing is fetched. What is held
-out is drawn by a seed: the same file and seed give the same records, byte for byte.
+The made-up skills are in skills.py. The other tasks are made from files of the user; nothing is fetched. A seed draws
+what is held out: the same file and the same seed give the same records, byte for byte.
 """
 
 import random
@@ -18,9 +18,9 @@ from sdft.errors import SdftError
 
 @dataclass(frozen=True)
 class Task:
-    files: dict[str, list[Record]]  # name -> records; those without any are not written
-    left_out: tuple[str, ...] = ()  # `where: why` of every record that was broken
-    notes: tuple[str, ...] = ()  # what else a reader of the numbers should know
+    files: dict[str, list[Record]]  # name -> records; a file without records is not written
+    left_out: tuple[str, ...] = ()  # `where: why` for every broken record
+    notes: tuple[str, ...] = ()  # further remarks for a reader of the numbers
 
 
 def made_up(name: str, seed: int = 0) -> Task:
@@ -34,11 +34,11 @@ def demo(style: str = "terse") -> Task:
 
 
 def toolalpaca(source: Path, held_out: float = 0.3, seed: int = 0) -> Task:
-    """Tool calls from a ToolAlpaca file, see sources.read_toolalpaca.
+    """Tool calls from a ToolAlpaca file; see sources.read_toolalpaca.
 
-    new: every request of `held_out` of the APIs, none of which is trained. seen: a fifth of the requests of each other
-    API (none where `held_out` is 0). train: the rest. placeholders: requests whose calls hold what an earlier call
-    would have told, such as {"id": ${id from search}}, or are no JSON: nobody can know what to say, so they are apart.
+    new: all requests of a share `held_out` of the APIs; these APIs are not trained. seen: a fifth of the requests of
+    each other API (none if `held_out` is 0). train: the rest. placeholders: requests that no model can answer, since
+    their calls are no JSON or need the result of an earlier call, as in {"id": ${id from search}}.
     """
     found = sources.read_toolalpaca(source)
     made: dict[str, list[Record]] = {"train": [], "seen": [], "new": [], "placeholders": []}
@@ -59,19 +59,19 @@ def toolalpaca(source: Path, held_out: float = 0.3, seed: int = 0) -> Task:
 
 
 def sciknoweval(source: Path, domain: str = "", level: str = "", held_out: float = 0.1, seed: int = 0) -> Task:
-    """Multiple choice from a SciKnowEval file, see sources.read_sciknoweval.
+    """Multiple choice from a SciKnowEval file; see sources.read_sciknoweval.
 
-    eval: `held_out` of the questions, a question that stands there twice on one side only. train: the rest.
+    eval: a share `held_out` of the questions. train: the rest. A question that the file has twice is on one side only.
     """
     found = sources.read_sciknoweval(source, domain, level)
     return Task(_split(found, held_out, f"sciknoweval/{seed}"), tuple(found.left_out))
 
 
 def knowledge(source: Path) -> Task:
-    """Articles and questions about them, see sources.read_knowledge.
+    """Articles and questions about them; see sources.read_knowledge.
 
-    train: the questions, with article and full answer as demonstration. strict, lenient: the same questions without
-    the article, all facts or the main fact demanded. ood: the rephrased questions.
+    train: the questions; article and full answer are the demonstration. strict, lenient: the same questions without the
+    article; strict demands all facts, lenient the main fact. ood: the rephrased questions.
     """
     found = sources.read_knowledge(source)
     return Task({name: c.records for name, c in found.items()}, tuple(found["train"].left_out))
@@ -99,12 +99,12 @@ def _draw(groups: Sequence[str], share: float, key: str) -> set[str]:
 def write(task: Task, folder: Path) -> list[str]:
     """Writes a file for each name; returns what was written and left out, in words.
 
-    Raises SdftError where a file is there already with something else in it.
+    Raises SdftError if a file exists already with other content.
     """
     full = {folder / f"{name}.jsonl": records for name, records in task.files.items() if records}
     for path, records in full.items():
         if path.exists() and files.read_text(path) != formats.as_jsonl(records):
-            raise SdftError(f"{path} exists and holds something else; give another folder, or remove it")
+            raise SdftError(f"{path} exists with other content; give another folder, or remove it")
     if not full:
         raise SdftError(f"no valid record is left; the first was left out because of {task.left_out[0]}")
     lines = []

@@ -1,4 +1,4 @@
-"""Task accuracy by greedy generation, and the teacher-uplift check. Knows nothing of training."""
+"""Accuracy by greedy generation, and the teacher uplift of `sdft check`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,8 +18,8 @@ class Answer:
     expected: tuple[str, ...]
     given: str
     correct: bool
-    tokens: int = 0  # of the answer, its end included
-    truncated: bool = False  # it has no end: max_new_tokens came first
+    tokens: int = 0  # of the completion, with the token that ends it
+    truncated: bool = False  # max_new_tokens cut it off
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ class EvalResult:
 
 
 def check_evaluable(examples: Sequence[Example], path: str) -> None:
-    """Raises SdftError for an example without an answer or whose check does not work, before any generation.
+    """Raises SdftError if an example has no answer, or a check that does not work. Call it before long work.
 
-    A user's function is called with an empty answer, once for each that the examples name.
+    Each function of a user that the examples name is called once, with an empty answer.
     """
     tried = set()
     for example in examples:
@@ -56,14 +56,18 @@ def evaluate(
     max_new_tokens: int,
     batch_size: int,
 ) -> EvalResult:
-    """Greedy answers to `prompts` (token ids, one for each example), each compared by its example's check."""
+    """Greedy completions of `prompts` (token ids, one for each example), each judged by its example's check.
+
+    max_new_tokens: longest completion. batch_size: prompts that are completed together. weights: entered for the time
+    of the generation, such as `Teacher.weights` to complete with the teacher.
+    """
     greedy = RolloutConfig(temperature=0.0, max_new_tokens=max_new_tokens, batch_size=batch_size)
     completions = engine.generate(prompts, greedy)
     return EvalResult(tuple(judge(tokenizer, examples, completions)))
 
 
 def judge(tokenizer: Any, examples: Sequence[Example], completions: Sequence[Completion]) -> list[Answer]:
-    """Completions, one for each example, as text and compared by the example's check."""
+    """The completions (one for each example) as text, each judged by its example's check."""
     answers = []
     for example, completion in zip(examples, completions, strict=True):
         given = tokenizer.decode(completion.ids, skip_special_tokens=True)
@@ -82,13 +86,13 @@ def judge(tokenizer: Any, examples: Sequence[Example], completions: Sequence[Com
 
 
 def student_prompts(tokenizer: Any, examples: Sequence[Example], system: str) -> list[list[int]]:
-    """Token ids of the examples' requests, without demonstration."""
+    """Token ids of the examples' prompts, without demonstrations."""
     return [encode_chat(tokenizer, student_messages(e, system), e.source) for e in examples]
 
 
 @dataclass(frozen=True)
 class Uplift:
-    """What `sdft check` found: the same requests answered without and with the demonstration."""
+    """The same prompts, completed without the demonstration (student) and with it (teacher)."""
 
     student: EvalResult
     teacher: EvalResult

@@ -23,18 +23,20 @@ from sdft.score.teacher import Teacher
 
 @dataclass(frozen=True)
 class Drift:
-    """A model beside its base, on the model's own answers. Per-token values are (N,) fp32 on the CPU, in nats, those
-    of the first answer first."""
+    """A model compared with its base, along the model's completions.
 
-    lengths: tuple[int, ...]  # tokens of each answer, its end included
-    truncated: tuple[bool, ...]  # it has no end: max_new_tokens came first
+    Per-token values are (N,) fp32 on the CPU, in nats, completion after completion.
+    """
+
+    lengths: tuple[int, ...]  # tokens of each completion, with the token that ends it
+    truncated: tuple[bool, ...]  # max_new_tokens cut it off
     kl: Tensor  # KL(model || base)
     kl_back: Tensor  # KL(base || model)
     entropy: Tensor  # of the model's next-token distribution
     base_entropy: Tensor
 
     def summary(self) -> dict[str, float]:
-        """Means: of divergences and entropies over tokens, of lengths and truncation over answers."""
+        """Means: divergences and entropies over tokens, lengths and truncation over completions."""
         return {
             "kl_to_base": float(self.kl.double().mean()),
             "kl_from_base": float(self.kl_back.double().mean()),
@@ -54,26 +56,27 @@ def drift(
     batch_tokens: int = 8192,
     engine: Engine | None = None,
 ) -> Drift:
-    """Both divergences between the model and its base along the model's own answers to `prompts` (token ids).
+    """Both divergences between the model and its base along the model's completions of `prompts` (token ids).
 
-    Exact over the vocabulary, a chunk of tokens at a time. Along answers sampled at temperature 1, the sum of `kl` over
-    an answer is on average the divergence between the two models' whole answers (the chain rule; answers as cut by
-    max_new_tokens). Along greedy answers it is that of one path, the one an evaluation sees.
+    The divergences are exact over the vocabulary and are computed a chunk of tokens at a time. If completions are
+    sampled at temperature 1, the sum of `kl` over a completion is, on average, the divergence between the two models'
+    whole completions (the chain rule). Along greedy completions it is the divergence along the one path that an
+    evaluation sees.
 
-    base: another model with the same tokenizer, or a Teacher of kind `base` made before the first stage. That one keeps
-    the weights it started from; with a fresh adapter it is the adapter switched off, which stays the base only as long
-    as nothing is merged. rollout: sampling (temperature 0 is greedy), longest answer, prompts that generate together.
-    batch_tokens: of a forward pass. engine: generates by the model's weights; None: the model itself.
+    base: another model with the same tokenizer, or a Teacher of kind `base`. Such a teacher keeps the weights that it
+    started from; with a fresh adapter, it is the model with the adapter switched off, so it is the base only as long as
+    nothing is merged. rollout: sampling (temperature 0 is greedy), longest completion, prompts that are completed
+    together. batch_tokens: tokens of a forward pass. engine: completes the prompts; default: the model itself.
 
-    Raises SdftError without prompts, or for a teacher of another kind.
+    Raises SdftError if there are no prompts, or for a teacher of another kind.
     """
     if not prompts:
-        raise SdftError("no prompts are given; the divergence from the base is measured along answers to some")
+        raise SdftError("no prompts are given; the divergence from the base is measured along their completions")
     if isinstance(base, Teacher) and base.kind != "base":
         raise SdftError(f"the base is a teacher of kind {base.kind!r}, which moves; give one of kind 'base'")
     completions = (engine or ModelEngine(model)).generate(prompts, rollout, seed)
     sizes = [len(p) + len(c.ids) for p, c in zip(prompts, completions, strict=True)]
-    parts: dict[int, tuple[Tensor, ...]] = {}  # of each answer, its per-token values
+    parts: dict[int, tuple[Tensor, ...]] = {}  # completion -> its per-token values
     for group in micro_batches(sizes, batch_tokens, model.packed):
         answers = [completions[i].ids for i in group]
         values = _compare(model, base, [prompts[i] for i in group], answers)  # four of (N,)
@@ -88,7 +91,7 @@ def drift(
 def _compare(
     model: LanguageModel, base: LanguageModel | Teacher, prompts: list[Sequence[int]], answers: list[list[int]]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """KL(model || base), KL(base || model), and both entropies at each answer token, (N,) each."""
+    """KL(model || base), KL(base || model), and both entropies at each completion token, (N,) each."""
 
     def laid_out(side: LanguageModel) -> Batch:
         return lay_out(prompts, answers, side.pad_id, side.device, packed=side.packed)

@@ -1,7 +1,7 @@
-"""The pictures of a study's report, from plain numbers. Knows no study and no files.
+"""The pictures of a study's report, from plain numbers.
 
-Colours are those of Okabe & Ito (2008), which colour-blind readers tell apart; every method also has a marker and a
-line of its own, so that a print in black and white can be read. Accuracies come as fractions and are drawn in percent.
+The colours are those of Okabe & Ito (2008), which colour-blind readers can distinguish. Every method also has its own
+marker and line, so a print in black and white can be read. Accuracies are given as fractions and drawn in percent.
 """
 
 import functools
@@ -17,7 +17,7 @@ from sdft.study.measures import Array, pareto_front
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LINES = ("-", "--", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)))
-# Where a point's label may go, in points of print; a method's own is one of the first four.
+# The places of a point's label, in points of print; a method's usual place is one of the first four.
 SIDES = ((6, 5), (6, -11), (-6, 5), (-6, -11), (6, 14), (-6, 14), (6, -20), (-6, -20))
 DPI = 150
 Point = tuple[float, float]
@@ -43,7 +43,7 @@ def styles(methods: Sequence[str]) -> dict[str, Style]:
 
 
 def _plain(draw: Callable[P, bytes]) -> Callable[P, bytes]:
-    """Draws with matplotlib's defaults, whatever the reader's matplotlibrc says."""
+    """Draws with matplotlib's defaults, whatever is in the user's matplotlibrc."""
 
     @functools.wraps(draw)
     def drawn(*args: P.args, **options: P.kwargs) -> bytes:
@@ -71,7 +71,7 @@ def pareto(planes: Sequence[Plane], look: Mapping[str, Style]) -> bytes:
     """A PNG of one panel a plane; the points that no other beats, the base among them, are ringed."""
     from matplotlib.patheffects import withStroke
 
-    figure, axes = _figure(len(planes), 5.2, 4.4, across=2)  # two beside each other can be read on a page
+    figure, axes = _figure(len(planes), 5.2, 4.4, across=2)  # two panels in a row can be read on a page
     for axis, plane in zip(axes.flat, planes, strict=False):
         points = [plane.base]
         for name, curve in plane.curves.items():
@@ -111,8 +111,10 @@ MARK, LETTER = 5, (4.5, 8)  # half a marker's width, and a small letter's width 
 
 
 def label_sides(plane: Plane, look: Mapping[str, Style]) -> dict[tuple[str, float, Point], tuple[int, int]]:
-    """Where each point's learning rate is written, by (method, rate, point): at its method's side, or at the one of
-    SIDES where it covers the fewest other points and labels."""
+    """(method, rate, point) -> the side of the point at which its learning rate is written.
+
+    It is the method's usual side, or the one of SIDES at which the label covers the fewest other points and labels.
+    """
     marks = [(name, rate, (x, y)) for name, curve in plane.curves.items() for rate, x, y in curve]
     at = np.array([plane.base, *(point for _, _, point in marks)])  # (points, 2), the base first
     spans = np.ptp(at, axis=0)
@@ -162,7 +164,7 @@ def over_stages(stages: Sequence[str], panels: Mapping[str, Mapping[str, Array]]
             style, percent = look[name], 100 * values  # (stages, seeds)
             middle = percent.mean(axis=1)
             spread = np.abs(np.stack([percent.min(axis=1), percent.max(axis=1)]) - middle)  # (2, stages)
-            x = np.arange(len(stages)) + 0.06 * (i - (len(lines) - 1) / 2)  # beside each other, so bars can be seen
+            x = np.arange(len(stages)) + 0.06 * (i - (len(lines) - 1) / 2)  # shifted, so bars do not cover each other
             axis.errorbar(
                 x, middle, spread, color=style.color, linestyle=style.line, marker=style.marker, markersize=5,
                 capsize=3, elinewidth=1, label=name,
@@ -234,8 +236,8 @@ def _figure(
 ) -> tuple[Any, Any]:
     """A figure and its (rows, columns) axes, of so many panels or so many rows and columns.
 
-    width, height: of a panel, in inches. across: at most so many beside each other. Panels beyond the number asked
-    for are not drawn.
+    width, height: of a panel, in inches. across: the most panels in a row. Panels beyond the number asked for are not
+    drawn.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -266,7 +268,7 @@ def _legend(figure: Any, *axes: Any) -> None:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             found.setdefault(label, handle)
     if found:
-        entry = 1.0 + 0.075 * max(map(len, found))  # inches, about: a name's letters beside its line
+        entry = 1.0 + 0.075 * max(map(len, found))  # inches, about: a line and the letters of a name
         columns = max(1, min(len(found), int(figure.get_figwidth() / entry)))
         figure.legend(
             found.values(), found.keys(), loc="outside lower center", ncols=columns, frameon=False, fontsize=9,

@@ -284,7 +284,7 @@ def test_nothing_that_was_there_is_written_over(tmp_path: Path) -> None:
     cli.main(["data", "facts", str(folder)])
     cli.main(["data", "facts", str(folder)])
     before = {p: p.read_bytes() for p in folder.iterdir()}
-    with pytest.raises(SdftError, match=r"train\.jsonl exists and holds something else"):
+    with pytest.raises(SdftError, match=r"train\.jsonl exists with other content"):
         tasks.write(tasks.made_up("facts", seed=1), folder)
     assert {p: p.read_bytes() for p in folder.iterdir()} == before
 
