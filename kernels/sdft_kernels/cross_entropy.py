@@ -103,12 +103,12 @@ def _forward(
 ) -> tuple[Tensor, ...]:
     """The loss, three per-token outputs, and dX, dW, db; what was not asked for has no elements."""
     options = Options.from_flat(*plain)
-    scales = row_scales(token_weights, upstream, options, x.shape[0])
+    scales = row_scales(token_weights, upstream, options, x.shape[0], compute_dtype(x, w))
     known = upstream is not None or options.reduction != "none"
     grads = Grads(need_x, need_w, need_bias) if known else Grads()
     rows = LabelRows(options, bias, labels, by_probability, scales, bool(grads), compute_dtype(x, w))
     made = run_linear(Inputs(x, w, bias), options, rows, grads, scales, autocast)
-    loss = finish(rows.stats.loss, token_weights, options.reduction)
+    loss = finish(rows.stats.loss, scales, options.reduction)
     stats = rows.stats if options.return_tokens else [x.new_empty(0) for _ in range(3)]
     return (loss, *stats, *(x.new_empty(0) if g is None else g for g in (made.dx, made.dw, made.dbias)))
 

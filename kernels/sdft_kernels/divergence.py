@@ -55,7 +55,7 @@ def _loss(
     into: Tensor | None,  # (N, V_s) for the gradient
 ) -> tuple[Tensor, ...]:
     """The loss and six per-token outputs, the gradient in `into`."""
-    scales = row_scales(token_weights, upstream, options, student.shape[0])
+    scales = row_scales(token_weights, upstream, options, student.shape[0], compute_dtype(student, teacher))
     labels = labels if options.return_tokens else None
     dtype, tokens = compute_dtype(student, teacher), options.return_tokens
     outputs = Outputs(student.shape[0], dtype, student.device, tokens, labels is not None)
@@ -67,7 +67,7 @@ def _loss(
         need = into is not None
         rows = DivergenceRows(options, (None, None), labels, outputs, scales, need)
         run_logits((student, teacher), options, rows, into, scales, dtype)
-    loss = finish(outputs.divergence, token_weights, options.reduction)
+    loss = finish(outputs.divergence, scales, options.reduction)
     return loss, *token_tuple(outputs.tokens(), student)
 
 

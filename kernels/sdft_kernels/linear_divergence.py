@@ -77,13 +77,13 @@ def _forward(
     options = Options.from_flat(*plain)
     labels = labels if options.return_tokens else None
     inputs = Inputs(x, w, bias, teacher_x, teacher_w, teacher_bias)
-    scales = row_scales(token_weights, upstream, options, x.shape[0])
+    scales = row_scales(token_weights, upstream, options, x.shape[0], inputs.dtype)
     known = upstream is not None or options.reduction != "none"
     grads = Grads(need_x, need_w, need_bias) if known else Grads()
     outputs = Outputs(x.shape[0], inputs.dtype, x.device, options.return_tokens, labels is not None)
     rows = _rows(inputs, labels, options, outputs, scales, grads, autocast)
     made = run_linear(inputs, options, rows, grads, scales, autocast)
-    loss = finish(outputs.divergence, token_weights, options.reduction)
+    loss = finish(outputs.divergence, scales, options.reduction)
     flat = (made.dx, made.dw, made.dbias)
     return (loss, *token_tuple(outputs.tokens(), x), *(x.new_empty(0) if g is None else g for g in flat))
 
@@ -189,9 +189,9 @@ def linear_divergence(
         chunk_bytes: workspace for logits, upcast weights and scratch; as many tokens go into a chunk as fit (at
             least one). None is a 64th of a GPU's memory (1.25 GiB of 80 GiB), 256 MiB on a CPU. No more is taken than
             the tokens need.
-        compact: gather rows of weight zero away before any GEMM. Finding them makes the host wait for
-            token_weights, and nothing else in here makes it wait; False computes them for nothing instead.
-            Not read by impl="torch", which always gathers.
+        compact: gather rows of weight zero away before any GEMM. Finding them makes the host wait for token_weights,
+            and nothing else in here makes it wait; False computes them for nothing instead. Without token_weights
+            there is nothing to find.
         products: "bfloat16" rounds the operands of the products to bf16 outside autocast as well: for bf16 hidden
             states and an fp32 head, as FSDP2's mixed precision has them. Sums and results stay fp32. None: operands
             are as the inputs are, or as autocast says.

@@ -8,11 +8,13 @@ from .checks import Options, Reduction
 from .chunks import live_rows
 
 
-def scale_rows(token_weights: Tensor | None, reduction: Reduction, rows: int) -> tuple[Tensor | None, float]:
+def scale_rows(
+    token_weights: Tensor | None, reduction: Reduction, rows: int, dtype: torch.dtype
+) -> tuple[Tensor | None, float]:
     """dLoss/dD_n as ((N,) tensor or None, the factor of every row if None)."""
     if token_weights is None:
         return None, 1.0 / max(1, rows) if reduction == "mean" else 1.0
-    weights = token_weights.detach().to(torch.promote_types(token_weights.dtype, torch.float32))
+    weights = token_weights.detach().to(torch.promote_types(token_weights.dtype, dtype))
     if reduction == "mean":
         weights = share_of_sum(weights)
     return weights, 1.0
@@ -23,10 +25,11 @@ def row_scales(
     upstream: Tensor | None,  # () or (N,): dLoss where it is known already
     options: Options,
     rows: int,
+    dtype: torch.dtype,  # of the values
 ) -> Scales:
     """What a loop takes: the rows that count, and scale_rows times upstream."""
     keep = live_rows(token_weights) if options.compact else None
-    weights, uniform = scale_rows(token_weights, options.reduction, rows)
+    weights, uniform = scale_rows(token_weights, options.reduction, rows, dtype)
     if upstream is not None:
         weights, uniform = upstream.expand(rows) * (uniform if weights is None else weights), 1.0
     return Scales(keep, weights, uniform, masked=token_weights is not None and not options.compact)
@@ -45,9 +48,8 @@ def share_of_sum(weights: Tensor) -> Tensor:
     return weights * torch.where(total == 0, 0.0, 1.0 / total)
 
 
-def finish(divergence: Tensor, token_weights: Tensor | None, reduction: Reduction) -> Tensor:
-    """(N,) divergences -> the loss: () or, for "none", (N,)."""
-    weights, uniform = scale_rows(token_weights, reduction, divergence.shape[0])
+def finish(divergence: Tensor, scales: Scales, reduction: Reduction) -> Tensor:
+    """(N,) divergences -> the loss: () or, for "none", (N,); meaningless if the scales hold an upstream gradient."""
     # A row of weight 0 has divergence 0 here: it was never computed, so no inf·0 can arise.
-    values = divergence * (uniform if weights is None else weights.to(divergence.dtype))
+    values = divergence * (scales.uniform if scales.weights is None else scales.weights.to(divergence.dtype))
     return values if reduction == "none" else values.sum()

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from .checks import Activation, Options, Same, TokenStats, check_vocab, make_options
-from .reduce import finish
 
 
 def linear_divergence_reference(
@@ -110,7 +109,7 @@ def topk_divergence_reference(
     values = row_divergence(log_p, log_q.log_softmax(1), options)
     if token_weights is not None:
         values = torch.where(token_weights == 0, torch.zeros_like(values), values)
-    return finish(values, token_weights, options.reduction)
+    return reduced(values, token_weights, options.reduction)
 
 
 def linear_cross_entropy_reference(
@@ -140,7 +139,17 @@ def linear_cross_entropy_reference(
     if by_probability:
         values = values * values.detach().neg().exp()
     values = torch.where(weights == 0, torch.zeros_like(values), values)
-    return finish(values, weights, options.reduction)
+    return reduced(values, weights, options.reduction)
+
+
+def reduced(values: Tensor, token_weights: Tensor | None, reduction: str) -> Tensor:
+    """(N,) values of the tokens -> the loss."""
+    weights = torch.ones_like(values.detach()) if token_weights is None else token_weights.to(values.dtype)
+    weighted = weights * values
+    if reduction == "none":
+        return weighted
+    total = weights.sum() if reduction == "mean" else 1.0
+    return weighted.sum() / total if total != 0 else 0.0 * weighted.sum()
 
 
 def log_tail(log_p: Tensor, named: Tensor) -> Tensor:
@@ -174,7 +183,7 @@ def dense_divergence(
     values = torch.where(values.isinf(), values.detach(), values)
     if token_weights is not None:
         values = torch.where(token_weights == 0, torch.zeros_like(values), values)
-    loss = finish(values, token_weights, options.reduction)
+    loss = reduced(values, token_weights, options.reduction)
     if not options.return_tokens:
         return loss
     return loss, dense_tokens(values.detach(), log_p.detach(), log_q.detach(), token_weights, labels)

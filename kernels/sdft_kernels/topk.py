@@ -75,7 +75,7 @@ def _forward(
     """The loss, four per-token outputs, and dX, dW, db; what was not asked for has no elements."""
     options = Options.from_flat(*plain)
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        scales = row_scales(token_weights, upstream, options, x.shape[0])
+        scales = row_scales(token_weights, upstream, options, x.shape[0], compute_dtype(x, w))
         known = upstream is not None or options.reduction != "none"
         grads = Grads(need_x, need_w, need_bias) if known else Grads()
         dtype = compute_dtype(x, w)
@@ -93,7 +93,7 @@ def _forward(
             mass = mass if token_weights is None else mass.masked_fill(token_weights == 0, 0.0)
             label = x.new_empty(0) if rows.label_logprob is None else rows.label_logprob
             stats = [rows.divergence, rows.student_tail, mass, label]
-        loss = finish(rows.divergence, token_weights, options.reduction)
+        loss = finish(rows.divergence, scales, options.reduction)
         return (loss, *stats, *(x.new_empty(0) if g is None else g for g in (made.dx, made.dw, made.dbias)))
 
 
