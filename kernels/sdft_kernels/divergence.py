@@ -187,7 +187,8 @@ def divergence(
             operation that saved them. Every logit needs memory of its own: expanded logits are refused, and logits
             that share memory with the teacher's. Not with reduction="none", which needs them again, nor under
             torch.compile.
-        chunk_bytes: fp32 workspace of impl="torch"; None is 256 MiB. Triton works on the logits themselves.
+        chunk_bytes: fp32 workspace of impl="torch"; the default is as in `linear_divergence`. Triton works on the
+            logits themselves.
 
     The other arguments, the return value and the errors are those of `linear_divergence`. The gradient has
     the logits' own dtype: rounding logits to bf16 before this call already costs exactness (design section 3).

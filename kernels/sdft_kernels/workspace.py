@@ -9,6 +9,7 @@ CPU_BYTES = 256 * 2**20
 DEVICE_SHARE = 64
 GPU_PAD = 64  # entries: every row of logits starts on a 16-byte boundary in every dtype
 ROW_MULTIPLE = 128  # of the tokens in a chunk: whole tiles in every product
+FEW_ROWS = 512  # in a chunk below this, the 64 tokens that a multiple of 128 may lose weigh more than half a tile
 
 
 class Plan(NamedTuple):
@@ -73,12 +74,15 @@ def plan_workspace(
 
 
 def chunk_rows(rows: int, row_bytes: int, budget: int) -> int:
-    """Tokens of a chunk: as many as fit, in chunks of about one size, a multiple of 128 (a power of two below 128)."""
+    """Tokens of a chunk: as many as fit, in chunks of about one size.
+
+    A multiple of 128 from 512 tokens on, of 64 below, and a power of two below 64.
+    """
     rows = max(1, rows)
     most = max(1, budget // max(1, row_bytes))
     if rows <= most:
         return rows
-    multiple = ROW_MULTIPLE if most >= ROW_MULTIPLE else 1 << (most.bit_length() - 1)
+    multiple = ROW_MULTIPLE if most >= FEW_ROWS else min(ROW_MULTIPLE // 2, 1 << (most.bit_length() - 1))
     most -= most % multiple
     even = -(-rows // -(-rows // most))
     return min(rows, -(-even // multiple) * multiple)

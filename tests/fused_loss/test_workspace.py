@@ -21,10 +21,11 @@ def test_chunks_fill_the_budget_with_whole_tiles(rows: int, row_bytes: int, budg
     assert 1 <= chunk <= max(1, rows)
     assert chunk <= fit
     if chunk < rows:
-        assert chunk % 128 == 0 or (fit < 128 and chunk & (chunk - 1) == 0)
+        multiple = 128 if fit >= 512 else 64
+        assert chunk % multiple == 0 or (fit < 64 and chunk & (chunk - 1) == 0)
         count = -(-rows // chunk)
-        if fit >= 128:
-            assert count == -(-rows // (fit - fit % 128)), "no more chunks than the budget asks for"
+        if fit >= 64:
+            assert count == -(-rows // (fit - fit % multiple)), "no more chunks than the budget asks for"
     assert chunk_rows(rows, row_bytes, rows * row_bytes) == max(1, rows), "never more than the logits need"
 
 

@@ -64,7 +64,7 @@ class LigerFusedLinearJSDLoss(nn.Module):
         ignore_index: the label of rows that count nothing.
         temperature: above 0.
         compiled, chunk_size: accepted, and not read: there is nothing to compile, and chunks have as many tokens
-            as fit into 256 MiB.
+            as fit into the default workspace of `linear_divergence`.
         return_soft_hard_loss: return (loss, soft, hard), not weighted, instead of the loss.
     """
 
