@@ -25,6 +25,8 @@ from trl.experimental import gkd, sdft, sdpo
 
 from sdft.errors import SdftError
 from sdft.integrations import trl as ours
+from sdft.integrations.trl import losses as shared
+from sdft.integrations.trl import versions
 
 WORDS = ["ab", "cde", "f", "ghij"]
 COMMON = {
@@ -347,7 +349,7 @@ def calls_of_the_head(trainer: Any) -> list[str]:
     """Grows by a word for every product with a head as a module, which is where logits come from."""
     made: list[str] = []
     for lm in trainer._models():
-        ours.inner(lm).get_output_embeddings().register_forward_hook(lambda *_: made.append("logits"))
+        shared.inner(lm).get_output_embeddings().register_forward_hook(lambda *_: made.append("logits"))
     return made
 
 
@@ -421,7 +423,7 @@ def test_images_are_refused(make: Maker) -> None:
 
     trainer = make("Distillation")
     trainer.processing_class = Processor()
-    with pytest.raises(SdftError, match="processor of images"):
+    with pytest.raises(SdftError, match="image processor"):
         trainer._check_setting()
 
 
@@ -439,15 +441,15 @@ def test_without_the_extra_the_import_says_what_to_install(missing: str, monkeyp
 
 
 def test_versions() -> None:
-    assert ".".join(trl.__version__.split(".")[:2]) in ours.TESTED
+    assert ".".join(trl.__version__.split(".")[:2]) in versions.TESTED
     with pytest.raises(ImportError, match=r"needs TRL 1\.15 or later, not 1\.9\.2"):
-        ours.check_version("1.9.2")
+        versions.check_version("1.9.2")
     with pytest.warns(UserWarning, match=r"not with 1\.17\.0: .* pip install 'trl==1\.16\.\*'"):
-        ours.check_version("1.17.0")
+        versions.check_version("1.17.0")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        ours.check_version("1.15.3")
-        ours.check_version("1.16.0.dev0")
+        versions.check_version("1.15.3")
+        versions.check_version("1.16.0.dev0")
 
 
 def test_nothing_of_trl_is_patched() -> None:
