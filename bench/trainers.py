@@ -171,8 +171,8 @@ class Clock:
 
 def run_ours(job: Job, rows: list[dict[str, str]]) -> Row:
     """Steps of our trainer. No checkpoint and no model is written."""
-    from sdft import devices
     from sdft.config import Config, override, validate
+    from sdft.device import limit_caches
     from sdft.training.metrics import MetricsLog
     from sdft.training.setup import set_up
     from sdft.training.step import train_step
@@ -202,7 +202,7 @@ def run_ours(job: Job, rows: list[dict[str, str]]) -> Row:
         }
         config = override(Config(), common | job.contender.settings)
         validate(config)
-        devices.settle()  # as train.train does
+        limit_caches()  # as train.train does
         predicted = prediction(config) if job.predict else {}
         clock = Clock(job)
         run = set_up(config, output)

@@ -10,12 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from sdft.device import has_mixed_attention, mixed_attention
 from sdft.model.lean import autocast_dtype
 
 NAME = "sdft_packed"  # sdpa, but for packed rows
-WIDEN_UP_TO = 640  # tokens; measured for heads of 64: at 582 fp32's backward takes 0.8 of bf16's time, at 1024 1.3
 
 
 def register() -> None:
@@ -61,8 +60,8 @@ def attend(
     if lengths is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     kept = torch.is_grad_enabled() and not options.get("dropout")
-    narrow = kept and query.is_cpu and autocast_dtype(query) == torch.bfloat16  # then `Causal`
-    if narrow:
+    mixed = kept and autocast_dtype(query) == torch.bfloat16 and has_mixed_attention(query.device)
+    if mixed:
         query, key, value = query.bfloat16(), key.bfloat16(), value.bfloat16()
     parts = []
     for q, k, v in zip(*(x.split(list(lengths), dim=2) for x in (query, key, value)), strict=True):  # (1, heads, t, D)
@@ -70,33 +69,8 @@ def attend(
         if sliding_window is not None and q.shape[2] > sliding_window:
             near = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device)  # (t, t)
             mask = near.tril().triu(1 - sliding_window)[None, None]
-        elif narrow:
-            parts.append(Causal.apply(q, k, v, options.get("scaling")).transpose(1, 2))
+        elif mixed:
+            parts.append(mixed_attention(q, k, v, options.get("scaling")).transpose(1, 2))
             continue
         parts.append(sdpa_attention_forward(module, q, k, v, mask, **options)[0])  # (1, t, heads, D)
     return torch.cat(parts, dim=1), None
-
-
-class Causal(torch.autograd.Function):
-    """PyTorch's causal attention in bf16 on the CPU; of short sequences the gradient is computed in fp32.
-
-    Its bf16 backward takes up to 5 times as long as its fp32 one, and is less exact; its bf16 forward takes half the
-    time. The fp32 copies are made of one sequence at a time.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
-        out, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=scale)
-        ctx.save_for_backward(q, k, v, out, sums)
-        ctx.scale = scale
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        q, k, v, out, sums = ctx.saved_tensors
-        dtype = torch.float32 if q.shape[2] <= WIDEN_UP_TO else q.dtype
-        backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-        grads = backward(*(x.to(dtype) for x in (grad, q, k, v, out)), sums, 0.0, True, scale=ctx.scale)
-        dq, dk, dv = (x.to(q.dtype) for x in grads)
-        return dq, dk, dv, None

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from sdft import files
 from sdft.config import LoraConfig, ModelConfig
+from sdft.device import has_fast_bf16
 from sdft.errors import SdftError, first_line
 from sdft.model import attention, card, lean
 from sdft.model import lora as adapters
@@ -398,11 +399,7 @@ def pick_compute_dtype(config: ModelConfig, device: torch.device) -> torch.dtype
         return DTYPES[config.compute_dtype]
     if config.weights_dtype == "bfloat16":
         return torch.bfloat16
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    if device.type == "cpu":
-        return torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32
-    return torch.float32
+    return torch.bfloat16 if has_fast_bf16(device) else torch.float32
 
 
 def pick_attention(config: ModelConfig, device: torch.device, compute: torch.dtype) -> str:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from sdft import devices
 from sdft.config import Config, ModelConfig
+from sdft.device import CACHED_KERNELS, has_fast_bf16, resident_bytes, return_freed
 from sdft.errors import SdftError
 
 GIB, MIB = 2**30, 2**20
@@ -36,7 +36,7 @@ class Machine:
     @property
     def kernels_bf16(self) -> int:
         """Bytes of oneDNN's compiled bf16 products: a few steps of different lengths fill its cache."""
-        return devices.KERNELS * KERNEL if self.kind == "cpu" else 0
+        return CACHED_KERNELS * KERNEL if self.kind == "cpu" else 0
 
 
 def this_machine(config: Config, memory: int = 0) -> Machine:
@@ -51,15 +51,14 @@ def this_machine(config: Config, memory: int = 0) -> Machine:
     if kind == "cuda":
         bf16 = True
         if torch.cuda.is_available():
-            bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+            bf16 = has_fast_bf16(torch.device("cuda"))
             index = torch.device(config.model.device if config.model.device != "auto" else "cuda").index
             memory = memory or torch.cuda.get_device_properties(index or 0).total_memory
         if not memory:
             raise SdftError("model.device = 'cuda', but there is no GPU here; give its size: --memory 24GB")
         return Machine(kind, memory, CUDA_CONTEXT + CUBLAS_WORKSPACE, FRAGMENTATION, bf16)
     memory = memory or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    bf16 = kind == "cpu" and bool(torch.cpu._is_amx_tile_supported())
-    return Machine(kind, memory, process_size(config), 0.0, bf16)
+    return Machine(kind, memory, process_size(config), 0.0, has_fast_bf16(torch.device(kind)))
 
 
 def compute_dtype(config: ModelConfig, machine: Machine) -> torch.dtype:
@@ -76,8 +75,8 @@ def process_size(config: Config) -> int:
     dtype = torch.float32 if config.model.compute_dtype == "float32" else torch.bfloat16
     x = torch.ones(64, 64, dtype=dtype, requires_grad=True)
     (x @ x).float().sum().backward()  # loads the libraries that multiply
-    devices.return_freed(x.device)
-    return devices.resident_bytes()
+    return_freed(x.device)
+    return resident_bytes()
 
 
 def parse_size(text: str) -> int:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from sdft import devices
 from sdft.config import Config
+from sdft.device import RETURNS
 from sdft.model.shape import FAMILIES, ModelShape, Work
 from sdft.planning.depth import SimulatedModel, simulated_model
 from sdft.planning.held import Held
@@ -155,7 +155,7 @@ class Costs:
         if self.machine.kind != "cpu":
             return 0
         saved = peaks["loss", "before"]
-        return (saved.get("activations", 0) + saved.get("cast weights", 0)) // devices.RETURNS[1]
+        return (saved.get("activations", 0) + saved.get("cast weights", 0)) // RETURNS[1]
 
 
 def largest_budget(costs: Costs, work: Work) -> int | None:

@@ -14,12 +14,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from sdft import devices
+from sdft.device import prepared_linear, return_freed
 from sdft.model import lean
 from sdft.model.loading import LanguageModel, backbone
 
 FUSED = lean.BLOCKS  # transformers' blocks that `Fused` computes
-RETURN_EVERY = 15  # blocks whose weights are laid out, before memory.return_freed
+RETURN_EVERY = 15  # blocks whose weights are laid out, before return_freed
 
 
 class Passage(Protocol):
@@ -80,7 +80,7 @@ class Blocks:
                 )
             )
             if i % RETURN_EVERY == 0:
-                devices.return_freed(model.device)
+                return_freed(model.device)
 
     @classmethod
     def of(cls, model: LanguageModel, longest: int) -> "Blocks | None":
@@ -182,7 +182,7 @@ def _together(model: LanguageModel, *linears: nn.Module) -> Callable[[Tensor], T
     if any(b is not None for b in biases):
         parts = zip(biases, weights, strict=True)
         bias = torch.cat([w.new_zeros(len(w)) if b is None else b.to(w.dtype) for b, w in parts])
-    return linear(torch.cat(weights) if len(weights) > 1 else weights[0], bias, model)
+    return prepared_linear(torch.cat(weights) if len(weights) > 1 else weights[0], bias, model.compute_dtype)
 
 
 # Everything else: transformers' own blocks.
@@ -215,7 +215,7 @@ def decoding_weights(model: LanguageModel) -> Iterator[None]:
             weight = None if m in within else decoding_weight(m, model.weights_dtype)
             if weight is not None and all(weight is not w for w in kept):
                 changed.append((m, m.__dict__.get("forward")))
-                m.forward = linear(weight, getattr(m, "bias", None), model)
+                m.forward = prepared_linear(weight, getattr(m, "bias", None), model.compute_dtype)
                 within.update(m.modules())
         yield
     finally:
@@ -250,16 +250,6 @@ def _parts(module: nn.Module, dtype: torch.dtype) -> tuple[Tensor, list[str]] | 
     if any(a in module.lora_variant for a in active):  # type: ignore[operator]  # DoRA and its kind: not a sum
         return None
     return base.weight, active
-
-
-def linear(weight: Tensor, bias: Tensor | None, model: LanguageModel) -> Callable[[Tensor], Tensor]:
-    """x -> x W^T + b in the compute dtype, with a copy of the weight that is laid out for it."""
-    dtype = model.compute_dtype
-    weight, bias = weight.detach().to(dtype), None if bias is None else bias.detach().to(dtype)
-    if model.device.type == "cpu" and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        blocks = torch.ops.mkldnn._reorder_linear_weight(weight)
-        return lambda x: torch.ops.mkldnn._linear_pointwise(x.to(dtype), blocks, bias, "none", [], "")
-    return lambda x: nn.functional.linear(x.to(dtype), weight, bias)
 
 
 def preallocated_cache(model: LanguageModel, longest: int) -> Any:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from sdft.config import RolloutConfig
+from sdft.device import prepared_linear
 from sdft.model.loading import LanguageModel
-from sdft.rollout.decode import Passage, decoder, linear
+from sdft.rollout.decode import Passage, decoder
 from sdft.rollout.engine import Completion, Weights, own_weights
 
 # Tokens between two looks at what is finished. A look makes the host wait for a device that would run ahead of it.
@@ -66,7 +67,7 @@ def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
 def decoding_head(model: LanguageModel) -> Callable[[Tensor], Tensor]:
     """Hidden states (B, H) -> logits (B, V) in fp32."""
     head = model.head()
-    project = linear(head.weight, head.bias, model)
+    project = prepared_linear(head.weight, head.bias, model.compute_dtype)
     return lambda hidden: head.cap(project(hidden).float())
 
 

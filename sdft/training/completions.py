@@ -6,9 +6,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sdft import devices
 from sdft.config import get
 from sdft.data.dataset import TokenizedExample
+from sdft.device import return_freed
 from sdft.model import flops
 from sdft.rollout import offline
 from sdft.rollout.engine import Completion, own_weights
@@ -65,7 +65,7 @@ def sample_before_training(run: Run, output: Path) -> dict[str, Any]:
             lambda: halve_rollout(run),
             lambda: run.advise(config),
         )
-        devices.return_freed(device)
+        return_freed(device)
         return [completion.ids for completion in found]
 
     run.engine.sync(weights)

@@ -7,8 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 
-from sdft import devices, files, parallel
+from sdft import files, parallel
 from sdft.config import Config, describe, to_toml, validate
+from sdft.device import limit_caches
 from sdft.training import checkpoint, guard
 from sdft.training.completions import sample_before_training
 from sdft.training.finish import finish
@@ -28,7 +29,7 @@ def train(config: Config, advise: Callable[[Config], str] = general_advice) -> P
     """
     validate(config)
     parallel.report(describe(config))
-    devices.settle()
+    limit_caches()
     output = Path(config.train.output)
     prepare_output(config, output)
     with files.locked(output):

@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
-from sdft import devices, parallel
+from sdft import parallel
 from sdft.config import Config, get, load_config
 from sdft.data.dataset import Dataset, tokenize
 from sdft.data.formats import load_records
 from sdft.data.records import Example
+from sdft.device import return_freed_in_passes
 from sdft.errors import SdftError
 from sdft.evaluation import accuracy
 from sdft.loss import check_impl
@@ -127,7 +128,7 @@ def load_model(config: Config, tokenizer: Any, stop_ids: tuple[int, ...], length
     loading.set_up_lora(model, config.lora, config.train.seed)
     if config.model.gradient_checkpointing:
         loading.enable_gradient_checkpointing(model)
-    devices.return_freed_within(model.lm, model.device)
+    return_freed_in_passes(model.lm, model.device)
     model.lm.train()
     return model
 

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
-from sdft import devices, files, parallel
+from sdft import files, parallel
 from sdft.data.dataset import TokenizedExample, batch_indices
+from sdft.device import peak_memory, return_freed
 from sdft.errors import FruitlessError
 from sdft.model import flops
 from sdft.model.shape import Work
@@ -105,7 +106,7 @@ def update_weights(run: Run, step: int, loss: torch.Tensor) -> Update:
     run.optimizer.zero_grad(set_to_none=True)
     if finite and run.teacher is not None:
         run.teacher.update()
-    devices.return_freed(run.model.device)
+    return_freed(run.model.device)
     return Update(loss.item(), norm.item(), rate, finite)
 
 
@@ -144,7 +145,7 @@ def metrics_of(
         "tokens_per_second": tokens / (time.perf_counter() - began),
         **dict(zip(counted, operations, strict=True)),
         "seconds": seconds,
-        "peak_memory": devices.peak_memory(device),
+        "peak_memory": peak_memory(device),
     }
 
 

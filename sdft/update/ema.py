@@ -16,8 +16,8 @@ from torch import Tensor
 
 from sdft.config import TeacherConfig
 from sdft.model.loading import LanguageModel
-from sdft.offload import HostLane, buckets, pieces
 from sdft.score.teacher import Teacher, base_teacher
+from sdft.update.offload import HostWorker, cut_into_parts, views_of_part
 
 
 def make_teacher(model: LanguageModel, config: TeacherConfig, other: Mapping[str, Tensor] | None = None) -> Teacher:
@@ -48,7 +48,7 @@ class AveragedTeacher(Teacher):
             model, "ema", {name: p.clone().contiguous() for name, p in own.items()} if offload else self.masters
         )
         if offload:
-            self.lane = HostLane(model.device)
+            self.host = HostWorker(model.device)
             self.worker = ThreadPoolExecutor(1, "teacher")
 
     @torch.no_grad()
@@ -63,32 +63,32 @@ class AveragedTeacher(Teacher):
         masters = [self.masters[name] for name in parameters]
         student = [p.detach().contiguous() for p in parameters.values()]
         if not self.offloaded:
-            for part in buckets([m.numel() for m in masters]):
-                _average(pieces(masters, part), pieces(student, part), self.alpha)
+            for part in cut_into_parts([m.numel() for m in masters]):
+                _average(views_of_part(masters, part), views_of_part(student, part), self.alpha)
             return
         _average([self.sampled[name] for name in parameters], [_sample(p) for p in student], self.alpha)
-        self.lane.follow_device()
+        self.host.wait_for_device()
         copies = [self.tensors[name] for name in parameters]
         self.pending = self.worker.submit(self._average_on_host, masters, student, copies)
 
     @torch.no_grad()
     def _average_on_host(self, masters: list[Tensor], student: list[Tensor], copies: list[Tensor]) -> None:
-        parts = list(buckets([m.numel() for m in masters]))
+        parts = list(cut_into_parts([m.numel() for m in masters]))
 
         def work(number: int, host: list[Tensor]) -> list[Tensor]:
-            own = pieces(masters, parts[number])
+            own = views_of_part(masters, parts[number])
             _average(own, host, self.alpha)
             for buffer, master in zip(host, own, strict=True):
                 buffer.copy_(master)  # back through the pinned memory that the student came in
             return host
 
-        self.lane.each([(pieces(student, part), pieces(copies, part)) for part in parts], work)
+        self.host.run([(views_of_part(student, part), views_of_part(copies, part)) for part in parts], work)
 
     def wait(self) -> None:
         """Until the last update's average is there (offload). Raises what went wrong in it, each time."""
         if self.pending is not None:
             self.pending.result()
-            self.lane.lead_device()
+            self.host.make_device_wait()
             self.pending = None
 
     @torch.no_grad()

@@ -12,7 +12,7 @@ from torch.optim.adamw import adamw
 from sdft import parallel
 from sdft.config import OptimConfig
 from sdft.errors import SdftError
-from sdft.offload import HostLane, buckets, pieces
+from sdft.update.offload import HostWorker, cut_into_parts, views_of_part
 
 
 def check_optimizer(config: OptimConfig, device: torch.device) -> None:
@@ -53,7 +53,7 @@ class OffloadedAdamW(torch.optim.AdamW):
     """AdamW whose moments live in CPU memory and whose update runs there; the weights stay on the device.
 
     A step brings gradients and weights to the host and the new weights back, 64 MiB of each at a time, the next
-    bucket on its way while one is computed. State and results are those of torch.optim.AdamW(fused=True) on the CPU;
+    part on its way while one is computed. State and results are those of torch.optim.AdamW(fused=True) on the CPU;
     either loads the other's state.
     (torchao's CPUOffloadOptimizer takes gradients away before they can be clipped, and after a resume overwrites the
     weights with its own copies.)
@@ -61,13 +61,13 @@ class OffloadedAdamW(torch.optim.AdamW):
 
     def __init__(self, groups: list[dict[str, Any]], lr: float, betas: tuple[float, float], eps: float) -> None:
         super().__init__(groups, lr=lr, betas=betas, eps=eps, fused=True)
-        self.lane = HostLane(self.param_groups[0]["params"][0].device)
+        self.worker = HostWorker(self.param_groups[0]["params"][0].device)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One update of every parameter that has a gradient; the device's next work sees it, the host waits for the
         gradients only."""
-        self.lane.follow_device()
+        self.worker.wait_for_device()
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
             for p in parameters:
@@ -75,14 +75,17 @@ class OffloadedAdamW(torch.optim.AdamW):
                 if not self.state[p]:
                     self.state[p] = {"step": torch.zeros(()), "exp_avg": _host_zeros(p), "exp_avg_sq": _host_zeros(p)}
             self._update(group, parameters)
-        self.lane.lead_device()
+        self.worker.make_device_wait()
 
     def _update(self, group: dict[str, Any], parameters: list[nn.Parameter]) -> None:
         states = [self.state[p] for p in parameters]
         weights = [p.detach() for p in parameters]
         gradients = [p.grad.contiguous() for p in parameters if p.grad is not None]
-        parts = list(buckets([p.numel() for p in parameters]))
-        jobs = [(pieces(weights, part) + pieces(gradients, part), pieces(weights, part)) for part in parts]
+        parts = list(cut_into_parts([p.numel() for p in parameters]))
+        jobs = [
+            (views_of_part(weights, part) + views_of_part(gradients, part), views_of_part(weights, part))
+            for part in parts
+        ]
 
         def work(number: int, host: list[Tensor]) -> list[Tensor]:
             part = parts[number]
@@ -90,8 +93,8 @@ class OffloadedAdamW(torch.optim.AdamW):
             adamw(
                 own,
                 grads,
-                pieces([s["exp_avg"] for s in states], part),
-                pieces([s["exp_avg_sq"] for s in states], part),
+                views_of_part([s["exp_avg"] for s in states], part),
+                views_of_part([s["exp_avg_sq"] for s in states], part),
                 [],
                 [states[index]["step"].clone() for index, _ in part],  # it counts up here, once a piece
                 fused=True,
@@ -105,7 +108,7 @@ class OffloadedAdamW(torch.optim.AdamW):
             )
             return own
 
-        self.lane.each(jobs, work)
+        self.worker.run(jobs, work)
         for state in states:
             state["step"] += 1
 

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 
+from sdft import device
 from sdft.errors import SdftError
 from sdft.model import attention
 from sdft.model.loading import backbone, enable_packing
@@ -136,7 +137,7 @@ def test_flash_attention_is_told_the_bounds() -> None:
     assert "attention_mask" not in arguments
 
 
-@pytest.mark.parametrize("longest", [20, 400, attention.WIDEN_UP_TO + 1])
+@pytest.mark.parametrize("longest", [20, 400, device.WIDEN_UP_TO + 1])
 def test_short_bf16_sequences_are_differentiated_in_fp32_on_the_cpu(
     longest: int, load_tiny: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -155,7 +156,7 @@ def test_short_bf16_sequences_are_differentiated_in_fp32_on_the_cpu(
         return [x.grad.double() for x in qkv]
 
     exact, got = gradients(torch.float64), gradients(torch.float32)
-    monkeypatch.setattr(attention, "WIDEN_UP_TO", 0)
+    monkeypatch.setattr(device, "WIDEN_UP_TO", 0)
     for ours, narrow, want in zip(got, gradients(torch.float32), exact, strict=True):
         error, theirs = (((x - want).norm() / want.norm()).item() for x in (ours, narrow))
         if longest > 400:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from sdft.devices import peak_memory
+from sdft.device import peak_memory
 from sdft.errors import SdftError
 from sdft.loss import TokenLoss
 from sdft.training import metrics

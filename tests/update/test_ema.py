@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from sdft import offload
 from sdft.config import LoraConfig, TeacherConfig
 from sdft.model.loading import add_lora
 from sdft.score.batch import lay_out
+from sdft.update import offload
 from sdft.update.ema import make_teacher
 
 ALPHA = 0.05
@@ -90,15 +90,15 @@ def test_tracked_is_near_the_whole_sum_on_a_wandering_student(load_tiny: Any) ->
     assert 0.3 < along / whole < 0.8
 
 
-# Averages on the host. On a CPU the same code runs, worker and all, without streams.
+# Averages on the host. On a CPU the same code runs, thread and all, without streams.
 
 
 @pytest.fixture
-def small_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(offload, "BUCKET", 1000)
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offload, "PART", 1000)
 
 
-@pytest.mark.usefixtures("small_buckets")
+@pytest.mark.usefixtures("small_parts")
 def test_offloaded_masters_are_the_same_bit_for_bit(model: Any) -> None:
     plain, away = (make_teacher(model, TeacherConfig(ema_alpha=ALPHA, offload=o)) for o in (False, True))
     for step in range(6):
@@ -118,7 +118,7 @@ def test_offloaded_masters_are_the_same_bit_for_bit(model: Any) -> None:
         assert not torch.equal(away.tensors[k], p)
 
 
-@pytest.mark.usefixtures("small_buckets")
+@pytest.mark.usefixtures("small_parts")
 def test_state_goes_between_offloaded_and_not(model: Any) -> None:
     teachers = [make_teacher(model, TeacherConfig(ema_alpha=ALPHA, offload=o)) for o in (False, True, False)]
     move(model, 0, 0.1)
@@ -134,13 +134,13 @@ def held(load_tiny: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """An offloaded teacher after an update whose average waits for `let_go`, with the student moved before it."""
     model = load_tiny()[1]
     teacher = make_teacher(model, TeacherConfig(ema_alpha=ALPHA, offload=True))
-    let_go, own = threading.Event(), teacher.lane.each
+    let_go, own = threading.Event(), teacher.host.run
 
-    def each(*args: Any) -> None:
+    def run(*args: Any) -> None:
         assert let_go.wait(60)
         own(*args)
 
-    monkeypatch.setattr(teacher.lane, "each", each)
+    monkeypatch.setattr(teacher.host, "run", run)
     move(model, 0, 0.1)
     teacher.update()
     yield teacher, let_go
@@ -174,7 +174,7 @@ def test_whoever_reads_the_teacher_waits_for_the_average(reader: str, held: Any)
 def test_a_failed_average_is_told_to_everyone(reader: str, load_tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = load_tiny()[1]
     teacher = make_teacher(model, TeacherConfig(offload=True))
-    monkeypatch.setattr(teacher.lane, "each", lambda *a: 1 / 0)
+    monkeypatch.setattr(teacher.host, "run", lambda *a: 1 / 0)
     before = values(model)
     teacher.update()
     for _ in range(2):
@@ -200,7 +200,7 @@ def test_an_update_keeps_no_whole_copy_of_the_weights(weights_dtype: str, load_t
             return out
 
     with pytest.MonkeyPatch.context() as patch, Largest() as largest:
-        patch.setattr(offload, "BUCKET", 1000)
+        patch.setattr(offload, "PART", 1000)
         teacher.update()
     assert max(p.numel() for p in model.trainable().values()) > 8000
     assert largest.made == (1000 if weights_dtype == "bfloat16" else 0)

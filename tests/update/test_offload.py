@@ -9,23 +9,23 @@ import pytest
 import torch
 from torch import nn
 
-from sdft import offload
 from sdft.errors import SdftError
 from sdft.model import loading
 from sdft.model.loading import saved_activations
-from sdft.offload import HostLane, buckets, pieces
 from sdft.training import loop, setup
 from sdft.training.checkpoint import latest
+from sdft.update import offload
+from sdft.update.offload import HostWorker, cut_into_parts, views_of_part
 
 CPU = torch.device("cpu")
 EVERYTHING = {"teacher.offload": True, "optim.offload": True, "model.activation_offload": True}
 
 
 @pytest.mark.parametrize("sizes", [[], [0], [5], [7, 7], [3, 20, 1, 0, 6], [14, 14]])
-def test_buckets_hold_every_entry_once(sizes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(offload, "BUCKET", 7)
+def test_parts_hold_every_entry_once(sizes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offload, "PART", 7)
     tensors = [torch.arange(n) + 100 * i for i, n in enumerate(sizes)]
-    parts = [torch.cat(pieces(tensors, part)) for part in buckets(sizes)]
+    parts = [torch.cat(views_of_part(tensors, part)) for part in cut_into_parts(sizes)]
     assert torch.equal(torch.cat([torch.empty(0), *parts]), torch.cat([torch.empty(0), *tensors]))
     assert [len(p) for p in parts[:-1]] == [7] * (len(parts) - 1)
     assert all(0 < len(p) <= 7 for p in parts)
@@ -41,9 +41,9 @@ def test_a_lane_works_on_copies_and_brings_results_to_their_targets() -> None:
         host[0].mul_(10)
         return host
 
-    lane = HostLane(CPU)
-    lane.each([], work)
-    lane.each([([s], [t]) for s, t in zip(sources, targets, strict=True)], work)
+    worker = HostWorker(CPU)
+    worker.run([], work)
+    worker.run([([s], [t]) for s, t in zip(sources, targets, strict=True)], work)
     assert seen == [0, 1, 2]
     assert [t.tolist() for t in targets] == [[10.0], [20.0, 20.0], [30.0] * 3]
     assert [s.tolist() for s in sources] == [[1.0], [2.0, 2.0], [3.0] * 3]
@@ -81,7 +81,7 @@ def test_an_offloaded_run_is_the_same_run(
 ) -> None:
     """Bit for bit, interrupted and resumed, also where only one of the two parts is offloaded."""
     monkeypatch.setattr(setup, "check_offload", lambda *a: None)
-    monkeypatch.setattr(offload, "BUCKET", 1024)  # many buckets, which cut across the parameters
+    monkeypatch.setattr(offload, "PART", 1024)  # many parts, which cut across the parameters
     loop.train(make_config(**SETTINGS[kind]))
     settings = SETTINGS[kind] | {"train.output": str(tmp_path / "off")}
     own = loop.train_step

@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch import nn
 
-from sdft import offload
 from sdft.config import OptimConfig
 from sdft.errors import SdftError
+from sdft.update import offload
 from sdft.update.optim import OffloadedAdamW, check_optimizer, clip, learning_rate, make_optimizer
 
 
@@ -146,12 +146,12 @@ def saved(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     return torch.load(file, weights_only=True)
 
 
-@pytest.mark.parametrize("bucket", [50, 2**24])
+@pytest.mark.parametrize("part", [50, 2**24])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_offloaded_adamw_is_adamw(dtype: torch.dtype, bucket: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(offload, "BUCKET", bucket)
+def test_offloaded_adamw_is_adamw(dtype: torch.dtype, part: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offload, "PART", part)
     # A cut between the lanes of a vector instruction rounds the last bit of its neighbours otherwise.
-    same = {"rtol": 0, "atol": 0} if bucket > 50 else {"rtol": 1e-5, "atol": 1e-6 if dtype == torch.float32 else 1e-2}
+    same = {"rtol": 0, "atol": 0} if part > 50 else {"rtol": 1e-5, "atol": 1e-6 if dtype == torch.float32 else 1e-2}
     shapes = [(7, 11), (5,), (40, 3), (2, 2)]
     config = OptimConfig(weight_decay=0.1, betas=(0.8, 0.9))
     plain, away = parameters_of(shapes, dtype), parameters_of(shapes, dtype)

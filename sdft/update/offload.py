@@ -1,7 +1,7 @@
-"""Work on the CPU for tensors of a GPU: bucket by bucket, through pinned memory, on a stream of its own.
+"""Work on the CPU for tensors of a GPU: part by part, through pinned memory, on a second stream of the GPU.
 
-Used by the teacher's masters and the optimizer's state where they live in CPU memory. On a CPU the same code runs
-without streams, which is how it is tested there.
+The EMA teacher and the optimizer use it if their state lives in CPU memory. On a CPU the same code runs without
+streams, and its tests run there.
 """
 
 import contextlib
@@ -10,57 +10,57 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-BUCKET = 2**24  # entries; 64 MiB in fp32
+PART = 2**24  # entries; 64 MiB in fp32
 
 
-def buckets(sizes: Sequence[int]) -> Iterator[list[tuple[int, slice]]]:
-    """Cuts flat tensors of these sizes into buckets of at most BUCKET entries: lists of (which tensor, which part)."""
-    bucket: list[tuple[int, slice]] = []
-    room = BUCKET
+def cut_into_parts(sizes: Sequence[int]) -> Iterator[list[tuple[int, slice]]]:
+    """Cuts flat tensors of these sizes into parts of at most PART entries: lists of (which tensor, which entries)."""
+    part: list[tuple[int, slice]] = []
+    room = PART
     for index, size in enumerate(sizes):
         start = 0
         while start < size:
             stop = min(size, start + room)
-            bucket.append((index, slice(start, stop)))
+            part.append((index, slice(start, stop)))
             room -= stop - start
             start = stop
             if not room:
-                yield bucket
-                bucket, room = [], BUCKET
-    if bucket:
-        yield bucket
+                yield part
+                part, room = [], PART
+    if part:
+        yield part
 
 
-def pieces(tensors: Sequence[Tensor], bucket: Sequence[tuple[int, slice]]) -> list[Tensor]:
-    """Flat views of a bucket's entries. Raises RuntimeError for a tensor that is not contiguous."""
-    return [tensors[index].view(-1)[part] for index, part in bucket]
+def views_of_part(tensors: Sequence[Tensor], part: Sequence[tuple[int, slice]]) -> list[Tensor]:
+    """Flat views of a part's entries. Raises RuntimeError for a tensor that is not contiguous."""
+    return [tensors[index].view(-1)[entries] for index, entries in part]
 
 
-class HostLane:
-    """A stream that carries tensors to the host and back while the device goes on with its own work."""
+class HostWorker:
+    """Carries tensors to the host and back, and works on them there, while the device continues with its own work."""
 
     def __init__(self, device: torch.device) -> None:
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def follow_device(self) -> None:
-        """What the lane does from now on sees all that the device was given so far."""
+    def wait_for_device(self) -> None:
+        """Whatever this worker is given next sees the results of all that the device was given before."""
         if self.stream is not None:
             self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
 
-    def lead_device(self) -> None:
-        """What the device is given from now on sees all that the lane was given so far. The host does not wait."""
+    def make_device_wait(self) -> None:
+        """Whatever the device is given next sees the results of all that this worker was given; no wait of the host."""
         if self.stream is not None:
             torch.cuda.current_stream(self.stream.device).wait_stream(self.stream)
 
-    def each(
+    def run(
         self,
         jobs: Sequence[tuple[Sequence[Tensor], Sequence[Tensor]]],
         work: Callable[[int, list[Tensor]], Sequence[Tensor]],
     ) -> None:
         """For every job (sources, targets), tensors of the device: targets <- work(job's number, sources on the host).
 
-        The sources of one more job travel while `work` runs; no more pinned memory than that is in use. Results may
-        still be on their way at the return (`lead_device`), the sources are all read by then.
+        The sources of the next job travel while `work` runs; no more pinned memory than that is in use. At the return
+        all sources were read, but results may still be on their way: see `make_device_wait`.
         """
         with contextlib.nullcontext() if self.stream is None else torch.cuda.stream(self.stream):
             ahead = self._fetch(jobs[0][0]) if jobs else None
@@ -74,9 +74,9 @@ class HostLane:
                     target.copy_(result, non_blocking=True)
 
     def _fetch(self, sources: Sequence[Tensor]) -> tuple[list[Tensor], torch.cuda.Event | None]:
-        # PyTorch's allocator of pinned memory gives a buffer away again only after the copies that use it.
+        # PyTorch's allocator of pinned memory reuses a buffer only after the copies that use it.
         pinned = self.stream is not None
         host = [torch.empty(t.shape, dtype=t.dtype, pin_memory=pinned) for t in sources]
-        for mine, source in zip(host, sources, strict=True):
-            mine.copy_(source, non_blocking=True)
+        for copy, source in zip(host, sources, strict=True):
+            copy.copy_(source, non_blocking=True)
         return host, None if self.stream is None else self.stream.record_event()
