@@ -9,19 +9,25 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import __version__, divergence, linear_divergence, linear_topk_divergence
+from . import __version__, divergence, linear_cross_entropy, linear_divergence, linear_topk_divergence
 from .checks import DIVERGENCES, HAVE_TRITON, INTERPRETED, Impl, choose_impl
-from .reference import divergence_reference, linear_divergence_reference, topk_divergence_reference
+from .reference import (
+    divergence_reference,
+    linear_cross_entropy_reference,
+    linear_divergence_reference,
+    topk_divergence_reference,
+)
 
 ROWS, VOCAB, HIDDEN, TOP = 37, 517, 48, 8  # odd sizes: every kernel meets a block that is not full
 # Relative error of a gradient. fp32 gives 1e-6 and bf16 2e-3 (the gradient's own rounding); a wrong kernel gives 1.
 BOUNDS = {torch.float32: 5e-5, torch.bfloat16: 1e-2}
 VALUE_BOUND = 1e-3
-Case = tuple[str, Callable[..., Tensor], Callable[..., Tensor], list[Tensor]]  # name, ours, truth, two leaves to grade
+Case = tuple[str, Callable[..., Any], Callable[..., Any], list[Tensor]]  # name, ours, truth, two leaves to grade
 
 
 def devices() -> list[torch.device]:
@@ -66,34 +72,39 @@ def cases(dtype: torch.dtype, device: torch.device, impl: Impl) -> Iterator[Case
     weights = weights.to(device)
     s, t = (x.float() @ w.float().T).to(dtype), (tx.float() @ tw.float().T).to(dtype)
     logprobs, ids = t.double().log_softmax(1).topk(TOP)
+    exact_tx, exact_tw, exact_t = tx.double(), tw.double(), t.double()
+    shared: dict[str, Any] = {"temperature": 1.2, "token_weights": weights}
     for name in DIVERGENCES:
-        common = {"divergence": name, "beta": 0.3, "temperature": 1.2, "token_weights": weights}
-
-        def linear(x: Tensor, w: Tensor, common: dict = common) -> Tensor:
-            return linear_divergence(x, w, tx, tw, impl=impl, **common)
-
-        def linear_truth(x: Tensor, w: Tensor, common: dict = common) -> Tensor:
-            return linear_divergence_reference(x, w, tx.double(), tw.double(), **common)  # type: ignore[return-value]
-
-        def ready(s: Tensor, common: dict = common) -> Tensor:
-            return divergence(s, t, impl=impl, **common)
-
-        def ready_truth(s: Tensor, common: dict = common) -> Tensor:
-            return divergence_reference(s, t.double(), **common)  # type: ignore[return-value]
-
-        def topk(x: Tensor, w: Tensor, common: dict = common) -> Tensor:
-            return linear_topk_divergence(x, w, ids, logprobs.float(), **common)
-
-        def topk_truth(x: Tensor, w: Tensor, common: dict = common) -> Tensor:
-            return topk_divergence_reference(x @ w.T, ids, logprobs, **common)
-
-        yield f"linear_divergence {name}", linear, linear_truth, [x, w]
-        yield f"divergence {name}", ready, ready_truth, [s]
+        options = {"divergence": name, "beta": 0.3, **shared}
+        yield (
+            f"linear_divergence {name}",
+            lambda x, w, o=options: linear_divergence(x, w, tx, tw, impl=impl, **o),
+            lambda x, w, o=options: linear_divergence_reference(x, w, exact_tx, exact_tw, **o),
+            [x, w],
+        )
+        yield (
+            f"divergence {name}",
+            lambda s, o=options: divergence(s, t, impl=impl, **o),
+            lambda s, o=options: divergence_reference(s, exact_t, **o),
+            [s],
+        )
         if impl == "torch":  # it has no other
-            yield f"linear_topk_divergence {name}", topk, topk_truth, [x, w]
+            yield (
+                f"linear_topk_divergence {name}",
+                lambda x, w, o=options: linear_topk_divergence(x, w, ids, logprobs.float(), **o),
+                lambda x, w, o=options: topk_divergence_reference(x @ w.T, ids, logprobs, **o),
+                [x, w],
+            )
+    if impl == "torch":
+        yield (
+            "linear_cross_entropy",
+            lambda x, w: linear_cross_entropy(x, w, ids[:, 0], **shared),
+            lambda x, w: linear_cross_entropy_reference(x, w, ids[:, 0], **shared),
+            [x, w],
+        )
 
 
-def errors(ours: Callable[..., Tensor], truth: Callable[..., Tensor], inputs: list[Tensor]) -> tuple[float, float]:
+def errors(ours: Callable[..., Any], truth: Callable[..., Any], inputs: list[Tensor]) -> tuple[float, float]:
     """Relative error of the value, and the worst of the gradients'."""
     mine = [t.detach().requires_grad_() for t in inputs]
     exact = [t.detach().double().requires_grad_() for t in inputs]
@@ -101,7 +112,7 @@ def errors(ours: Callable[..., Tensor], truth: Callable[..., Tensor], inputs: li
     grads, wanted = torch.autograd.grad(value, mine), torch.autograd.grad(want, exact)
 
     def relative(a: Tensor, b: Tensor) -> float:
-        return ((a.double() - b).norm() / b.norm()).item()
+        return float((a.double() - b).norm() / b.norm())
 
     return relative(value, want), max(relative(g, e) for g, e in zip(grads, wanted, strict=True))
 

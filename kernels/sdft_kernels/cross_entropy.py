@@ -5,11 +5,12 @@ N tokens, V vocabulary, H hidden size, R rows of a block.
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, TypedDict, Unpack, overload
+from typing import Any, Literal, NamedTuple, Unpack, overload
 
 import torch
 from torch import Tensor, nn
 
+from .arguments import LabelOptions
 from .call import Grads, Inputs, Scales, compute_dtype, grad_dtype, product_rounding, unsharded
 from .checks import (
     Options,
@@ -159,23 +160,6 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ..
 _op = register("sdft::linear_cross_entropy", SCHEMA, _forward, _fake, _backward, _setup)
 
 
-class LabelOptions(TypedDict, total=False):
-    """The keyword arguments of `linear_cross_entropy` that leave the type of its result alone."""
-
-    bias: Tensor | None
-    temperature: float
-    softcap: float | None
-    scale: float
-    token_weights: Tensor | None
-    by_probability: bool
-    ignore_index: int | None
-    reduction: Reduction
-    vocab_size: int | None
-    chunk_bytes: int | None
-    compact: bool
-    products: Products | None
-
-
 @overload
 def linear_cross_entropy(
     x: Tensor, w: Tensor, labels: Tensor, *, return_tokens: Literal[False] = False, **options: Unpack[LabelOptions]
@@ -288,7 +272,8 @@ class LinearCrossEntropy(nn.Module):
         self.options = options
 
     def forward(self, x: Tensor, w: Tensor, labels: Tensor, **tensors: Any) -> Tensor | tuple[Tensor, LabelStats]:
-        return linear_cross_entropy(x, w, labels, **self.options, **tensors)
+        loss: Tensor | tuple[Tensor, LabelStats] = linear_cross_entropy(x, w, labels, **self.options, **tensors)
+        return loss
 
     def extra_repr(self) -> str:
         return ", ".join(f"{k}={v!r}" for k, v in self.options.items())

@@ -4,17 +4,19 @@ File order: the operator (opaque to torch.compile) with its autograd, its in-pla
 the Module.
 """
 
-from typing import Any
+from typing import Any, Literal, Unpack, overload
 
 import torch
 from torch import Tensor, nn
 
+from .arguments import LogitsOptions
 from .call import compute_dtype
 from .checks import (
     DivergenceName,
     Impl,
     Options,
     Reduction,
+    TokenStats,
     check_flag,
     check_matrix,
     check_teacher,
@@ -140,13 +142,16 @@ class _InPlace(torch.autograd.Function):
         check_writable("student_logits", student, "teacher_logits", teacher)
         into = student.detach() if ctx.needs_input_grad[0] else None
         ctx.made, ctx.impl = into, options.impl
-        outputs = at_boundary(_loss)(student.detach(), teacher, token_weights, labels, None, options, into)
+        outputs: tuple[Tensor, ...] = at_boundary(_loss)(
+            student.detach(), teacher, token_weights, labels, None, options, into
+        )
         ctx.mark_non_differentiable(*outputs[1:])
         return outputs
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        return _in_place_backward(ctx, grad)
+        made: tuple[Tensor | None, ...] = _in_place_backward(ctx, grad)
+        return made
 
 
 def _hand_over_in_place(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -160,6 +165,22 @@ _in_place_backward = backward_of("divergence", _hand_over_in_place)
 _in_place = first_order("divergence", _InPlace.apply)
 
 
+@overload
+def divergence(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    return_tokens: Literal[False] = False,
+    **options: Unpack[LogitsOptions],
+) -> Tensor: ...
+@overload
+def divergence(
+    student_logits: Tensor, teacher_logits: Tensor, *, return_tokens: Literal[True], **options: Unpack[LogitsOptions]
+) -> tuple[Tensor, TokenStats]: ...
+@overload
+def divergence(
+    student_logits: Tensor, teacher_logits: Tensor, *, return_tokens: bool, **options: Unpack[LogitsOptions]
+) -> Tensor | tuple[Tensor, TokenStats]: ...
 def divergence(
     student_logits: Tensor,  # (N, V_s)
     teacher_logits: Tensor,  # (N, V_t)
@@ -176,7 +197,7 @@ def divergence(
     chunk_bytes: int | None = None,
     compact: bool = True,
     impl: Impl | None = None,
-) -> Any:
+) -> Tensor | tuple[Tensor, TokenStats]:
     """Divergence between the distributions of ready logits: `linear_divergence` without the heads.
 
     Args:
@@ -226,6 +247,7 @@ def divergence(
         impl=choose_impl(impl, compute_dtype(student_logits, teacher_logits), student_logits.device),
     )
     tensors = (student_logits, teacher_logits, token_weights, labels)
+    loss: Tensor
     if inplace:
         loss, *rest = _in_place(*tensors, options)
     else:
@@ -241,8 +263,12 @@ class Divergence(nn.Module):
         super().__init__()
         self.options = options
 
-    def forward(self, student_logits: Tensor, teacher_logits: Tensor, **tensors: Any) -> Any:
-        return divergence(student_logits, teacher_logits, **self.options, **tensors)
+    def forward(
+        self, student_logits: Tensor, teacher_logits: Tensor, **tensors: Any
+    ) -> Tensor | tuple[Tensor, TokenStats]:
+        loss: Tensor | tuple[Tensor, TokenStats]
+        loss = divergence(student_logits, teacher_logits, **self.options, **tensors)
+        return loss
 
     def extra_repr(self) -> str:
         return ", ".join(f"{k}={v!r}" for k, v in self.options.items())

@@ -3,11 +3,12 @@
 File order: the operator (opaque to torch.compile) with its autograd, the public function, the Module.
 """
 
-from typing import Any
+from typing import Any, Literal, Unpack, overload
 
 import torch
 from torch import Tensor, nn
 
+from .arguments import LinearOptions
 from .call import Grads, Inputs, Rows, Scales, compute_dtype, grad_dtype, product_rounding, unsharded
 from .checks import (
     DivergenceName,
@@ -16,6 +17,7 @@ from .checks import (
     Products,
     Reduction,
     Same,
+    TokenStats,
     check_bias,
     check_head,
     check_matrix,
@@ -135,6 +137,30 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ..
 _op = register("sdft::linear_divergence", SCHEMA, _forward, _fake, _backward, _setup)
 
 
+@overload
+def linear_divergence(
+    x: Tensor,
+    w: Tensor,
+    teacher_x: Tensor,
+    teacher_w: Tensor,
+    *,
+    return_tokens: Literal[False] = False,
+    **options: Unpack[LinearOptions],
+) -> Tensor: ...
+@overload
+def linear_divergence(
+    x: Tensor,
+    w: Tensor,
+    teacher_x: Tensor,
+    teacher_w: Tensor,
+    *,
+    return_tokens: Literal[True],
+    **options: Unpack[LinearOptions],
+) -> tuple[Tensor, TokenStats]: ...
+@overload
+def linear_divergence(
+    x: Tensor, w: Tensor, teacher_x: Tensor, teacher_w: Tensor, *, return_tokens: bool, **options: Unpack[LinearOptions]
+) -> Tensor | tuple[Tensor, TokenStats]: ...
 def linear_divergence(
     x: Tensor,  # (N, H_s)
     w: Tensor,  # (V_s, H_s)
@@ -159,7 +185,7 @@ def linear_divergence(
     compact: bool = True,
     products: Products | None = None,
     impl: Impl | None = None,
-) -> Any:
+) -> Tensor | tuple[Tensor, TokenStats]:
     """Divergence between the student's and the teacher's next-token distributions, from hidden states.
 
     Logits are z = softcap·tanh(scale·(h Wᵀ + b) / softcap) / temperature on each side, in fp32 (fp64 if an
@@ -261,8 +287,12 @@ class LinearDivergence(nn.Module):
         super().__init__()
         self.options = options
 
-    def forward(self, x: Tensor, w: Tensor, teacher_x: Tensor, teacher_w: Tensor, **tensors: Any) -> Any:
-        return linear_divergence(x, w, teacher_x, teacher_w, **self.options, **tensors)
+    def forward(
+        self, x: Tensor, w: Tensor, teacher_x: Tensor, teacher_w: Tensor, **tensors: Any
+    ) -> Tensor | tuple[Tensor, TokenStats]:
+        loss: Tensor | tuple[Tensor, TokenStats]
+        loss = linear_divergence(x, w, teacher_x, teacher_w, **self.options, **tensors)
+        return loss
 
     def extra_repr(self) -> str:
         return ", ".join(f"{k}={v!r}" for k, v in self.options.items())

@@ -56,7 +56,7 @@ class _Switch:
 
 
 def _precision() -> str:
-    return torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
+    return str(torch.backends.mkldnn.matmul.fp32_precision)  # type: ignore[attr-defined]
 
 
 def _set_precision(value: str) -> None:

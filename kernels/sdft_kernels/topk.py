@@ -7,11 +7,12 @@ File order: the operator, the public functions; the work on rows is in topk_rows
 N tokens, V vocabulary, H hidden size, k named tokens a row.
 """
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Unpack, overload
 
 import torch
 from torch import Tensor
 
+from .arguments import LinearTopkOptions, Tail, TopkOptions
 from .call import Gradients, Grads, Inputs, compute_dtype, grad_dtype, product_rounding, unsharded
 from .checks import (
     FLOATS,
@@ -34,7 +35,6 @@ from .operators import hand_over, register
 from .reduce import finish, row_scales
 from .topk_rows import TopkRows, read_teacher
 
-Tail = Literal["bucket", "renormalise"]
 TAILS = ("bucket", "renormalise")
 
 
@@ -144,6 +144,36 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ..
 _op = register("sdft::topk_divergence", SCHEMA, _forward, _fake, _backward, _setup, "the top-k divergence")
 
 
+@overload
+def linear_topk_divergence(
+    x: Tensor,
+    w: Tensor,
+    teacher_ids: Tensor,
+    teacher_logprobs: Tensor,
+    *,
+    return_tokens: Literal[False] = False,
+    **options: Unpack[LinearTopkOptions],
+) -> Tensor: ...
+@overload
+def linear_topk_divergence(
+    x: Tensor,
+    w: Tensor,
+    teacher_ids: Tensor,
+    teacher_logprobs: Tensor,
+    *,
+    return_tokens: Literal[True],
+    **options: Unpack[LinearTopkOptions],
+) -> tuple[Tensor, TopkStats]: ...
+@overload
+def linear_topk_divergence(
+    x: Tensor,
+    w: Tensor,
+    teacher_ids: Tensor,
+    teacher_logprobs: Tensor,
+    *,
+    return_tokens: bool,
+    **options: Unpack[LinearTopkOptions],
+) -> Tensor | tuple[Tensor, TopkStats]: ...
 def linear_topk_divergence(
     x: Tensor,  # (N, H)
     w: Tensor,  # (V, H)
@@ -165,7 +195,7 @@ def linear_topk_divergence(
     return_tokens: bool = False,
     chunk_bytes: int | None = None,
     products: Products | None = None,
-) -> Any:
+) -> Tensor | tuple[Tensor, TopkStats]:
     """Divergence between the student and a teacher known by its k most likely tokens a row.
 
     The student's logits are those of `linear_divergence`, fp32 (fp64 if x or w is), a chunk of rows at a time. With
@@ -223,6 +253,33 @@ def linear_topk_divergence(
     )
 
 
+@overload
+def topk_divergence(
+    student_logits: Tensor,
+    teacher_ids: Tensor,
+    teacher_logprobs: Tensor,
+    *,
+    return_tokens: Literal[False] = False,
+    **options: Unpack[TopkOptions],
+) -> Tensor: ...
+@overload
+def topk_divergence(
+    student_logits: Tensor,
+    teacher_ids: Tensor,
+    teacher_logprobs: Tensor,
+    *,
+    return_tokens: Literal[True],
+    **options: Unpack[TopkOptions],
+) -> tuple[Tensor, TopkStats]: ...
+@overload
+def topk_divergence(
+    student_logits: Tensor,
+    teacher_ids: Tensor,
+    teacher_logprobs: Tensor,
+    *,
+    return_tokens: bool,
+    **options: Unpack[TopkOptions],
+) -> Tensor | tuple[Tensor, TopkStats]: ...
 def topk_divergence(
     student_logits: Tensor,  # (N, V)
     teacher_ids: Tensor,  # (N, k)
@@ -239,7 +296,7 @@ def topk_divergence(
     vocab_size: int | None = None,
     return_tokens: bool = False,
     chunk_bytes: int | None = None,
-) -> Any:
+) -> Tensor | tuple[Tensor, TopkStats]:
     """`linear_topk_divergence` for those who already hold the student's logits.
 
     Args:
@@ -270,7 +327,7 @@ def _call(
     here: tuple[str, Tensor], w: Tensor | None, bias: Tensor | None, ids: Tensor, logprobs: Tensor,
     token_weights: Tensor | None, labels: Tensor | None, autocast: torch.dtype | None, tail: str, tail_floor: float,
     options: Options,
-) -> Any:  # fmt: skip
+) -> Tensor | tuple[Tensor, TopkStats]:  # fmt: skip
     """The checks that both public functions share, and the operator."""
     x = here[1]
     _check_topk(ids, logprobs, here)

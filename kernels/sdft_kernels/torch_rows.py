@@ -72,7 +72,9 @@ class TorchRows:
             if self.capped:
                 scratch[-1].copy_(s)
             weight = None if weights is None else take(weights, *where)
-            gone = weight == 0 if self.masked and weight is not None else None
+            gone = weight == 0 if self.masked and weight is not None else None  # (R,)
+            if gone is not None and gone.device.type == "cpu" and not gone.any():  # nothing waits for this look
+                gone = None
             labels = None if self.labels is None else take(self.labels, *where)
             if labels is not None and gone is not None:  # whatever they hold
                 labels = labels.masked_fill(gone, 0)

@@ -29,7 +29,7 @@ except SystemExit as end:
     assert f"sdft_kernels {sdft_kernels.__version__}, torch {torch.__version__}" in done.stdout
     assert "cpu (" in done.stdout
     assert "impl=torch: Triton's kernels need a CUDA or ROCm GPU" in done.stdout
-    assert "cpu, torch, bfloat16: 9 cases in" in done.stdout
+    assert "cpu, torch, bfloat16: 10 cases in" in done.stdout
     assert done.stdout.splitlines()[-2:] == ["self-test passed", "status 0 []"]
     assert list(tmp_path.iterdir()) == []
 
@@ -70,6 +70,14 @@ def test_a_wrong_value_a_wrong_gradient_and_an_exception_fail(
         assert f": {name} " in out
         assert message in out
         assert "self-test FAILED: " in out
+
+
+def test_a_wrong_cross_entropy_fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    right = command.linear_cross_entropy
+    monkeypatch.setattr(command, "INTERPRETED", False)
+    monkeypatch.setattr(command, "linear_cross_entropy", lambda *args, **options: right(*args, **options) * 1.01)
+    assert command.main([]) == 1
+    assert "linear_cross_entropy: relative error of the value 1.0e-02" in capsys.readouterr().out
 
 
 def test_the_reason_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ and saves that log_softmax. N rows, V vocabulary, R rows of a block; plain torch
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -162,8 +163,12 @@ def _kl_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return made, None, None, None, None, None
 
 
-_jsd_op: Any = register("sdft::log_space_jsd", JSD_SCHEMA, _jsd, _jsd_fake, _jsd_backward, _jsd_setup, "LigerJSD")
-_kl_op: Any = register("sdft::log_space_kl", KL_SCHEMA, _kl, _kl_fake, _kl_backward, _kl_setup, "LigerKLDIVLoss")
+_jsd_op: Callable[..., Tensor] = register(
+    "sdft::log_space_jsd", JSD_SCHEMA, _jsd, _jsd_fake, _jsd_backward, _jsd_setup, "LigerJSD"
+)
+_kl_op: Callable[..., Tensor] = register(
+    "sdft::log_space_kl", KL_SCHEMA, _kl, _kl_fake, _kl_backward, _kl_setup, "LigerKLDIVLoss"
+)
 
 
 def log_space_jsd(log_p: Tensor, log_q: Tensor, labels: Tensor | None, beta: float, ignore_index: int) -> Tensor:
