@@ -150,10 +150,17 @@ def found(tmp_path_factory: pytest.TempPathFactory, model_folder: Any) -> dict[s
         "".join(f'{{"prompt": "say {w}", "demonstration": "{w.upper() * n}"}}\n' for n, w in enumerate("abcde", 1))
     )
     common = {
-        "model.name": str(model_folder("llama")), "model.compute_dtype": "float32",
-        "data.train": f"{folder}/skill.jsonl", "teacher.context": "as_turns", "optim.lr": 1e-2, "optim.warmup_steps": 0, "optim.clip_norm": 0.5,
-        "train.output": f"{folder}/run", "train.steps": 4, "train.batch_size": 5,
-    }  # fmt: skip
+        "model.name": str(model_folder("llama")),
+        "model.compute_dtype": "float32",
+        "data.train": f"{folder}/skill.jsonl",
+        "teacher.context": "as_turns",
+        "optim.lr": 1e-2,
+        "optim.warmup_steps": 0,
+        "optim.clip_norm": 0.5,
+        "train.output": f"{folder}/run",
+        "train.steps": 4,
+        "train.batch_size": 5,
+    }
     configs = {name: override(Config(), common | settings) for name, settings in STEPS.items()}
     for name, config in configs.items():
         (folder / f"{name}.toml").write_text(to_toml(config))

@@ -4,7 +4,7 @@ Legend: B rows that generate together, T new tokens of each (the prompt, then 1)
 query heads for each of K key heads, D their size, I size of the MLP.
 Llama-like blocks run here with fewer operators than in transformers and nothing between them, q with k with v and gate
 with up in one product: on two CPU cores a token of 8 rows of SmolLM2 takes 26 ms instead of 35, 16 of them products.
-All other blocks are transformers' own. Both keep keys and values in buffers that are never copied to grow.
+All other blocks run in transformers. Both keep keys and values in buffers that are never copied to grow.
 """
 
 import contextlib
@@ -18,22 +18,22 @@ from sdft.device import prepared_linear, return_freed
 from sdft.model import lean
 from sdft.model.loading import LanguageModel, backbone
 
-FUSED = lean.BLOCKS  # transformers' blocks that `Fused` computes
-RETURN_EVERY = 15  # blocks whose weights are laid out, before return_freed
+FUSED = lean.BLOCKS  # transformers' blocks that `FusedDecoder` computes
+RETURN_EVERY = 15  # blocks whose weights are laid out, between two calls of return_freed
 
 
-class Passage(Protocol):
-    """One batch's way through the model; it remembers the keys and values of the tokens so far."""
+class BatchDecoder(Protocol):
+    """Runs one batch through the model, token by token; keeps the keys and values of the tokens so far."""
 
     def __call__(self, ids: Tensor, position: Tensor, mask: Tensor | None) -> Tensor:
-        """ids, position (B, T); mask (B, t), 0 where a token is padding -> hidden states (B, H) of the last token."""
+        """ids, position (B, T); mask (B, t), 0 for padding tokens -> hidden states (B, H) of the last token."""
 
     def keep(self, rows: Tensor) -> None:
-        """Goes on with these rows of the batch alone."""
+        """Drops all rows of the batch but these."""
 
 
 @contextlib.contextmanager
-def decoder(model: LanguageModel, longest: int) -> Iterator[Callable[[int, int], Passage]]:
+def decoder(model: LanguageModel, longest: int) -> Iterator[Callable[[int, int], BatchDecoder]]:
     """start(B, tokens) begins a batch of at most so many tokens a row, none of them more than `longest`.
 
     Within the context the model's weights must stay as they are: linear layers are laid out for decoding once. They are
@@ -46,10 +46,10 @@ def decoder(model: LanguageModel, longest: int) -> Iterator[Callable[[int, int],
     fused = Blocks.of(model, longest) if copied else None
     if fused is not None:
         with torch.autocast(model.device.type, enabled=False):  # which asks at every operator
-            yield lambda rows, tokens: Fused(fused, rows, tokens)
+            yield lambda rows, tokens: FusedDecoder(fused, rows, tokens)
         return
     with decoding_weights(model) if copied else contextlib.nullcontext():
-        yield lambda rows, tokens: Own(model, tokens)
+        yield lambda rows, tokens: LibraryDecoder(model, tokens)
 
 
 # Llama-like blocks.
@@ -84,7 +84,7 @@ class Blocks:
 
     @classmethod
     def of(cls, model: LanguageModel, longest: int) -> "Blocks | None":
-        """None for a model that is not known to be of this kind, or of which a weight cannot be written as a matrix."""
+        """None for a model of another kind, or with a linear layer that is not one plain matrix."""
         layers = getattr(backbone(model.inner), "layers", ())
         if not layers or any(type(block).__name__ not in FUSED for block in layers):
             return None
@@ -99,8 +99,8 @@ class Blocks:
         return cls(model)
 
 
-class Fused:
-    """A batch's way through Blocks."""
+class FusedDecoder:
+    """A `BatchDecoder` of `Blocks`."""
 
     def __init__(self, blocks: Blocks, rows: int, tokens: int) -> None:
         self.blocks, self.seen = blocks, 0
@@ -113,17 +113,17 @@ class Fused:
         self.cache = [both[:, rows] for both in self.cache]
 
     def __call__(self, ids: Tensor, position: Tensor, mask: Tensor | None) -> Tensor:
-        own, (batch, new) = self.blocks, ids.shape
+        blocks, (batch, new) = self.blocks, ids.shape
         start, end = self.seen, self.seen + new
-        groups, keys, dim = own.groups, own.keys, own.head_dim
-        dtype = own.model.compute_dtype
-        x = own.embed(ids)  # (B, T, H)
-        cos, sin = own.rotary(x, position)  # (B, T, D)
+        groups, keys, dim = blocks.groups, blocks.keys, blocks.head_dim
+        dtype = blocks.model.compute_dtype
+        x = blocks.embed(ids)  # (B, T, H)
+        cos, sin = blocks.rotary(x, position)  # (B, T, D)
         # Turning by half a head and changing signs is x.roll with the signs in the sine.
         cos, sin = cos[:, :, None], torch.cat((-sin[..., : dim // 2], sin[..., dim // 2 :]), -1)[:, :, None]
         visible = self._visible(new, mask, x.device)
         for (norm, qkv, qk_norms, out, after, gate_up, activation, down), (k_room, v_room) in zip(
-            own.blocks, self.cache, strict=True
+            blocks.blocks, self.cache, strict=True
         ):
             heads = qkv(norm(x)).view(batch, new, (groups + 2) * keys, dim)  # (B, T, GK + 2K, D)
             qk = heads[:, :, : (groups + 1) * keys]
@@ -142,17 +142,17 @@ class Fused:
                 k_room[:, :, :end],
                 v_room[:, :, :end],
                 attn_mask=visible,
-                scale=own.scaling,
+                scale=blocks.scaling,
             )  # (B, K, GT, D)
             a = a.view(batch, keys, groups, new, dim).permute(0, 3, 1, 2, 4).reshape(batch, new, -1)  # (B, T, GKD)
             x = x + out(a)
             gate, up = gate_up(after(x)).chunk(2, -1)  # (B, T, I) each
             x = x + down(activation(gate) * up)
         self.seen = end
-        return own.final(x[:, -1])
+        return blocks.final(x[:, -1])
 
     def _visible(self, new: int, mask: Tensor | None, device: torch.device) -> Tensor | None:
-        """Added to the scores: (B or 1, 1, GT, t) or, for one token, (B, 1, 1, t); None where everything is visible."""
+        """Added to the scores: (B or 1, 1, GT, t) or, for one token, (B, 1, 1, t); None if every token sees all."""
         if new == 1 and mask is None:
             return None
         at = torch.arange(self.seen + new, device=device)
@@ -185,11 +185,11 @@ def _together(model: LanguageModel, *linears: nn.Module) -> Callable[[Tensor], T
     return prepared_linear(torch.cat(weights) if len(weights) > 1 else weights[0], bias, model.compute_dtype)
 
 
-# Everything else: transformers' own blocks.
+# All other models, by transformers.
 
 
-class Own:
-    """A batch's way through transformers' blocks and cache."""
+class LibraryDecoder:
+    """A `BatchDecoder` of the blocks and the cache of transformers."""
 
     def __init__(self, model: LanguageModel, tokens: int) -> None:
         self.model, self.cache = model, preallocated_cache(model, tokens)
@@ -206,9 +206,9 @@ class Own:
 @contextlib.contextmanager
 def decoding_weights(model: LanguageModel) -> Iterator[None]:
     """Within it, the model's linear layers hold their weights as decoding wants them."""
-    # The embedding's dtype is that of the residual stream, and the head has a way of its own (rollout.decoding_head).
+    # The embedding sets the dtype of the residual stream, and the head is read by sampling.decoding_head.
     kept = (model.inner.get_input_embeddings().weight, model.head().weight)
-    changed: list[tuple[nn.Module, Any]] = []  # and what it ran before, where that was its own (lean.install)
+    changed: list[tuple[nn.Module, Any]] = []  # and the forward that lean.install gave it, if any
     within: set[nn.Module] = set()  # parts of merged layers, which come after them and are never asked
     try:
         for m in model.inner.modules():
@@ -253,7 +253,7 @@ def _parts(module: nn.Module, dtype: torch.dtype) -> tuple[Tensor, list[str]] | 
 
 
 def preallocated_cache(model: LanguageModel, longest: int) -> Any:
-    """transformers' cache for this model, whose plain layers are filled in place instead of grown by copying."""
+    """The cache of transformers for this model; its plain layers are filled in place instead of grown by copying."""
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer
 

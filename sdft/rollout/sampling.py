@@ -15,7 +15,7 @@ from torch import Tensor
 from sdft.config import RolloutConfig
 from sdft.device import prepared_linear
 from sdft.model.loading import LanguageModel
-from sdft.rollout.decode import Passage, decoder
+from sdft.rollout.decode import BatchDecoder, decoder
 from sdft.rollout.engine import Completion, Weights, own_weights
 
 # Tokens between two looks at what is finished. A look makes the host wait for a device that would run ahead of it.
@@ -73,7 +73,7 @@ def decoding_head(model: LanguageModel) -> Callable[[Tensor], Tensor]:
 
 def generate_batch(
     model: LanguageModel,
-    start: Callable[[int, int], Passage],
+    start: Callable[[int, int], BatchDecoder],
     head: Callable[[Tensor], Tensor],
     prompts: Sequence[Sequence[int]],
     sampling: RolloutConfig,
@@ -90,13 +90,13 @@ def generate_batch(
     position = (places[:width] - width + lengths[:, None]).clamp(min=0)  # (B, T)
     stop = torch.tensor(model.stop_ids, device=device)
     finished = torch.zeros(len(prompts), dtype=torch.bool, device=device)  # (B,)
-    passage, pick = start(len(prompts), longest), sampler(sampling)
+    decode, pick = start(len(prompts), longest), sampler(sampling)
     rows = list(range(len(prompts)))  # which completion each row of the batch is
     out: list[tuple[list[int], list[float]]] = [([], []) for _ in prompts]
     drawn: list[Tensor] = []  # tokens (B,) not yet in `out`
     likely: list[Tensor] = []  # their log-probabilities (B,)
     for n in range(sampling.max_new_tokens):
-        hidden = passage(ids, position, None if mask is None else mask[:, : width + n])  # (B, H)
+        hidden = decode(ids, position, None if mask is None else mask[:, : width + n])  # (B, H)
         logits = head(hidden)  # (B, V)
         ids = pick(logits)  # (B, 1)
         drawn.append(ids[:, 0])
@@ -117,7 +117,7 @@ def generate_batch(
                 rows = [row for row, end in zip(rows, ended, strict=True) if not end]
                 ids, position, finished = ids[keep], position[keep], finished[keep]
                 mask = None if mask is None else mask[keep]
-                passage.keep(keep)
+                decode.keep(keep)
     return out
 
 

@@ -5,7 +5,7 @@ be kept. Tensors are safetensors; the optimizer's state is loaded with weights_o
 
     OUTPUT/checkpoints/step-000040/
         weights.safetensors    every parameter that trains, by its name in the model
-        teacher.safetensors    the teacher's own tensors; none for sft and dft
+        teacher.safetensors    the tensors of the teacher; the file is missing for sft and dft
         optimizer.pt           moments and step counts
         state.json             step, and the facts of the run that `train.resume` compares or goes on with
         manifest.json          format, and size and sha256 of every other file
@@ -59,7 +59,7 @@ def save_checkpoint(
 ) -> Path:
     """Writes everything aside, then renames: a checkpoint folder is complete or not there.
 
-    facts: what `read_state` returns beside the step. Raises SdftError where it cannot be written (a full disk, a
+    facts: what `read_state` returns besides the step. Raises SdftError if it cannot be written (a full disk, a
     folder of that name); older checkpoints are untouched then.
     """
     final = checkpoint_folder(output, step)
@@ -70,7 +70,7 @@ def save_checkpoint(
         save_file(_contiguous({k: p.detach() for k, p in model.trainable().items()}), partial / "weights.safetensors")
         if teacher is not None:
             save_file(_contiguous(teacher.state()), partial / "teacher.safetensors")
-        # Opened here: of a full disk, torch tells only with a file that Python writes.
+        # Opened here: torch reports a full disk only if Python writes the file.
         with (partial / "optimizer.pt").open("wb") as file:
             torch.save(optimizer.state_dict(), file)
         (partial / "state.json").write_text(json.dumps({"step": step, **facts}))
@@ -79,7 +79,7 @@ def save_checkpoint(
         (partial / "manifest.json").write_text(json.dumps(manifest, indent=1))
         final.parent.mkdir(exist_ok=True)
         files.publish(partial, final)
-    except Exception as error:  # safetensors and torch.save each wrap a full disk in a kind of their own
+    except Exception as error:  # safetensors and torch.save each raise an error of another kind for a full disk
         shutil.rmtree(partial, ignore_errors=True)
         before = latest(output)
         left = f"--resume goes on from {before.name}, which is untouched" if before else "there is no earlier one"
@@ -117,7 +117,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def damage(folder: Path) -> str:
-    """What is wrong with a checkpoint's files, in words; nothing where they are as they were written."""
+    """What is wrong with a checkpoint's files, in words; empty if they are as they were written."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         if manifest["format"] > FORMAT:

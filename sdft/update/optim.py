@@ -16,7 +16,7 @@ from sdft.update.offload import HostWorker, cut_into_parts, views_of_part
 
 
 def check_optimizer(config: OptimConfig, device: torch.device) -> None:
-    """Raises SdftError for an optimizer that this device or installation does not have."""
+    """Raises SdftError for an optimizer that this device or this installation lacks."""
     if config.name == "adamw":
         return
     if importlib.util.find_spec("bitsandbytes") is None:
@@ -71,15 +71,13 @@ class OffloadedAdamW(torch.optim.AdamW):
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
             for p in parameters:
-                p.data = p.data.contiguous()  # of which there are flat views
                 if not self.state[p]:
                     self.state[p] = {"step": torch.zeros(()), "exp_avg": _host_zeros(p), "exp_avg_sq": _host_zeros(p)}
             self._update(group, parameters)
-        self.worker.make_device_wait()
 
     def _update(self, group: dict[str, Any], parameters: list[nn.Parameter]) -> None:
         states = [self.state[p] for p in parameters]
-        weights = [p.detach() for p in parameters]
+        weights = [p.detach().contiguous() for p in parameters]  # flat views need that
         gradients = [p.grad.contiguous() for p in parameters if p.grad is not None]
         parts = list(cut_into_parts([p.numel() for p in parameters]))
         jobs = [
@@ -109,6 +107,10 @@ class OffloadedAdamW(torch.optim.AdamW):
             return own
 
         self.worker.run(jobs, work)
+        self.worker.make_device_wait()
+        for parameter, updated in zip(parameters, weights, strict=True):
+            if not parameter.is_contiguous():
+                parameter.copy_(updated)
         for state in states:
             state["step"] += 1
 

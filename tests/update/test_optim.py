@@ -21,8 +21,9 @@ from sdft.update.optim import OffloadedAdamW, check_optimizer, clip, learning_ra
 
 
 def rates(steps: int, **settings: object) -> list[float]:
-    config = OptimConfig(**{"lr": 2.0, "warmup_steps": 4} | settings)
-    return [learning_rate(step, steps, config) for step in range(steps)]
+    """Learning rates as fractions of half the peak."""
+    config = OptimConfig(**{"lr": 0.5, "warmup_steps": 4} | settings)
+    return [4 * learning_rate(step, steps, config) for step in range(steps)]
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
