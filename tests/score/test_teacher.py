@@ -160,7 +160,9 @@ def storage_bytes() -> int:
     return sum(storages.values())
 
 
-@pytest.mark.parametrize("kind", ["base", "ema", "live"])
+@pytest.mark.parametrize(
+    "kind", ["ema", pytest.param("base", marks=pytest.mark.slow), pytest.param("live", marks=pytest.mark.slow)]
+)
 def test_the_base_weights_exist_once(kind: Any, load_tiny: Any) -> None:
     model = load_tiny()[1]
     base = sum(p.numel() for p in model.lm.parameters()) * 4
@@ -209,14 +211,13 @@ def test_the_swap_leaves_the_student_as_it_was(model: Any) -> None:
     assert model.lm.training
 
 
-def test_a_failed_forward_leaves_the_student_as_it_was(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_forward_leaves_the_student_as_it_was(model: Any) -> None:
     teacher = make_teacher(model, TeacherConfig(kind="ema"))
     move(model, 0, 0.1)
     model.lm.train()
     before = facts(model)
-    monkeypatch.setattr(type(model), "hidden", lambda *a: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        teacher.hidden(BATCH)
+    with pytest.raises(IndexError):
+        teacher.hidden(lay_out([[9999]], [[5, 6]], 258, torch.device("cpu")))  # no such token
     assert facts(model) == before
     assert model.lm.training
 

