@@ -67,7 +67,6 @@ class OffloadedAdamW(torch.optim.AdamW):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One update of every parameter that has a gradient; the device's next work sees it, the host waits for the
         gradients only."""
-        self.worker.wait_for_device()
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
             for p in parameters:
@@ -106,6 +105,7 @@ class OffloadedAdamW(torch.optim.AdamW):
             )
             return own
 
+        self.worker.wait_for_device()  # gradients, and copies that were made above
         self.worker.run(jobs, work)
         self.worker.make_device_wait()
         for parameter, updated in zip(parameters, weights, strict=True):
