@@ -268,16 +268,35 @@ def config_skill(tmp_path: Path) -> str:
 
 
 @pytest.mark.parametrize(
-    "arguments",
-    [["--optim.lr", "much"], ["--optim.lrr", "1"], ["--teacher.kind", "emma"], ["--train.steps", "1.5"], ["extra"]],
+    "given", [["--optim.lr", "much"], ["--teacher.kind", "emma"], ["--train.steps", "1.5"]], ids=" ".join
 )
-def test_bad_overrides_exit_with_2_and_no_traceback(arguments: list[str], config_file: Any, capsys: Any) -> None:
+def test_bad_overrides_exit_with_2_and_no_traceback(given: list[str], config_file: Any, capsys: Any) -> None:
     with pytest.raises(SystemExit) as exit_:
-        main(["train", config_file(), *arguments])
+        main(["train", config_file(), *given])
     assert exit_.value.code == 2
     told = capsys.readouterr().err
-    assert arguments[0] in told
+    assert given[0] in told
     assert "Traceback" not in told
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("--optim.lrr 1", "unknown option '--optim.lrr'; did you mean '--optim.lr'?"),
+        ("--optim.learning-rate 1", "unknown option '--optim.learning-rate'; did you mean '--optim.lr'?"),
+        ("--train.lr=1", "did you mean '--optim.lr'?"),
+        ("--lr 1", "did you mean '--optim.lr'?"),
+        ("--counts 1", "did you mean '--count'?"),
+        ("extra", "unknown option 'extra'; `sdft check --help` lists the options"),
+    ],
+)
+def test_an_unknown_option_is_named_with_the_nearest(given: str, words: str, config_file: Any, refused: Any) -> None:
+    assert words in refused("check", config_file(), *given.split())
+
+
+def test_an_unknown_option_of_other_commands(refused: Any) -> None:
+    assert "did you mean '--max-new-tokens'?" in refused("generate", "m", "hi", "--max_tokens", "3")
+    assert "did you mean '--held-out'?" in refused("data", "toolalpaca", "a", "b", "--hold-out", "3")
 
 
 def test_the_installed_entry_point() -> None:

@@ -19,13 +19,14 @@ from sdft.cli.arguments import (
     PlanArgs,
     StudyArgs,
 )
-from sdft.config import Config, ModelConfig, load_config, located, override
+from sdft.config import Config, ModelConfig, Settings, load_config, located, override
+from sdft.config.settings import keys, nearest
 from sdft.errors import SdftError
 
 if TYPE_CHECKING:
     from sdft.study.spec import Study
 
-Kind = TypeVar("Kind")
+Kind = TypeVar("Kind", bound=Settings)
 
 # Short forms of settings that are mostly given on the command line.
 ALIASES = {
@@ -36,10 +37,29 @@ ALIASES = {
 
 
 def parse(kind: type[Kind], args: list[str], command: str, default: Kind | None = None) -> Kind:
-    """The options of a command. Raises SdftError for a value out of range; exits with 2 for an unknown option."""
+    """The options of a command. Raises SdftError for a value out of range and for an unknown option.
+
+    Exits with status 2 for a value that is not of the option's type, and with 0 after --help.
+    """
     start = tyro.MISSING_NONPROP if default is None else default
     with located("command line"):
-        return tyro.cli(kind, args=args, prog=f"sdft {command}", default=start)
+        found, unknown = tyro.cli(kind, args=args, prog=f"sdft {command}", default=start, return_unknown_args=True)
+        if unknown:
+            raise SdftError(f"unknown option {unknown[0]!r}; {_known(kind, unknown[0], command)}")
+    return found
+
+
+def _known(kind: type[Settings], option: str, command: str) -> str:
+    """The option that was probably meant."""
+    section, _, name = option.lstrip("-").partition("=")[0].replace("-", "_").rpartition(".")
+    options = {key: field for key, field in kind.declared().items() if key != "config"}
+    if kind is Config or "config" in kind.declared():
+        options |= keys()
+    here = [key for key in options if key.rpartition(".")[0] == section]
+    near = nearest(name, here, options) if option.startswith("-") else None
+    if near:
+        return f"did you mean '--{near.replace('_', '-')}'?"
+    return f"`sdft {command.removesuffix(' CONFIG.toml')} --help` lists the options"
 
 
 def config_from(args: list[str]) -> tuple[Config, list[str]]:

@@ -5,7 +5,7 @@ Nothing here knows a single setting; the settings are in `sections`.
 
 import difflib
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar, get_args
 
@@ -129,8 +129,17 @@ def keys() -> dict[str, FieldInfo]:
 def _suggestion(cls: type[Settings], name: str) -> str:
     """The setting that was probably meant, in this section or in another one; if none is near, all of this section."""
     here = {cls.named(key): field for key, field in cls.declared().items()}
+    near = nearest(name, here, here if cls.section is None else here | keys())
+    return f"did you mean {near!r}?" if near else f"valid here: {', '.join(here)}"
+
+
+def nearest(name: str, here: Container[str], settings: Mapping[str, FieldInfo]) -> str | None:
+    """The dotted name, among `settings`, that `name` without its section probably means; None if none is near.
+
+    here: the dotted names of the section in which the user wrote it, which are preferred.
+    """
     scores = {}
-    for key, field in (here if cls.section is None else here | keys()).items():
+    for key, field in settings.items():
         section, _, last = key.rpartition(".")
         likeness = max(_alike(name, last), _alike(name, f"{section}_{last}"))
         # A user may know a setting by the words of its description, such as learning_rate.
@@ -138,7 +147,7 @@ def _suggestion(cls: type[Settings], name: str) -> str:
         described = "_" in name and name.lower().replace("_", " ") in text
         scores[key] = max(likeness, 0.7 + 7 / len(text) if described else 0) + 0.05 * (key in here)
     best = max(scores, key=lambda key: scores[key])
-    return f"did you mean {best!r}?" if scores[best] > 0.7 else f"valid here: {', '.join(here)}"
+    return best if scores[best] > 0.7 else None
 
 
 def _alike(one: str, other: str) -> float:
