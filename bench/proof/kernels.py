@@ -22,7 +22,7 @@ TOKENS = 16_384
 
 def items(place: Place) -> list[Item]:
     if place.tiny:
-        return [Item("tiny", partial(profiled, Case("tiny", 12), "triton", place))]
+        return [Item("tiny", partial(profiled, Case("tiny", 4), "triton", place))]
     cases = (Case("Qwen2.5-7B", TOKENS), Case("SmolLM2-135M", TOKENS))
     return [
         Item(f"{impl}: {case}", partial(profiled, case, impl, place))

@@ -18,7 +18,7 @@ from .values import CANDIDATES
 
 MIB = 2**20
 WORKSPACES: tuple[int | None, ...] = (None, 256 * MIB, 512 * MIB, 1024 * MIB, 2048 * MIB)  # None: the default
-TINY_WORKSPACES: tuple[int | None, ...] = (None, 2**15)
+TINY_WORKSPACES: tuple[int | None, ...] = (None, 2**14)
 OF_CANDIDATES = (None, 256 * MIB)  # the workspaces of what is not chosen by itself
 TOKENS = 16_384
 ROUNDS = 5
@@ -26,8 +26,8 @@ ROUNDS = 5
 
 def items(place: Place) -> list[Item]:
     if place.tiny:
-        cases = [Case("tiny", 12, frozen=frozen) for frozen in (False, True)]
-        trainer = [Case("tiny", 12, "float32", trainer=True)]
+        cases = [Case("tiny", 6, frozen=frozen) for frozen in (False, True)]
+        trainer = [Case("tiny", 6, "float32", trainer=True)]
     else:
         cases = [Case(model, TOKENS, frozen=frozen) for model in BIG for frozen in (False, True)]
         trainer = [Case(model, TOKENS, "float32", "forward_kl", trainer=True) for model in (BIG[0], BIG[-1])]
@@ -51,7 +51,7 @@ def measured(case: Case, place: Place, rows: list[Row]) -> None:
     try:
         run_case(
             case, device_for(place), found, place.deadline, variants,
-            rounds=2 if place.tiny else ROUNDS, checked_rows=12 if place.tiny else 1024,
+            rounds=2 if place.tiny else ROUNDS, checked_rows=6 if place.tiny else 1024,
         )  # fmt: skip
     finally:
         for row in found:

@@ -43,7 +43,7 @@ def test_the_program_in_miniature(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert all(f"## {phase.about}" in table for phase in PHASES if phase.name in QUICK.split(","))
     measured = [row for row in report.rows_of(found, "kernels") if "phase" in row]
     assert {row["phase"] for row in measured} == {"whole call", "logits", "rows", "dW", "dX", "copies"}
-    assert all(row["ms"] > 0 and row["predicted ms"] > 0 for row in measured)
+    assert all(row["ms"] > 0 and (row["phase"] == "copies" or row["predicted ms"] > 0) for row in measured)
     assert re.search(r"kernels: 1 items", capsys.readouterr().out)
 
 
