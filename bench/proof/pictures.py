@@ -1,5 +1,6 @@
 """Three pictures of a proof: the loss by workspace, the loss and its peers, and whole steps."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,8 @@ def by_workspace(axes: Any, rows: list[Row]) -> bool:
         if all("bound" in row for row in mine):
             axes.plot(sizes, [row["bound"] for row in mine], ls="--", color=style["color"], alpha=0.5)
     axes.set_xscale("log", base=2)
+    ticks = sorted({row["workspace"] / 2**20 for row in rows})
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.set(xlabel="workspace, MiB; dashed: the bound by bench.roofline", ylabel="time of the bare products / time")
     axes.set_ylim(0, 1.05)
     return bool(rows)
@@ -65,6 +68,8 @@ def beside_peers(axes: Any, rows: list[Row]) -> bool:
             color=COLOURS[i % len(COLOURS)], marker=MARKERS[i % len(MARKERS)],
         )  # fmt: skip
     axes.set_xscale("log")
+    ends = [math.log10(max(row["extra MB"], 1)) for row in rows]
+    axes.set_xlim(10 ** math.floor(min(ends)), 10 ** math.ceil(max(ends) + 0.01))  # whole decades: a tick at either end
     case = ", ".join(str(rows[0][key]) for key in keys)
     axes.set(xlabel=f"extra memory, MB ({case}; hollow: inexact)", ylabel="time of the bare products / time")
     axes.set_ylim(0, 1.05)
