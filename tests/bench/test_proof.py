@@ -65,7 +65,14 @@ def test_the_whole_program_in_miniature(tmp_path: Path) -> None:
 CHECKED = [c for c in (*values.CHECKS, *rollout.CHECKS, *offload.CHECKS) if not c.needs_gpu]
 
 
-@pytest.mark.parametrize("check", CHECKED, ids=str)
+def twice(check: Check) -> bool:
+    """Whether another check runs the same code on another dtype."""
+    return check.name.endswith(("float32", "float16"))
+
+
+@pytest.mark.parametrize(
+    "check", [pytest.param(c, marks=[pytest.mark.slow] if twice(c) else []) for c in CHECKED], ids=str
+)
 def test_checks_in_miniature(check: Check, tmp_path_factory: pytest.TempPathFactory) -> None:
     """The list of tests/fused_loss/test_gpu.py, small, by Triton's interpreter."""
     place = Place("cpu", tiny=True, scratch=tmp_path_factory.getbasetemp() / "proof-models")
