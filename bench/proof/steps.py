@@ -3,7 +3,10 @@
 bench/step.py says what is equal on both sides. Each contender runs in a process of its own.
 """
 
+import contextlib
+import tempfile
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from ..step import CONTENDERS, in_subprocess
@@ -36,8 +39,11 @@ def items(place: Place) -> list[Item]:
 def random_model(size: str, place: Place) -> str:
     """The folder of a Qwen2 with random weights, written once a run of the proof."""
     folder = place.scratch / size
-    if not (folder / "tokenizer_config.json").exists():  # written last
-        random_qwen(folder, device=place.device, **SIZES[size])
+    if not folder.exists():
+        made = Path(tempfile.mkdtemp(dir=place.scratch))
+        random_qwen(made, device=place.device, **SIZES[size])
+        with contextlib.suppress(OSError):  # another process of the phase was first
+            made.rename(folder)
     return str(folder)
 
 

@@ -75,7 +75,9 @@ def twice(check: Check) -> bool:
 )
 def test_checks_in_miniature(check: Check, tmp_path_factory: pytest.TempPathFactory) -> None:
     """The list of tests/fused_loss/test_gpu.py, small, by Triton's interpreter."""
-    place = Place("cpu", tiny=True, scratch=tmp_path_factory.getbasetemp() / "proof-models")
+    scratch = tmp_path_factory.getbasetemp() / "proof-models"
+    scratch.mkdir(exist_ok=True)
+    place = Place("cpu", tiny=True, scratch=scratch)
     found = list(check.run(place))
     assert found
     assert [one for one in found if not one.right] == []
