@@ -1,45 +1,40 @@
-"""Norms, MLPs and linear layers of Llama-like blocks that keep less for the backward pass than transformers' own.
+"""Norms, MLPs and linear layers for Llama-like blocks that keep less for the backward pass than those of transformers.
 
-What they compute is the same to rounding. Of what a block of SmolLM2 keeps for each token in full fine-tuning, 34 KB of
-transformers', they keep 20 with what attention keeps (docs/memory.md):
+The values are the same to rounding. In full fine-tuning a block of SmolLM2 keeps 34 KB a token with the modules of
+transformers and 20 KB with these, what attention keeps included (docs/memory.md):
 
-- a norm keeps its input, which the residual stream has anyway, and one statistic a token; not the normalised values too
-- its output has the dtype that products want: autocast would cast it once for every layer that reads it
-- the MLP keeps its gate and not the same after its activation
-- a linear layer keeps its weight and not the copy of it that autocast multiplies by, which is made again for the
-  gradient: one layer's copy at a time, in memory that is still warm
-- LoRA layers that share an input share what is kept of it
+- A norm keeps its input, which the residual stream has anyway, and one statistic a token, not the normalised values.
+- Its output has the dtype of the products: autocast would cast it once for every layer that reads it.
+- The MLP keeps its gate, and not the gate after its activation as well.
+- A linear layer keeps its weight, not the copy that autocast multiplies by. The copy is made again for the gradient,
+  one layer's at a time, in memory that is still in the cache. If its weight is frozen, it does not keep its input.
+- LoRA layers that share an input share what is kept of it.
 
-Legend: B rows, T tokens, H hidden size, I size of the MLP, V vocabulary.
+Legend: B rows, T tokens, H hidden size, I size of the MLP.
 """
 
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-# transformers' blocks that are known: RMSNorm, rotary positions, grouped queries, gated MLP, nothing else.
+# Blocks of transformers with RMSNorm, rotary positions, grouped queries and a gated MLP, and nothing else.
 BLOCKS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
 
 
 def install(lm: nn.Module) -> None:
-    """Puts the functions of this module in the place of the blocks' own; other models stay as they are."""
-    block: Any
-    module: Any
-    for block in lm.modules():
-        if type(block).__name__ not in BLOCKS:
-            continue
-        names = ("q_norm", "k_norm")
-        of_heads = [getattr(block.self_attn, name) for name in names if hasattr(block.self_attn, name)]
-        for module in (block.input_layernorm, block.post_attention_layernorm, *of_heads):
-            module.forward = partial(norm, module)
-        for module in block.modules():
-            if type(module) is nn.Linear:
-                module.forward = partial(linear, module)  # type: ignore[method-assign]
-        if type(block.mlp.act_fn).__name__ in ("SiLU", "SiLUActivation"):
-            block.mlp.forward = partial(mlp, block.mlp)
+    """Replaces the norms, MLPs and linear layers of BLOCKS. Parameters and their names stay, as do other models."""
+    for block in [m for m in lm.modules() if type(m).__name__ in BLOCKS]:
+        for parent in list(block.modules()):
+            for name, child in list(parent.named_children()):
+                if type(child) is nn.Linear:
+                    setattr(parent, name, LeanLinear(child))
+                elif type(child).__name__.endswith("RMSNorm"):
+                    setattr(parent, name, LeanNorm(child))
+        mlp: Any = block.mlp
+        if type(mlp.act_fn).__name__ in ("SiLU", "SiLUActivation"):
+            block.mlp = LeanMLP(mlp)
 
 
 def share_inputs(lm: nn.Module) -> None:
@@ -54,37 +49,60 @@ def share_inputs(lm: nn.Module) -> None:
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
-    """Autocast's dtype, where there is one, else that of x."""
+    """The dtype of autocast if it is on, else the dtype of x."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
-def linear(module: Any, x: Tensor) -> Tensor:
-    """x W^T + b, (..., H) -> (..., I), in autocast's dtype where there is one."""
-    dtype, weight, bias = autocast_dtype(x), module.weight, module.bias
-    if weight.dtype == dtype:
-        return nn.functional.linear(x, weight, bias)
-    return _Linear.apply(x.to(dtype), weight, bias)
+class LeanLinear(nn.Linear):
+    """x W^T + b, (..., in) -> (..., out), in autocast's dtype if it is on; holds the parameters of another layer."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.weight, self.bias = layer.weight, layer.bias
+        self.train(layer.training)
+
+    def forward(self, input: Tensor) -> Tensor:
+        dtype = autocast_dtype(input)
+        if self.weight.dtype == dtype:
+            return nn.functional.linear(input, self.weight, self.bias)
+        return _Linear.apply(input.to(dtype), self.weight, self.bias)
 
 
-def norm(module: Any, x: Tensor) -> Tensor:
-    """RMSNorm (..., H) in fp32; the result in autocast's dtype, where there is one, else in that of x."""
-    return _Norm.apply(x, module.weight, module.variance_epsilon, autocast_dtype(x))
+class LeanNorm(nn.Module):
+    """RMSNorm (..., H) in fp32; the result has autocast's dtype if it is on, else the dtype of x."""
+
+    def __init__(self, norm: Any) -> None:
+        super().__init__()
+        self.weight, self.variance_epsilon = norm.weight, norm.variance_epsilon
+        self.train(norm.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _Norm.apply(x, self.weight, self.variance_epsilon, autocast_dtype(x))
 
 
-def mlp(module: Any, x: Tensor) -> Tensor:
+class LeanMLP(nn.Module):
     """down(silu(gate(x)) * up(x)), (B, T, H) -> (B, T, H)."""
-    if not torch.is_grad_enabled():  # the gate is gone before its product with the other factor is there
-        return module.down_proj(nn.functional.silu(module.gate_proj(x)) * module.up_proj(x))
-    return module.down_proj(_Gated.apply(module.gate_proj(x), module.up_proj(x)))
+
+    def __init__(self, mlp: Any) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = mlp.gate_proj, mlp.up_proj, mlp.down_proj
+        self.act_fn = mlp.act_fn
+        self.train(mlp.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():  # the gate is freed before its product with the other factor is made
+            return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(_Gated.apply(self.gate_proj(x), self.up_proj(x)))
 
 
 class _Linear(torch.autograd.Function):
-    """x W^T + b in the dtype of x, whatever W's."""
+    """x W^T + b in the dtype of x, whatever the dtype of W."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
         ctx.bias_dtype = None if bias is None else bias.dtype
         return nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 

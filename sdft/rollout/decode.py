@@ -205,24 +205,34 @@ class LibraryDecoder:
 
 @contextlib.contextmanager
 def decoding_weights(model: LanguageModel) -> Iterator[None]:
-    """Within it, the model's linear layers hold their weights as decoding wants them."""
+    """Within it, layers that are prepared for decoding stand in the places of the model's linear layers."""
     # The embedding sets the dtype of the residual stream, and the head is read by sampling.decoding_head.
     kept = (model.inner.get_input_embeddings().weight, model.head().weight)
-    changed: list[tuple[nn.Module, Any]] = []  # and the forward that lean.install gave it, if any
-    within: set[nn.Module] = set()  # parts of merged layers, which come after them and are never asked
+    replaced: list[tuple[nn.Module, str, nn.Module]] = []
+    within: set[nn.Module] = set()  # parts of merged layers, which are called no more
     try:
-        for m in model.inner.modules():
-            weight = None if m in within else decoding_weight(m, model.weights_dtype)
-            if weight is not None and all(weight is not w for w in kept):
-                changed.append((m, m.__dict__.get("forward")))
-                m.forward = prepared_linear(weight, getattr(m, "bias", None), model.compute_dtype)
-                within.update(m.modules())
+        for parent in list(model.inner.modules()):
+            for name, layer in [] if parent in within else list(parent.named_children()):
+                weight = decoding_weight(layer, model.weights_dtype)
+                if weight is not None and all(weight is not w for w in kept):
+                    replaced.append((parent, name, layer))
+                    setattr(parent, name, _PreparedLinear(layer, weight, model.compute_dtype))
+                    within.update(layer.modules())
         yield
     finally:
-        for m, before in changed:
-            del m.__dict__["forward"]
-            if before is not None:
-                m.forward = before
+        for parent, name, layer in replaced:
+            setattr(parent, name, layer)
+
+
+class _PreparedLinear(lean.LeanLinear):
+    """x W^T + b by `prepared_linear`; its own weight and bias are those of the layer, for code that reads them."""
+
+    def __init__(self, layer: Any, weight: Tensor, dtype: torch.dtype) -> None:
+        super().__init__(layer)
+        self.product = prepared_linear(weight, self.bias, dtype)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.product(input)
 
 
 def decoding_weight(module: nn.Module, dtype: torch.dtype) -> Tensor | None:
@@ -239,8 +249,8 @@ def decoding_weight(module: nn.Module, dtype: torch.dtype) -> Tensor | None:
 
 def _parts(module: nn.Module, dtype: torch.dtype) -> tuple[Tensor, list[str]] | None:
     """The weight of a linear layer by itself, and the names of the adapters to be added; None for anything else."""
-    base = getattr(module, "base_layer", module)
-    if type(base) is not nn.Linear or base.weight.dtype != dtype:
+    base: Any = getattr(module, "base_layer", module)
+    if type(base) not in (nn.Linear, lean.LeanLinear) or base.weight.dtype != dtype:
         return None
     if base is module or getattr(module, "disable_adapters", False):
         return base.weight, []
