@@ -116,6 +116,11 @@ class Gradients:
         for grad in self.made():
             grad.mul_(factor)
 
+    def flat(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """dX, dW and db as an operator returns them: no elements where there is nothing."""
+        dx, dw, dbias = (like.new_empty(0) if g is None else g for g in (self.dx, self.dw, self.dbias))
+        return dx, dw, dbias
+
     def made(self) -> list[Tensor]:
         """Those that there are."""
         return [grad for grad in (self.dx, self.dw, self.dbias) if grad is not None]

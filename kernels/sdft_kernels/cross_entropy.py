@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .arguments import LabelOptions
-from .call import Grads, Inputs, Scales, compute_dtype, grad_dtype, product_rounding, unsharded
+from .call import Grads, Inputs, Scales, compute_dtype, product_rounding, unsharded
 from .checks import (
     Options,
     Products,
@@ -25,7 +25,7 @@ from .checks import (
     make_options,
 )
 from .loop import run_linear
-from .operators import hand_over, register
+from .operators import linear_operator
 from .reduce import finish, row_scales
 from .rows import log_softmax_
 from .torch_rows import TorchRows, Where, looks_infinite
@@ -80,14 +80,6 @@ class LabelRows(TorchRows):
         return (value, chosen, top1), factor
 
 
-SCHEMA = (
-    "(Tensor x, Tensor w, Tensor? bias, Tensor labels, Tensor? token_weights, Tensor? upstream, "
-    f"bool need_x, bool need_w, bool need_bias, ScalarType? autocast, bool by_probability, {Options.SCHEMA}) "
-    f"-> ({', '.join(['Tensor'] * 7)})"
-)
-TENSORS = 6  # leading arguments of the operator that are tensors; the last of them is upstream
-
-
 def _forward(
     x: Tensor,  # (N, H)
     w: Tensor,  # (V, H)
@@ -111,53 +103,20 @@ def _forward(
     made = run_linear(Inputs(x, w, bias), options, rows, grads, scales, autocast)
     loss = finish(rows.stats.loss, scales, options.reduction)
     stats = rows.stats if options.return_tokens else [x.new_empty(0) for _ in range(3)]
-    return (loss, *stats, *(x.new_empty(0) if g is None else g for g in (made.dx, made.dw, made.dbias)))
+    return loss, *stats, *made.flat(x)
 
 
-def _fake(
-    x: Tensor, w: Tensor, bias: Tensor | None, labels: Tensor, token_weights: Tensor | None, upstream: Tensor | None,
-    need_x: bool, need_w: bool, need_bias: bool, autocast: torch.dtype | None, by_probability: bool, *plain: Any,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    options, dtype = Options.from_flat(*plain), compute_dtype(x, w)
-    known = upstream is not None or options.reduction != "none"
-
-    def row(kind: torch.dtype) -> Tensor:
-        return x.new_empty(x.shape[0], dtype=kind) if options.return_tokens else x.new_empty(0)
-
-    def grad(like: Tensor | None, wanted: bool, kind: torch.dtype) -> Tensor:
-        return x.new_empty(0) if like is None or not (wanted and known) else x.new_empty(like.shape, dtype=kind)
-
-    return (
-        x.new_empty((x.shape[0],) if options.reduction == "none" else (), dtype=dtype),
-        row(dtype),
-        row(dtype),
-        row(torch.bool),
-        grad(x, need_x, grad_dtype(x, dtype)),
-        grad(w, need_w, grad_dtype(w, dtype)),
-        grad(bias, need_bias, dtype),
-    )
+def _describe(
+    options: Options, x: Tensor, w: Tensor, bias: Tensor | None, labels: Tensor, token_weights: Tensor | None
+) -> tuple[torch.dtype, list[torch.dtype | None]]:
+    dtype = compute_dtype(x, w)
+    return dtype, [dtype, dtype, torch.bool] if options.return_tokens else [None, None, None]
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.plain = inputs[TENSORS:]
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*inputs[: TENSORS - 1], *output[4:])  # all but upstream
-    ctx.spent = False
-
-
-def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    nothing = (None,) * (TENSORS + len(ctx.plain))
-    if grad is None:  # an undefined gradient: nothing depends on the loss
-        return nothing
-    saved = ctx.saved_tensors
-    tensors, made = saved[: TENSORS - 1], saved[TENSORS - 1 :]
-    rerun = Options.from_flat(*ctx.plain[5:]).reduction == "none"
-    grads = hand_over(ctx, grad, tensors, made, ctx.plain[:3], lambda: _op(*tensors, grad, *ctx.plain)[4:], rerun=rerun)
-    return *grads, *nothing[3:]
-
-
-_op = register("sdft::linear_cross_entropy", SCHEMA, _forward, _fake, _backward, _setup)
+_op = linear_operator(
+    "sdft::linear_cross_entropy", _forward, _describe, stats=3, tensors="Tensor labels, Tensor? token_weights",
+    plain="bool by_probability",
+)  # fmt: skip
 
 
 @overload

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .arguments import LinearOptions
-from .call import Grads, Inputs, Rows, Scales, compute_dtype, grad_dtype, product_rounding, unsharded
+from .call import Grads, Inputs, Rows, Scales, compute_dtype, product_rounding, unsharded
 from .checks import (
     DivergenceName,
     Impl,
@@ -30,16 +30,10 @@ from .checks import (
 from .chunks import Outputs
 from .loop import run_linear
 from .operands import operand_dtype
-from .operators import fake_tokens, hand_over, register, token_stats, token_tuple
+from .operators import linear_operator, token_kinds, token_stats, token_tuple
 from .projection import product_dtype
 from .reduce import finish, row_scales
 from .torch_rows import DivergenceRows
-
-SCHEMA = (
-    "(Tensor x, Tensor w, Tensor? bias, Tensor teacher_x, Tensor teacher_w, Tensor? teacher_bias, "
-    "Tensor? token_weights, Tensor? labels, Tensor? upstream, bool need_x, bool need_w, bool need_bias, "
-    f"ScalarType? autocast, {Options.SCHEMA}) -> ({', '.join(['Tensor'] * 10)})"
-)
 
 
 def _rows(
@@ -86,55 +80,21 @@ def _forward(
     rows = _rows(inputs, labels, options, outputs, scales, grads, autocast)
     made = run_linear(inputs, options, rows, grads, scales, autocast)
     loss = finish(outputs.divergence, scales, options.reduction)
-    flat = (made.dx, made.dw, made.dbias)
-    return (loss, *token_tuple(outputs.tokens(), x), *(x.new_empty(0) if g is None else g for g in flat))
+    return loss, *token_tuple(outputs.tokens(), x), *made.flat(x)
 
 
-def _fake(
-    x: Tensor, w: Tensor, bias: Tensor | None, teacher_x: Tensor, teacher_w: Tensor, teacher_bias: Tensor | None,
-    token_weights: Tensor | None, labels: Tensor | None, upstream: Tensor | None,
-    need_x: bool, need_w: bool, need_bias: bool, autocast: torch.dtype | None, *plain: Any,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    options = Options.from_flat(*plain)
-    inputs = Inputs(x, w, bias, teacher_x, teacher_w, teacher_bias)
-    made = upstream is not None or options.reduction != "none"
-    loss = x.new_empty((x.shape[0],) if options.reduction == "none" else (), dtype=inputs.dtype)
-
-    def grad(like: Tensor | None, wanted: bool, dtype: torch.dtype) -> Tensor:
-        return x.new_empty(0) if like is None or not (wanted and made) else x.new_empty(like.shape, dtype=dtype)
-
-    return (
-        loss,
-        *fake_tokens(x, inputs.dtype, options.return_tokens, labels is not None),
-        grad(x, need_x, grad_dtype(x, inputs.dtype)),
-        grad(w, need_w, grad_dtype(w, inputs.dtype)),
-        grad(bias, need_bias, inputs.dtype),
-    )
+def _describe(
+    options: Options, x: Tensor, w: Tensor, bias: Tensor | None, teacher_x: Tensor, teacher_w: Tensor,
+    teacher_bias: Tensor | None, token_weights: Tensor | None, labels: Tensor | None,
+) -> tuple[torch.dtype, list[torch.dtype | None]]:  # fmt: skip
+    dtype = compute_dtype(x, w, teacher_x, teacher_w)
+    return dtype, token_kinds(dtype, options.return_tokens, labels is not None)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    tensors, ctx.plain = inputs[:8], inputs[9:]
-    ctx.set_materialize_grads(False)  # zeros for the nine outputs without a gradient would be as large as they are
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*tensors, *output[7:])
-    ctx.spent = False
-
-
-def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    nothing = (None,) * (9 + len(ctx.plain))
-    if grad is None:  # an undefined gradient: nothing depends on the loss
-        return nothing
-    saved = ctx.saved_tensors  # once: under checkpointing every access would compute again
-    tensors, made = saved[:8], saved[8:]
-    options = Options.from_flat(*ctx.plain[4:])
-    grads = hand_over(
-        ctx, grad, tensors, made, ctx.plain[:3], lambda: _op(*tensors, grad, *ctx.plain)[7:],
-        options.impl, options.reduction == "none",
-    )  # fmt: skip
-    return *grads, *nothing[3:]
-
-
-_op = register("sdft::linear_divergence", SCHEMA, _forward, _fake, _backward, _setup)
+_op = linear_operator(
+    "sdft::linear_divergence", _forward, _describe, stats=6,
+    tensors="Tensor teacher_x, Tensor teacher_w, Tensor? teacher_bias, Tensor? token_weights, Tensor? labels",
+)  # fmt: skip
 
 
 @overload

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
-from .checks import TokenStats
+from .call import grad_dtype
+from .checks import Options, TokenStats
 
 
 def register(
@@ -39,6 +40,73 @@ def register(
 
     torch.library.register_vmap(name, refuse_vmap)
     return first_order(public, getattr(getattr(torch.ops, namespace), op).default)
+
+
+def linear_operator(
+    name: str,
+    forward: Callable[..., tuple[Tensor, ...]],
+    describe: Callable[..., tuple[torch.dtype, Sequence[torch.dtype | None]]],
+    *,
+    tensors: str,
+    plain: str = "",
+    stats: int,
+    public: str | None = None,
+) -> Callable[..., Any]:
+    """The operator of a loss from hidden states x (or logits, if w is None), with its shapes and its autograd.
+
+    Arguments: x, w, bias, `tensors` of the schema, upstream (dLoss: None in the forward, () or (N,) where a backward
+    runs the loop again), three flags (which of dX, dW and db to make), the dtype that operands are rounded to or None,
+    `plain` values of the schema, and Options.flat(). Results: the loss, `stats` per-token outputs (N,), dX, dW and db;
+    what is not there has no elements. describe(options, *the tensors but upstream) gives the dtype of the values, and
+    the dtype of each per-token output or None.
+    """
+    count = 4 + tensors.count("Tensor")  # with x, w, bias and upstream
+    schema = (
+        f"(Tensor x, Tensor? w, Tensor? bias, {tensors}, Tensor? upstream, bool need_x, bool need_w, bool need_bias, "
+        f"ScalarType? rounding, {plain + ', ' if plain else ''}{Options.SCHEMA}) "
+        f"-> ({', '.join(['Tensor'] * (stats + 4))})"
+    )
+
+    def options_of(args: Sequence[Any]) -> Options:
+        return Options.from_flat(*args[-Options.SCHEMA.count(",") - 1 :])
+
+    def fake(*args: Any) -> tuple[Tensor, ...]:
+        x, w, bias = args[:3]
+        options = options_of(args)
+        dtype, kinds = describe(options, *args[: count - 1])
+        known = args[count - 1] is not None or options.reduction != "none"
+        wanted = [v is not None and need and known for v, need in zip(args, args[count : count + 3], strict=False)]
+        row = [x.new_empty(0) if kind is None else x.new_empty(x.shape[0], dtype=kind) for kind in kinds]
+        return (
+            x.new_empty((x.shape[0],) if options.reduction == "none" else (), dtype=dtype),
+            *row,
+            x.new_empty(x.shape, dtype=grad_dtype(x, dtype)) if wanted[0] else x.new_empty(0),
+            x.new_empty(w.shape, dtype=grad_dtype(w, dtype)) if wanted[1] else x.new_empty(0),
+            x.new_empty(bias.shape, dtype=dtype) if wanted[2] else x.new_empty(0),
+        )
+
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.plain = inputs[count:]
+        ctx.set_materialize_grads(False)  # zeros for the outputs without a gradient would be as large as they are
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*inputs[: count - 1], *output[-3:])
+        ctx.spent = False
+
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        nothing = (None,) * (count + len(ctx.plain))
+        if grad is None:  # an undefined gradient: nothing depends on the loss
+            return nothing
+        saved = ctx.saved_tensors  # once: under checkpointing every access would compute again
+        given, made = saved[: count - 1], saved[count - 1 :]
+        options = options_of(ctx.plain)
+        grads = hand_over(
+            ctx, grad, given, made, ctx.plain[:3], lambda: operator(*given, grad, *ctx.plain)[-3:],
+            options.impl, options.reduction == "none",
+        )  # fmt: skip
+        return *grads, *nothing[3:]
+
+    operator = register(name, schema, forward, fake, backward, setup, public)
+    return operator
 
 
 def at_boundary(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -110,13 +178,16 @@ def token_tuple(tokens: TokenStats | None, like: Tensor) -> tuple[Tensor, ...]:
     return tuple(like.new_empty(0) if v is None else v for v in values)
 
 
+def token_kinds(dtype: torch.dtype, wanted: bool, labels: bool) -> list[torch.dtype | None]:
+    """token_tuple's dtypes, None where there is nothing."""
+    there = (wanted, wanted, wanted, wanted and labels, wanted and labels, wanted)
+    return [kind if here else None for here, kind in zip(there, (dtype,) * 5 + (torch.bool,), strict=True)]
+
+
 def fake_tokens(x: Tensor, dtype: torch.dtype, wanted: bool, labels: bool) -> tuple[Tensor, ...]:
     """token_tuple's shapes and dtypes, for tracing."""
-    there = (wanted, wanted, wanted, wanted and labels, wanted and labels, wanted)
-    kinds = (dtype,) * 5 + (torch.bool,)
-    return tuple(
-        x.new_empty(x.shape[0], dtype=kind) if here else x.new_empty(0) for here, kind in zip(there, kinds, strict=True)
-    )
+    kinds = token_kinds(dtype, wanted, labels)
+    return tuple(x.new_empty(0) if kind is None else x.new_empty(x.shape[0], dtype=kind) for kind in kinds)
 
 
 def token_stats(values: list[Tensor], labels: bool) -> TokenStats:

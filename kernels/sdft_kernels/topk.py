@@ -31,7 +31,7 @@ from .checks import (
     make_options,
 )
 from .loop import run_linear, run_logits
-from .operators import hand_over, register
+from .operators import linear_operator
 from .reduce import finish, row_scales
 from .topk_rows import TopkRows, read_teacher
 
@@ -45,14 +45,6 @@ class TopkStats(NamedTuple):
     student_tail: Tensor  # the student's probability outside the named tokens
     teacher_tail: Tensor  # the teacher's, 1 − Σ exp(logprobs), at least 0
     student_logprob: Tensor | None  # of labels[n], over the whole vocabulary; None without labels
-
-
-SCHEMA = (
-    "(Tensor x, Tensor? w, Tensor? bias, Tensor ids, Tensor logprobs, Tensor? token_weights, Tensor? labels, "
-    "Tensor? upstream, bool need_x, bool need_w, bool need_bias, ScalarType? autocast, str tail, float tail_floor, "
-    f"{Options.SCHEMA}) -> ({', '.join(['Tensor'] * 8)})"
-)
-TENSORS = 8  # leading arguments of the operator that are tensors; then three needs, autocast, tail, tail_floor, options
 
 
 def _forward(
@@ -94,54 +86,22 @@ def _forward(
             label = x.new_empty(0) if rows.label_logprob is None else rows.label_logprob
             stats = [rows.divergence, rows.student_tail, mass, label]
         loss = finish(rows.divergence, scales, options.reduction)
-        return (loss, *stats, *(x.new_empty(0) if g is None else g for g in (made.dx, made.dw, made.dbias)))
+        return loss, *stats, *made.flat(x)
 
 
-def _fake(
-    x: Tensor, w: Tensor | None, bias: Tensor | None, ids: Tensor, logprobs: Tensor, token_weights: Tensor | None,
-    labels: Tensor | None, upstream: Tensor | None, need_x: bool, need_w: bool, need_bias: bool,
-    autocast: torch.dtype | None, tail: str, tail_floor: float, *plain: Any,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    options, dtype = Options.from_flat(*plain), compute_dtype(x, w)
-    known = upstream is not None or options.reduction != "none"
-
-    def row(wanted: bool) -> Tensor:
-        return x.new_empty(x.shape[0], dtype=dtype) if wanted else x.new_empty(0)
-
-    def grad(like: Tensor | None, wanted: bool, kind: torch.dtype) -> Tensor:
-        return x.new_empty(0) if like is None or not (wanted and known) else x.new_empty(like.shape, dtype=kind)
-
-    tokens = options.return_tokens
-    return (
-        x.new_empty((x.shape[0],) if options.reduction == "none" else (), dtype=dtype),
-        *(row(tokens) for _ in range(3)),
-        row(tokens and labels is not None),
-        grad(x, need_x, grad_dtype(x, dtype)),
-        grad(w, need_w, dtype if w is None else grad_dtype(w, dtype)),
-        grad(bias, need_bias, dtype),
-    )
+def _describe(
+    options: Options, x: Tensor, w: Tensor | None, bias: Tensor | None, ids: Tensor, logprobs: Tensor,
+    token_weights: Tensor | None, labels: Tensor | None,
+) -> tuple[torch.dtype, list[torch.dtype | None]]:  # fmt: skip
+    dtype = compute_dtype(x, w)
+    row = dtype if options.return_tokens else None
+    return dtype, [row, row, row, None if labels is None else row]
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.plain = inputs[TENSORS:]
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*inputs[: TENSORS - 1], *output[5:])  # all but upstream
-    ctx.spent = False
-
-
-def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    nothing = (None,) * (TENSORS + len(ctx.plain))
-    if grad is None:  # an undefined gradient: nothing depends on the loss
-        return nothing
-    saved = ctx.saved_tensors
-    tensors, made = saved[: TENSORS - 1], saved[TENSORS - 1 :]
-    rerun = Options.from_flat(*ctx.plain[6:]).reduction == "none"
-    grads = hand_over(ctx, grad, tensors, made, ctx.plain[:3], lambda: _op(*tensors, grad, *ctx.plain)[5:], rerun=rerun)
-    return *grads, *nothing[3:]
-
-
-_op = register("sdft::topk_divergence", SCHEMA, _forward, _fake, _backward, _setup, "the top-k divergence")
+_op = linear_operator(
+    "sdft::topk_divergence", _forward, _describe, stats=4, public="the top-k divergence",
+    tensors="Tensor ids, Tensor logprobs, Tensor? token_weights, Tensor? labels", plain="str tail, float tail_floor",
+)  # fmt: skip
 
 
 @overload

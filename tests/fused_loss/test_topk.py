@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sdft_kernels import TopkStats, divergence, linear_topk_divergence, topk_divergence
 from sdft_kernels.reference import dense_logits, divergence_reference, topk_divergence_reference
-from sdft_kernels.topk import SCHEMA, TENSORS, make_options, read_teacher
+from sdft_kernels.topk import make_options, read_teacher
 from torch import Tensor
 from torch.library import opcheck
 
@@ -276,7 +276,6 @@ def test_the_operator_keeps_the_rules_of_torch_library_and_compiles() -> None:
     x, w, ids, logprobs = (t.float() if t.is_floating_point() else t for t in make())
     x.requires_grad_()
     w.requires_grad_()
-    assert SCHEMA.split(") ->")[0].count("Tensor") == TENSORS
     for reduction in ("mean", "none"):
         plain = make_options(divergence="jsd", beta=0.3, temperature=1.0, reduction=reduction, vocab=V,
                              return_tokens=True, chunk_bytes=None).flat()  # fmt: skip
