@@ -116,7 +116,7 @@ def check(config: Config, count: int = 32) -> CheckResult:
     for example in picked:
         if not example.demonstrations:
             raise SdftError(f"{example.source}: 'demonstration' is missing; the check compares with and without it")
-    accuracy.check_evaluable(picked, config.data.train)
+    accuracy.check_evaluable(picked)
     loaded, system = load_model(config.model, config.data.chat_template), config.data.system
     shown = [teacher_messages(e, config.teacher, system) for e in picked]
     prompts = (
@@ -222,7 +222,7 @@ def load_model(model: ModelSource, chat_template: str = "", *, needs_chat: bool 
 def read_evaluation(data: str | Path) -> list[Example]:
     """The records of an evaluation file. Raises SdftError if one has no answer, or a check that does not work."""
     examples = load_records(str(data))
-    accuracy.check_evaluable(examples, str(data))
+    accuracy.check_evaluable(examples)
     return examples
 
 

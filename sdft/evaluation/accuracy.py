@@ -14,9 +14,11 @@ from sdft.rollout.engine import Completion, Engine
 
 @dataclass(frozen=True)
 class Answer:
-    prompt: str  # the request, as text
-    expected: tuple[str, ...]
-    given: str
+    """A completion, judged."""
+
+    prompt: str  # the last message of the user
+    expected: tuple[str, ...]  # what the record accepts
+    given: str  # the completion as text
     correct: bool
     tokens: int = 0  # of the completion, with the token that ends it
     truncated: bool = False  # max_new_tokens cut it off
@@ -32,7 +34,7 @@ class EvalResult:
         return sum(a.correct for a in self.answers) / len(self.answers)
 
 
-def check_evaluable(examples: Sequence[Example], path: str) -> None:
+def check_evaluable(examples: Sequence[Example]) -> None:
     """Raises SdftError if an example has no answer, or a check that does not work. Call it before long work.
 
     Each function of a user that the examples name is called once, with an empty answer.
@@ -58,8 +60,7 @@ def evaluate(
 ) -> EvalResult:
     """Greedy completions of `prompts` (token ids, one for each example), each judged by its example's check.
 
-    max_new_tokens: longest completion. batch_size: prompts that are completed together. weights: entered for the time
-    of the generation, such as `Teacher.weights` to complete with the teacher.
+    max_new_tokens: longest completion. batch_size: prompts that are completed together.
     """
     greedy = RolloutConfig(temperature=0.0, max_new_tokens=max_new_tokens, batch_size=batch_size)
     completions = engine.generate(prompts, greedy)

@@ -263,7 +263,7 @@ def _check_data(study: Study) -> None:
         if path:
             load_records(path)
     for path in study.sets.values():
-        check_evaluable(load_records(path), path)
+        check_evaluable(load_records(path))
     if study.harness.tasks:
         from sdft.evaluation import harness
 

@@ -61,8 +61,8 @@ def set_up(config: Config, output: Path, advise: Callable[[Config], str] = gener
     device = check_before_loading(config, method)
     records = load_records(config.data.train, config.data.split)
     eval_records = {name: load_records(path) for name, path in config.eval.all_sets.items()}
-    for name, examples in eval_records.items():
-        accuracy.check_evaluable(examples, name)
+    for examples in eval_records.values():
+        accuracy.check_evaluable(examples)
     loading.check_earlier(config.model, config.lora)
     tokenizer, stop_ids = loading.load_tokenizer(config.model)
     if config.teacher.model:

@@ -275,7 +275,7 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_a_function_sees_the_answer_and_the_whole_record(own: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     example = own("python:mine.py:even", want="x")
-    check_evaluable([example], "data.jsonl")  # needs no answer
+    check_evaluable([example])  # needs no answer
     assert prepare(example)("x")
     assert not prepare(example)("y")
     monkeypatch.syspath_prepend(".")
@@ -305,12 +305,12 @@ def test_functions_that_do_not_work_are_named_before_any_generation(own: Any, ch
     Path("raises.py").write_text("def g():\n    pass\n1 / 0\n")
     Path("exits.py").write_text("raise SystemExit(3)\n")
     with pytest.raises(SdftError, match=words):
-        check_evaluable([own(check)], "data.jsonl")
+        check_evaluable([own(check)])
 
 
 def test_a_file_is_run_once_for_all_records(own: Any) -> None:
     Path("counts.py").write_text(
         "open('runs', 'a').write('x')\ndef f(given, record):\n    open('calls', 'a').write('x')\n    return False\n"
     )
-    check_evaluable([own("python:counts.py:f")] * 5, "data.jsonl")
+    check_evaluable([own("python:counts.py:f")] * 5)
     assert (Path("runs").read_text(), Path("calls").read_text()) == ("x", "x")

@@ -28,7 +28,7 @@ def prompts(records: list[skills.Record]) -> list[str]:
 def test_every_record_is_valid_and_every_demonstration_right(skill: str, seed: int) -> None:
     for name, records in skills.SKILLS[skill](seed).items():
         examples = [parse_record(r, f"{name}:{i}") for i, r in enumerate(records)]
-        check_evaluable(examples, name)
+        check_evaluable(examples)
         for example in examples:
             assert example.demonstrations or name != "train"
             for shown in example.demonstrations:

@@ -155,7 +155,7 @@ def test_toolalpaca_of_the_real_file(tmp_path: Path) -> None:
     tasks.write(task, tmp_path)
     for name in counts:
         examples = load_records(str(tmp_path / f"{name}.jsonl"))
-        check_evaluable(examples, name)
+        check_evaluable(examples)
         assert all(prepare(e)(e.demonstrations[0].response + "\n\nThat is all.") for e in examples)
 
 

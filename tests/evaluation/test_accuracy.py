@@ -14,11 +14,11 @@ from sdft.rollout.sampling import ModelEngine
 
 def test_records_that_cannot_be_evaluated() -> None:
     good = parse_record({"prompt": "p", "answer": "a"}, "f:1")
-    check_evaluable([good], "f")
+    check_evaluable([good])
     with pytest.raises(SdftError, match="f:2: an evaluation record needs an 'answer'"):
-        check_evaluable([good, parse_record({"prompt": "p"}, "f:2")], "f")
+        check_evaluable([good, parse_record({"prompt": "p"}, "f:2")])
     with pytest.raises(SdftError, match="f:2: check 'about' is unknown; valid: exact, contains, tool_call"):
-        check_evaluable([good, parse_record({"prompt": "p", "answer": "a", "check": "about"}, "f:2")], "f")
+        check_evaluable([good, parse_record({"prompt": "p", "answer": "a", "check": "about"}, "f:2")])
 
 
 def test_evaluate_is_greedy_and_compares_each_by_its_check(load_tiny: Any) -> None:
