@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from sdft import files
+from sdft import files, parallel
 from sdft.errors import SdftError
 
 Ids = list[int]
@@ -90,9 +90,9 @@ def sample_all(
     done = read_lines(unfinished, origin)[1:] if unfinished.exists() else []
     completions: list[Ids] = [ids for line in done for ids in line["ids"]]
     seconds = sum((line["seconds"] for line in done), 0.0)
-    print(f"{len(prompts)} answers are sampled before the first step; --resume continues an interrupted run.")
+    parallel.report(f"{len(prompts)} answers are sampled before the first step; --resume continues an interrupted run.")
     if completions:
-        print(f"{len(completions)} of them are there.")
+        parallel.report(f"{len(completions)} of them are there.")
     whole_lines = ({"origin": origin}, *done)
     files.write_text(unfinished, "".join(json.dumps(line) + "\n" for line in whole_lines))
     with unfinished.open("a") as file:
@@ -110,7 +110,7 @@ def sample_all(
             completions, seconds = completions + new, seconds + took
             left = seconds / len(completions) * (len(prompts) - len(completions))
             rate = sum(map(len, new)) / took
-            print(f"answers {len(completions)}/{len(prompts)}  {rate:.0f} tok/s  ETA {left:.0f}s", flush=True)
+            parallel.report(f"answers {len(completions)}/{len(prompts)}  {rate:.0f} tok/s  ETA {left:.0f}s")
     return completions, seconds
 
 

@@ -115,7 +115,7 @@ def interrupt_after_step() -> Iterator[Callable[[], bool]]:
         if seen:
             raise KeyboardInterrupt
         seen.append(number)
-        print("\nStopping after this step (once more to stop at once) ...", flush=True)
+        parallel.report("\nStopping after this step (once more to stop at once) ...")
 
     try:
         old = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -5,6 +5,7 @@ from typing import TypeVar
 
 import torch
 
+from sdft import parallel
 from sdft.errors import SdftError, first_line
 
 T = TypeVar("T")
@@ -44,7 +45,7 @@ def retry_with_less(
                 break
             first = first_line(error)
         # Outside the handler: the error's traceback holds what the failed attempt had allocated.
-        print(f"{name}: out of memory ({first}); once more with {shrink()}.", flush=True)
+        parallel.report(f"{name}: out of memory ({first}); once more with {shrink()}.")
         torch.set_rng_state(draws)
         if cuda:
             torch.cuda.empty_cache()
