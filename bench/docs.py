@@ -109,6 +109,7 @@ BLOCKS: tuple[tuple[str, str, Callable[[], str]], ...] = (
     ("docs/kernels.md", "bounds", roofline.tables),
     ("docs/kernels.md", "gpu", gpu),
     ("docs/performance.md", "gpu steps", steps),
+    ("README.md", "gpu", headline),
 )
 
 

@@ -1,5 +1,9 @@
-"""The pages under docs/ and the README: every link leads somewhere, the index has every page, the map every file."""
+"""The pages under docs/ and the README: links, the index of the pages, and the map of the source code.
 
+python tests/test_docs.py    # writes the map in docs/house.md
+"""
+
+import ast
 import re
 from pathlib import Path
 
@@ -37,14 +41,25 @@ def test_the_index_has_every_page() -> None:
     assert {page for page in pages if f"({page})" not in index} == set()
 
 
-def test_the_map_has_every_module() -> None:
-    """docs/house.md names every module of both packages, and no file that is not there."""
-    named = set(re.findall(r"`((?:sdft|kernels)/[\w/]+\.py)`", (ROOT / "docs" / "house.md").read_text()))
-    modules = {
-        str(path.relative_to(ROOT))
-        for package in ("sdft", "kernels/sdft_kernels")
-        for path in (ROOT / package).rglob("*.py")
-        if not path.name.startswith("__")
-    }
-    assert modules - named == set(), "not on the map"
-    assert named - modules == set(), "on the map, but not there"
+def map_of_modules() -> str:
+    """A table of every module of both packages, with the first sentence of its docstring."""
+    lines = ["| file | what it holds |", "|---|---|"]
+    for package in ("sdft", "kernels/sdft_kernels"):
+        for path in sorted((ROOT / package).rglob("*.py"), key=lambda path: (path.parent, path.name)):
+            text = (ast.get_docstring(ast.parse(path.read_text())) or "").split("\n\n")[0].replace("\n", " ")
+            name = str(path.relative_to(ROOT)).removesuffix("__init__.py")
+            lines.append(f"| `{name}` | {text.replace('|', '&#124;')} |")
+    return "\n".join(lines)
+
+
+HOUSE, BEGIN, END = ROOT / "docs" / "house.md", "<!-- map -->\n", "\n<!-- end of map -->"
+
+
+def test_the_map_is_true() -> None:
+    text = HOUSE.read_text().partition(BEGIN)[2].partition(END)[0]
+    assert text == map_of_modules(), "run: python tests/test_docs.py"
+
+
+if __name__ == "__main__":  # writes the map
+    before, _, rest = HOUSE.read_text().partition(BEGIN)
+    HOUSE.write_text(before + BEGIN + map_of_modules() + END + rest.partition(END)[2])
