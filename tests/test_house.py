@@ -10,8 +10,9 @@ ROOT = Path(__file__).parents[1]
 # Rooms (folders) and single modules of sdft/, each before whatever may import it. `training` and `planning` stand on one
 # line because neither may import the other.
 ORDER = [
-    ["errors"],
-    ["config", "files", "device", "parallel", "offload"],
+    ["errors", "methods", "parallel", "device"],
+    ["files"],
+    ["config"],
     ["data"],
     ["model"],
     ["rollout"],
@@ -60,7 +61,7 @@ def room(module: str) -> str:
 
 def wrong_way(source: str, target: str) -> bool:
     """Whether a module of room `source` must not import one of room `target`."""
-    return source != target and LEVEL[target] >= LEVEL[source] and not {source, target} <= set(ORDER[1])
+    return source != target and LEVEL[target] >= LEVEL[source]
 
 
 def test_every_room_has_its_place() -> None:
