@@ -1,9 +1,9 @@
-"""`make demo`: teach SmolLM2-135M made-up facts by SFT and by SDFT, and see what each forgets.
+"""`make demo`: teaches SmolLM2-135M made-up facts by SFT and by SDFT, and shows what each run forgets.
 
     python examples/demo.py [--steps N] [--folder runs/demo]
 
-Everything runs on the CPU and lands in runs/demo: the data, both runs, report.md and report.png. Runs that are
-already there are not repeated; delete the folder to start over.
+Everything runs on the CPU. The folder runs/demo receives the data, both runs, report.md and report.png. The script does not
+repeat a finished run; delete the folder to start again.
 """
 
 import argparse
@@ -16,42 +16,32 @@ SETS = {"new": "made-up capitals (new)", "prior": "real capitals (prior)", "gene
 
 
 def main() -> None:
-    """Data, check, two runs, report."""
+    """Writes the data, checks the teacher, trains twice, writes the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("runs/demo"), help="where everything lands")
-    parser.add_argument("--steps", type=int, default=0, help="steps of each run; 0: as the configs say")
+    parser.add_argument("--folder", type=Path, default=Path("runs/demo"), help="folder of the data and the results")
+    parser.add_argument("--steps", type=int, default=0, help="steps of each run; 0: as in the configs")
     options = parser.parse_args()
     folder: Path = options.folder
 
     from sdft import check
     from sdft.cli import quiet_libraries, show
     from sdft.data import tasks
-    from sdft.training.loop import train
-    from sdft.training.metrics import read_metrics
 
     quiet_libraries()
     tasks.write(tasks.demo(), folder / "data")
-    configs = {name: settle(path, folder, options.steps) for name, path in CONFIGS.items()}
-    print("== Can the teacher use the demonstrations? (sdft check)")
-    show.check(check(configs["SDFT"], count=24), configs["SDFT"].teacher.context, rows=3)
-    curves = {}
-    for name, config in configs.items():
-        print(f"\n== {name} (sdft train {CONFIGS[name]})")
-        output = Path(config.train.output)
-        if not (output / "model").exists():
-            if (output / "config.toml").exists():
-                os.rename(output, output.with_name(f"{output.name}-unfinished-{os.getpid()}"))
-            train(config)
-        curves[name] = read_metrics(output)
-    report = table(curves)
+    configs = {name: config_in(folder, path, options.steps) for name, path in CONFIGS.items()}
+    print("== Can the teacher use the demonstrations? (sdft check)", flush=True)
+    show.check(check(configs["SDFT"], count=12), configs["SDFT"].teacher.context, rows=3)
+    lines = {name: run(name, config) for name, config in configs.items()}
+    report = table(lines)
     (folder / "report.md").write_text(report)
-    picture(curves, folder / "report.png")
+    picture(lines, folder / "report.png")
     print(f"\n{report}\nPicture: {folder / 'report.png'}")
 
 
-def settle(path: Path, folder: Path, steps: int) -> Any:
-    """The config at `path`, its files under `folder`."""
-    from sdft.config import load_config, override
+def config_in(folder: Path, path: Path, steps: int) -> Any:
+    """The config at `path`, with its data and its output under `folder`."""
+    from sdft import load_config, override
 
     c = load_config(path)
     return override(
@@ -65,13 +55,27 @@ def settle(path: Path, folder: Path, steps: int) -> Any:
     )
 
 
+def run(name: str, config: Any) -> list[dict[str, Any]]:
+    """The metrics of a run: one dict per step and per evaluation. Trains unless the run has finished before."""
+    from sdft import train
+    from sdft.training.metrics import read_metrics
+
+    output = Path(config.train.output)
+    print(f"\n== {name} (sdft train {CONFIGS[name]})", flush=True)
+    if not (output / "model").exists():
+        if (output / "config.toml").exists():
+            os.rename(output, output.with_name(f"{output.name}-unfinished-{os.getpid()}"))
+        train(config)
+    return read_metrics(output)
+
+
 def evaluations(lines: list[dict[str, Any]]) -> dict[int, dict[str, float]]:
     """step -> accuracy by set."""
     return {line["step"]: line["eval"] for line in lines if "eval" in line}
 
 
 def equal_skill(sft: dict[int, dict[str, float]], new: float) -> int:
-    """The first evaluated step at which SFT knows at least as much of the new skill, else its best."""
+    """The first evaluated step at which SFT has at least the accuracy `new` on the new skill, or else its best step."""
     reached = [step for step, result in sft.items() if result["new"] >= new]
     return reached[0] if reached else max(sft, key=lambda step: sft[step]["new"])
 

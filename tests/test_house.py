@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# Rooms (folders) and single modules of sdft/, each before whatever may import it. `training` and `planning` stand on one
-# line because neither may import the other.
+# Rooms (folders) and single modules of sdft/, each before whatever may import it. Neither of two on one line may import
+# the other.
 ORDER = [
     ["errors", "methods", "parallel", "device"],
     ["files"],
