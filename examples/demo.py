@@ -2,8 +2,8 @@
 
     python examples/demo.py [--steps N] [--folder runs/demo]
 
-Everything runs on the CPU. The folder runs/demo receives the data, both runs, report.md and report.png. The script does not
-repeat a finished run; delete the folder to start again.
+Everything runs on the CPU. The folder runs/demo receives the data, both runs, report.md and report.png. A finished run
+is not repeated; delete the folder to start again.
 """
 
 import argparse
