@@ -10,7 +10,7 @@ Tail = Literal["bucket", "renormalise"]
 
 
 class HeadOptions(TypedDict, total=False):
-    """Of a function that takes the student's hidden states and head."""
+    """Arguments of every function that takes the student's hidden states and head."""
 
     bias: Tensor | None
     softcap: float | None
@@ -19,7 +19,7 @@ class HeadOptions(TypedDict, total=False):
 
 
 class LossOptions(TypedDict, total=False):
-    """Of every function."""
+    """Arguments of every function."""
 
     temperature: float
     token_weights: Tensor | None
@@ -29,7 +29,7 @@ class LossOptions(TypedDict, total=False):
 
 
 class LabelOptions(HeadOptions, LossOptions, total=False):
-    """Of `linear_cross_entropy`."""
+    """Arguments of `linear_cross_entropy`."""
 
     by_probability: bool
     ignore_index: int | None
@@ -37,7 +37,7 @@ class LabelOptions(HeadOptions, LossOptions, total=False):
 
 
 class TeacherOptions(LossOptions, total=False):
-    """Of a function that compares with a teacher."""
+    """Arguments of every function that compares with a teacher."""
 
     divergence: DivergenceName
     beta: float
@@ -45,7 +45,7 @@ class TeacherOptions(LossOptions, total=False):
 
 
 class LogitsOptions(TeacherOptions, total=False):
-    """Of `divergence`."""
+    """Arguments of `divergence`."""
 
     inplace: bool
     compact: bool
@@ -53,7 +53,7 @@ class LogitsOptions(TeacherOptions, total=False):
 
 
 class LinearOptions(HeadOptions, TeacherOptions, total=False):
-    """Of `linear_divergence`."""
+    """Arguments of `linear_divergence`."""
 
     teacher_bias: Tensor | None
     teacher_softcap: float | Same | None
@@ -63,11 +63,11 @@ class LinearOptions(HeadOptions, TeacherOptions, total=False):
 
 
 class TopkOptions(TeacherOptions, total=False):
-    """Of `topk_divergence`."""
+    """Arguments of `topk_divergence`."""
 
     tail: Tail
     tail_floor: float
 
 
 class LinearTopkOptions(HeadOptions, TopkOptions, total=False):
-    """Of `linear_topk_divergence`."""
+    """Arguments of `linear_topk_divergence`."""

@@ -74,7 +74,7 @@ class Rows(Protocol):
     sides: int  # blocks of logits that it reads: 1 the student's, 2 the teacher's as well
     pad: int  # a row of logits takes a multiple of this many entries
     narrow: bool  # whether it writes the gradient in the dtype of the products' operands
-    row_bytes: int  # of workspace for each token of a chunk, beside its logits
+    row_bytes: int  # of workspace for each token of a chunk, apart from its logits
 
     def block_bytes(self, rows: int) -> int:
         """Bytes of workspace that do not grow with the chunk, for a call of `rows` tokens."""
@@ -117,7 +117,7 @@ class Gradients:
             grad.mul_(factor)
 
     def flat(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """dX, dW and db as an operator returns them: no elements where there is nothing."""
+        """dX, dW and db as an operator returns them: no elements if there is nothing."""
         dx, dw, dbias = (like.new_empty(0) if g is None else g for g in (self.dx, self.dw, self.dbias))
         return dx, dw, dbias
 

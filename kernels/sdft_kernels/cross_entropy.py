@@ -86,11 +86,11 @@ def _forward(
     bias: Tensor | None,  # (V,)
     labels: Tensor,  # (N,)
     token_weights: Tensor | None,  # (N,)
-    upstream: Tensor | None,  # dLoss: None in the forward; () or (N,) where a backward runs the loop again
+    upstream: Tensor | None,  # dLoss: None in the forward; () or (N,) if a backward runs the loop again
     need_x: bool,
     need_w: bool,
     need_bias: bool,
-    autocast: torch.dtype | None,
+    rounding: torch.dtype | None,
     by_probability: bool,
     *plain: Any,
 ) -> tuple[Tensor, ...]:
@@ -100,7 +100,7 @@ def _forward(
     known = upstream is not None or options.reduction != "none"
     grads = Grads(need_x, need_w, need_bias) if known else Grads()
     rows = LabelRows(options, bias, labels, by_probability, scales, bool(grads), compute_dtype(x, w))
-    made = run_linear(Inputs(x, w, bias), options, rows, grads, scales, autocast)
+    made = run_linear(Inputs(x, w, bias), options, rows, grads, scales, rounding)
     loss = finish(rows.stats.loss, scales, options.reduction)
     stats = rows.stats if options.return_tokens else [x.new_empty(0) for _ in range(3)]
     return loss, *stats, *made.flat(x)

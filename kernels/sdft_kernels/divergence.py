@@ -128,7 +128,7 @@ _op = register("sdft::divergence", SCHEMA, _forward, _fake, _backward, _setup)
 
 
 class _InPlace(torch.autograd.Function):
-    """The same with the gradient in the logits' own memory: eager only, one backward."""
+    """The same with the gradient in the memory of the logits: eager only, one backward."""
 
     @staticmethod
     def forward(
@@ -202,7 +202,7 @@ def divergence(
 
     Args:
         student_logits: (N, V_s) fp32, bf16, fp16 or fp64; any softcap or scale is already in them.
-        teacher_logits: (N, V_t), left as they are. −inf where a token is forbidden.
+        teacher_logits: (N, V_t), left as they are. −inf for a token that is forbidden.
         inplace: True lets the forward overwrite student_logits with its gradient, which saves one (N, V)
             tensor. Nothing else may read the logits afterwards; autograd refuses the backward of an
             operation that saved them. Every logit needs memory of its own: expanded logits are refused, and logits
@@ -212,7 +212,7 @@ def divergence(
             logits themselves.
 
     The other arguments, the return value and the errors are those of `linear_divergence`. The gradient has
-    the logits' own dtype: rounding logits to bf16 before this call already costs exactness (design section 3).
+    the dtype of the logits: rounding logits to bf16 before this call already costs exactness (design section 3).
     """
     check_matrix("student_logits", student_logits)
     here = ("student_logits", student_logits)

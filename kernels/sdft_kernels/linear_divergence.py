@@ -38,15 +38,15 @@ from .torch_rows import DivergenceRows
 
 def _rows(
     inputs: Inputs, labels: Tensor | None, options: Options, outputs: Outputs, scales: Scales, grads: Grads,
-    autocast: torch.dtype | None,
+    rounding: torch.dtype | None,
 ) -> Rows:  # fmt: skip
-    """The work on rows of an implementation. Triton is imported only where it runs."""
+    """The work on rows, by the implementation in options. Triton is imported only if it runs."""
     bias = (inputs.bias, inputs.teacher_bias)
     if options.impl == "torch":
         return DivergenceRows(options, bias, labels, outputs, scales, bool(grads))
     from .triton_rows import TritonRows
 
-    dtype = operand_dtype(product_dtype(inputs.x, inputs.w, autocast), inputs.dtype, inputs.x.device)
+    dtype = operand_dtype(product_dtype(inputs.x, inputs.w, rounding), inputs.dtype, inputs.x.device)
     return TritonRows(options, bias, labels, outputs, scales.keep, dtype if grads else None)
 
 
@@ -59,11 +59,11 @@ def _forward(
     teacher_bias: Tensor | None,  # (V_t,)
     token_weights: Tensor | None,  # (N,)
     labels: Tensor | None,  # (N,)
-    upstream: Tensor | None,  # dLoss: None in the forward; () or (N,) where a backward runs the loop again
+    upstream: Tensor | None,  # dLoss: None in the forward; () or (N,) if a backward runs the loop again
     need_x: bool,
     need_w: bool,
     need_bias: bool,
-    autocast: torch.dtype | None,
+    rounding: torch.dtype | None,
     *plain: Any,
 ) -> tuple[Tensor, ...]:
     """The loss, six per-token outputs, and dX, dW, db; what was not asked for has no elements.
@@ -77,8 +77,8 @@ def _forward(
     known = upstream is not None or options.reduction != "none"
     grads = Grads(need_x, need_w, need_bias) if known else Grads()
     outputs = Outputs(x.shape[0], inputs.dtype, x.device, options.return_tokens, labels is not None)
-    rows = _rows(inputs, labels, options, outputs, scales, grads, autocast)
-    made = run_linear(inputs, options, rows, grads, scales, autocast)
+    rows = _rows(inputs, labels, options, outputs, scales, grads, rounding)
+    made = run_linear(inputs, options, rows, grads, scales, rounding)
     loss = finish(outputs.divergence, scales, options.reduction)
     return loss, *token_tuple(outputs.tokens(), x), *made.flat(x)
 
@@ -180,13 +180,13 @@ def linear_divergence(
             there is nothing to find.
         products: "bfloat16" rounds the operands of the products to bf16 outside autocast as well: for bf16 hidden
             states and an fp32 head, as FSDP2's mixed precision has them. Sums and results stay fp32. None: operands
-            are as the inputs are, or as autocast says.
+            have the dtype of the inputs, or of autocast.
         impl: "triton" (GPU), "torch" (anywhere), or None: Triton on a GPU, else torch.
 
     Returns:
         The loss, () or (N,) for "none", fp32 (fp64 if an input is fp64); with return_tokens also TokenStats.
         Gradients flow to those of x, w and bias that require them, accumulated over chunks in fp32 and
-        returned in the tensor's own dtype.
+        returned in the tensor's dtype.
 
     Raises:
         ValueError: an argument is out of its range or does not fit the others; the message names it.

@@ -21,7 +21,7 @@ from .projection import Projection
 
 
 def run_linear(
-    inputs: Inputs, options: Options, rows: Rows, grads: Grads, scales: Scales, products: torch.dtype | None
+    inputs: Inputs, options: Options, rows: Rows, grads: Grads, scales: Scales, rounding: torch.dtype | None
 ) -> Gradients:
     """Run rows on the logits of hidden states and heads; Σ_n weights[n]·∂D_n with respect to x, w and bias."""
     with torch.no_grad(), torch.autocast(inputs.x.device.type, enabled=False):
@@ -30,7 +30,7 @@ def run_linear(
         if count == 0:
             made.dw = new_dw(inputs.w, 0, grad_dtype(inputs.w, inputs.dtype)) if grads.w else None
             return made.zero_()
-        source = Projection(inputs, options, rows, made, grads, scales, count, products)
+        source = Projection(inputs, options, rows, made, grads, scales, count, rounding)
         with onednn.products(source.as_bf16) if inputs.x.device.type == "cpu" else nullcontext():
             for lo, hi in blocks(count, source.chunk):
                 g = rows.run(source.logits(lo, hi), lo, hi, source.weights, source.factor)
@@ -44,7 +44,7 @@ def run_logits(
     logits: Sequence[Tensor],  # (N, V or more) of each side
     options: Options,
     rows: Rows,
-    into: Tensor | None,  # (N, V or more) where the student's gradient goes; None for values alone
+    into: Tensor | None,  # (N, V or more) takes the student's gradient; None for values alone
     scales: Scales,
     dtype: torch.dtype,
 ) -> None:

@@ -54,7 +54,7 @@ def linear_operator(
 ) -> Callable[..., Any]:
     """The operator of a loss from hidden states x (or logits, if w is None), with its shapes and its autograd.
 
-    Arguments: x, w, bias, `tensors` of the schema, upstream (dLoss: None in the forward, () or (N,) where a backward
+    Arguments: x, w, bias, `tensors` of the schema, upstream (dLoss: None in the forward, () or (N,) if a backward
     runs the loop again), three flags (which of dX, dW and db to make), the dtype that operands are rounded to or None,
     `plain` values of the schema, and Options.flat(). Results: the loss, `stats` per-token outputs (N,), dX, dW and db;
     what is not there has no elements. describe(options, *the tensors but upstream) gives the dtype of the values, and
@@ -173,13 +173,13 @@ def no_transform(public: str) -> str:
 
 
 def token_tuple(tokens: TokenStats | None, like: Tensor) -> tuple[Tensor, ...]:
-    """The six outputs as an operator returns them: no elements where there is nothing."""
+    """The six outputs as an operator returns them: no elements if there is nothing."""
     values = [None] * 6 if tokens is None else tokens
     return tuple(like.new_empty(0) if v is None else v for v in values)
 
 
 def token_kinds(dtype: torch.dtype, wanted: bool, labels: bool) -> list[torch.dtype | None]:
-    """token_tuple's dtypes, None where there is nothing."""
+    """token_tuple's dtypes, None if there is nothing."""
     there = (wanted, wanted, wanted, wanted and labels, wanted and labels, wanted)
     return [kind if here else None for here, kind in zip(there, (dtype,) * 5 + (torch.bool,), strict=True)]
 

@@ -19,9 +19,9 @@ from .workspace import Plan, plan_linear
 TILE_BYTES = 8 * 2**20  # of widened weights at a time: small enough to stay in cache for the product that follows
 
 
-def product_dtype(hidden: Tensor, weight: Tensor, autocast: torch.dtype | None) -> torch.dtype:
-    """The dtype that both operands of a projection are rounded to: their common one, or autocast's."""
-    return torch.promote_types(hidden.dtype, weight.dtype) if autocast is None else autocast
+def product_dtype(hidden: Tensor, weight: Tensor, rounding: torch.dtype | None) -> torch.dtype:
+    """The dtype that both operands of a projection are rounded to: `rounding`, or their common one if it is None."""
+    return torch.promote_types(hidden.dtype, weight.dtype) if rounding is None else rounding
 
 
 class Projection:
@@ -36,16 +36,16 @@ class Projection:
         grads: Grads,
         scales: Scales,
         count: int,  # rows of the call that count
-        autocast: torch.dtype | None,
+        rounding: torch.dtype | None,
     ):
         self.inputs, self.vocab, self.made, self.keep = inputs, options.vocab, made, scales.keep
         self.dtype, device = inputs.dtype, inputs.x.device
         self.narrow = rows.narrow or prefers_narrow(device)
         sides = inputs.sides
-        self.products = [product_dtype(h, w, autocast if self.dtype == torch.float32 else None) for h, w in sides]
+        self.products = [product_dtype(h, w, rounding if self.dtype == torch.float32 else None) for h, w in sides]
         self.operands = [operand_dtype(p, self.dtype, device) if self.narrow else self.dtype for p in self.products]
-        rounded = all(product == torch.bfloat16 for product in self.products)
-        self.as_bf16 = not self.narrow and device.type == "cpu" and has_bf16_products() and rounded
+        in_bf16 = all(product == torch.bfloat16 for product in self.products)
+        self.as_bf16 = in_bf16 and not self.narrow and device.type == "cpu" and has_bf16_products()
         self.shared = inputs.shared_head and len(set(self.operands)) == 1
         self.stacked = self.shared and self.narrow  # one product for both sides
         self._scale(scales, uniform=scales.uniform * options.grad_factor)
@@ -79,7 +79,7 @@ class Projection:
         self.x = inputs.x  # (C, H_s) the student's operand of the last chunk
 
     def _scale(self, scales: Scales, uniform: float) -> None:
-        """Where the factors of the gradient go: into the rows' work, the products, or behind the sums."""
+        """Distribute the factors of the gradient: to the work on rows, to the products, or to the finished sums."""
         self.weights, self.factor, self.alpha = scales.weights, 1.0, uniform
         self.after: Tensor | float = 1.0
         if self.narrow:  # the rows write the gradient anyway
@@ -150,9 +150,10 @@ class Projection:
 
 
 def fp16_scales(weights: Tensor | None, uniform: float) -> tuple[Tensor | None, float, Tensor | float]:
-    """(weights, factor for the rows' work, factor afterwards): stored fp16 gradients neither vanish nor overflow.
+    """(weights and factor for the work on rows, factor for the sums): fp16 gradients neither vanish nor overflow.
 
-    The rows see weights of at most 1 and FP16_SHIFT; the rest, 1/N and 1/τ above all, multiplies the fp32 sums.
+    The work on rows gets weights of at most 1 and FP16_SHIFT. The rest, above all 1/N and 1/τ, multiplies the fp32
+    sums.
     """
     if weights is None:
         return None, FP16_SHIFT, uniform / FP16_SHIFT

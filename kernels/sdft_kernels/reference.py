@@ -30,7 +30,7 @@ def linear_divergence_reference(
     vocab_size: int | None = None,
     return_tokens: bool = False,
 ) -> Tensor | tuple[Tensor, TokenStats]:
-    """As `linear_divergence`, densely, in the inputs' own dtype and with torch's own autograd."""
+    """As `linear_divergence`, densely, in the dtype of the inputs and with torch's autograd."""
     options = make_options(
         divergence=divergence,
         beta=beta,
@@ -62,7 +62,7 @@ def divergence_reference(
     vocab_size: int | None = None,
     return_tokens: bool = False,
 ) -> Tensor | tuple[Tensor, TokenStats]:
-    """As `divergence`, densely, in the inputs' own dtype and with torch's own autograd."""
+    """As `divergence`, densely, in the dtype of the inputs and with torch's autograd."""
     options = make_options(
         divergence=divergence,
         beta=beta,
@@ -89,7 +89,7 @@ def topk_divergence_reference(
     token_weights: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """As `topk_divergence` with tail_floor=0: dense (N, V + 1) events, −inf where a token is in the other part."""
+    """As `topk_divergence` with tail_floor=0: dense (N, V + 1) events, −inf if a token is in the other part."""
     vocab = student_logits.shape[1]
     options = make_options(
         divergence=divergence, beta=beta, temperature=temperature, reduction=reduction, vocab=vocab,
@@ -127,7 +127,7 @@ def linear_cross_entropy_reference(
     reduction: str = "mean",
     vocab_size: int | None = None,
 ) -> Tensor:
-    """As `linear_cross_entropy`, densely, in the inputs' own dtype and with torch's own autograd."""
+    """As `linear_cross_entropy`, densely, in the dtype of the inputs and with torch's autograd."""
     options = make_options(
         divergence="forward_kl", beta=0.5, temperature=temperature, reduction=reduction, softcap=softcap, scale=scale,
         vocab=check_vocab(vocab_size, w.shape[0], w.shape[0]), return_tokens=False, chunk_bytes=None,
@@ -153,7 +153,7 @@ def reduced(values: Tensor, token_weights: Tensor | None, reduction: str) -> Ten
 
 
 def log_tail(log_p: Tensor, named: Tensor) -> Tensor:
-    """(N, 1) log of the mass that is not named, −inf (and no gradient) where nothing is left."""
+    """(N, 1) log of the mass that is not named, −inf (and no gradient) if nothing is left."""
     empty = named.all(1, keepdim=True)
     return log_p.masked_fill(named & ~empty, -torch.inf).logsumexp(1, keepdim=True).masked_fill(empty, -torch.inf)
 
@@ -190,7 +190,7 @@ def dense_divergence(
 
 
 def weighted(log_p: Tensor, f: Tensor) -> Tensor:
-    """Σ p·f by row, p = exp(log_p), with 0 where p = 0."""
+    """Σ p·f by row, p = exp(log_p), with 0 if p = 0."""
     p = log_p.exp()
     return torch.where(p == 0, torch.zeros_like(f), p * torch.where(p == 0, torch.zeros_like(f), f)).sum(-1)
 

@@ -24,8 +24,8 @@ T = TypeVar("T")
 # Blocks that (R, V) scratch holds, apart from the two of logits; the fewer, the more rows fit in cache.
 SCRATCH = {"reverse_kl": 0, "forward_kl": 1, "jsd": 2}
 
-# e^u overflows fp32 past u = 88. Clamping u at ±80 is exact: where it acts, the side with
-# the smaller probability is below e^-80 of the other, so the log-ratio it would weigh cannot be seen.
+# e^u overflows fp32 past u = 88. Clamping u at ±80 is exact: past ±80 the smaller probability is below e^-80 of the
+# other, so the log-ratio that it weighs cannot be seen.
 MAX_RATIO = 80.0
 
 
@@ -114,8 +114,8 @@ def expectation(p: Tensor, f: Tensor, out: Tensor) -> tuple[Tensor, Tensor, bool
     """(p·f in out, Σ p·f by row, whether all are surely finite); an entry with p = 0 counts 0 whatever f is."""
     product = torch.mul(p, f, out=out)
     total = product.sum(1)  # a BLAS dot per row costs 5 times both passes, in thread barriers
-    # Cleaning costs two more passes. On the CPU a look at one number tells whether it is needed; elsewhere
-    # that look would make the host wait.
+    # Cleaning costs two more passes. On the CPU one number shows whether it is needed; on a GPU the host would wait
+    # for that number.
     finite = p.device.type == "cpu" and math.isfinite(total.sum().item())
     if not finite:
         total = product.masked_fill_(p == 0, 0.0).sum(1)
@@ -230,7 +230,7 @@ def mixture_(
         log_w, log_v = shares(part, whole)
         s.add_(log_w.unsqueeze(1))
         t.add_(log_v.unsqueeze(1))
-    own = 1.0 - torch.tensor(beta, dtype=s.dtype)  # () on the CPU wherever the block is: adds like a number
+    own = 1.0 - torch.tensor(beta, dtype=s.dtype)  # () on the CPU, whatever the device of the block: adds like a number
     beta = 1.0 - own.item()  # so that β + (1 − β) rounds to 1
     ratio = torch.sub(t, s, out=scratch[0]).clamp_(-MAX_RATIO, MAX_RATIO)
     p, q = s.exp_(), t.exp_()

@@ -39,7 +39,7 @@ TAILS = ("bucket", "renormalise")
 
 
 class TopkStats(NamedTuple):
-    """Per-token outputs, all (N,), detached, fp32 (fp64 for fp64 inputs); zeros where the weight is zero."""
+    """Per-token outputs, all (N,), detached, fp32 (fp64 for fp64 inputs); zeros if the weight is zero."""
 
     divergence: Tensor  # D_n, not multiplied by the token's weight
     student_tail: Tensor  # the student's probability outside the named tokens
@@ -48,18 +48,18 @@ class TopkStats(NamedTuple):
 
 
 def _forward(
-    x: Tensor,  # (N, H), or (N, V) logits where w is None
+    x: Tensor,  # (N, H), or (N, V) logits if w is None
     w: Tensor | None,  # (V, H)
     bias: Tensor | None,  # (V,)
     ids: Tensor,  # (N, k)
     logprobs: Tensor,  # (N, k)
     token_weights: Tensor | None,  # (N,)
     labels: Tensor | None,  # (N,)
-    upstream: Tensor | None,  # dLoss: None in the forward; () or (N,) where a backward runs the loop again
+    upstream: Tensor | None,  # dLoss: None in the forward; () or (N,) if a backward runs the loop again
     need_x: bool,
     need_w: bool,
     need_bias: bool,
-    autocast: torch.dtype | None,
+    rounding: torch.dtype | None,
     tail: str,
     tail_floor: float,
     *plain: Any,
@@ -78,7 +78,7 @@ def _forward(
             made = Gradients(torch.empty_like(x, dtype=grad_dtype(x, dtype)) if grads.x else None)
             run_logits([x], options, rows, made.dx, scales, dtype)
         else:
-            made = run_linear(Inputs(x, w, bias), options, rows, grads, scales, autocast)
+            made = run_linear(Inputs(x, w, bias), options, rows, grads, scales, rounding)
         stats = [x.new_empty(0) for _ in range(4)]  # each its own: an operator's outputs may not alias
         if options.return_tokens:
             mass = teacher.mass.clamp(0.0, 1.0)
@@ -159,15 +159,15 @@ def linear_topk_divergence(
     """Divergence between the student and a teacher known by its k most likely tokens a row.
 
     The student's logits are those of `linear_divergence`, fp32 (fp64 if x or w is), a chunk of rows at a time. With
-    tail="bucket" the value is at most the full divergence, grows with k, and equals it where all tokens are named.
+    tail="bucket" the value is at most the full divergence, grows with k, and equals it if all tokens are named.
     Runs on any device through torch; the host waits only for token_weights.
 
     Args:
         x: (N, H) student hidden states, fp32, bf16, fp16 or fp64. Flatten batch and time first.
         w: (V, H) student head; it and the bias may be DTensors, as in `linear_divergence`.
         teacher_ids: (N, k) int64 or int32. Entries outside 0..vocab_size−1 (−1 by convention), and those whose
-            log-probability is −inf, are not there: their mass is the tail's. Of an id given twice in a row the
-            first entry counts. Values are never refused, because looking at them would make the host wait.
+            log-probability is −inf, are not there: their mass is the tail's. If an id is given twice in a row,
+            the first entry counts. Values are never refused, because looking at them would make the host wait.
         teacher_logprobs: (N, k) floating: logs of probabilities over the *whole* vocabulary, as servers return
             them, in any order, and at the `temperature` of this call (docs/topk.md).
         divergence, beta: as in `linear_divergence`, over the k + 1 (or k) events.
@@ -207,9 +207,9 @@ def linear_topk_divergence(
         softcap=softcap,
         scale=scale,
     )
-    autocast = product_rounding(products, x.device, compute_dtype(x, w))
+    rounding = product_rounding(products, x.device, compute_dtype(x, w))
     return _call(
-        ("x", x), w, bias, teacher_ids, teacher_logprobs, token_weights, labels, autocast, tail, tail_floor, options
+        ("x", x), w, bias, teacher_ids, teacher_logprobs, token_weights, labels, rounding, tail, tail_floor, options
     )
 
 
@@ -263,7 +263,7 @@ def topk_divergence(
         student_logits: (N, V) fp32, bf16, fp16 or fp64, left as they are; any softcap or scale is already in them.
 
     The other arguments, the return value and the errors are those of `linear_topk_divergence`; the gradient has
-    the logits' own dtype.
+    the dtype of the logits.
     """
     check_matrix("student_logits", student_logits)
     if student_logits.shape[1] == 0:
@@ -285,7 +285,7 @@ def topk_divergence(
 
 def _call(
     here: tuple[str, Tensor], w: Tensor | None, bias: Tensor | None, ids: Tensor, logprobs: Tensor,
-    token_weights: Tensor | None, labels: Tensor | None, autocast: torch.dtype | None, tail: str, tail_floor: float,
+    token_weights: Tensor | None, labels: Tensor | None, rounding: torch.dtype | None, tail: str, tail_floor: float,
     options: Options,
 ) -> Tensor | tuple[Tensor, TopkStats]:  # fmt: skip
     """The checks that both public functions share, and the operator."""
@@ -297,7 +297,7 @@ def _call(
         raise ValueError(f"tail_floor={tail_floor!r} is outside [0, 1): give the least mass of the teacher's tail")
     needs = (v is not None and v.requires_grad and torch.is_grad_enabled() for v in (x, w, bias))
     loss, *rest = _op(
-        x, w, bias, ids, logprobs, token_weights, labels, None, *needs, autocast, tail, float(tail_floor),
+        x, w, bias, ids, logprobs, token_weights, labels, None, *needs, rounding, tail, float(tail_floor),
         *options.flat(),
     )  # fmt: skip
     divergence, student_tail, teacher_tail, label = rest[:4]

@@ -19,12 +19,12 @@ from .torch_rows import TorchRows, Where
 
 
 class Teacher(NamedTuple):
-    """What is known of the teacher, cleaned: entries that do not count, and repeats, are not `named`."""
+    """The cleaned log-probabilities of the teacher: entries that do not count, and repeats, are not `named`."""
 
-    ids: Tensor  # (N, k) int64, 0 where not named
+    ids: Tensor  # (N, k) int64, 0 if not named
     named: Tensor  # (N, k) bool
-    logprobs: Tensor  # (N, k), −inf where not named
-    mass: Tensor  # (N,) outside the named tokens, as it comes out: rounding may make it negative
+    logprobs: Tensor  # (N, k), −inf if not named
+    mass: Tensor  # (N,) of the tokens that are not named; rounding may make it negative
     covered: Tensor  # (N,) bool: every token of the vocabulary is named
 
     def rows(self, keep: Tensor | None, lo: int, hi: int) -> "Teacher":
@@ -36,13 +36,13 @@ def read_teacher(ids: Tensor, logprobs: Tensor, vocab: int, dtype: torch.dtype) 
     ids = ids.long()
     logprobs = logprobs.to(torch.promote_types(logprobs.dtype, torch.float32))
     named = (ids >= 0) & (ids < vocab) & (logprobs != -math.inf)
-    # Of an id given twice the first entry counts: a stable sort brings repeats together and leaves their order.
+    # If an id is given twice, the first entry counts: a stable sort brings repeats together and leaves their order.
     ranked, order = ids.masked_fill(~named, -1).sort(dim=1, stable=True)
     repeat = torch.zeros_like(named)
     repeat[:, 1:] = ranked[:, 1:] == ranked[:, :-1]
     named &= ~torch.zeros_like(named).scatter_(1, order, repeat)
     logprobs = logprobs.masked_fill(~named, -math.inf)
-    # 1 − Σq as (1 − q_max) − Σ others: where q_max is near 1 this keeps the digits that 1 − Σq would lose.
+    # 1 − Σq as (1 − q_max) − Σ others: if q_max is near 1, this keeps the digits that 1 − Σq would lose.
     most, where = logprobs.max(1, keepdim=True)
     mass = -most.expm1().squeeze(1) - logprobs.exp().scatter_(1, where, 0.0).sum(1)
     covered = named.sum(1) == vocab
@@ -50,7 +50,7 @@ def read_teacher(ids: Tensor, logprobs: Tensor, vocab: int, dtype: torch.dtype) 
 
 
 def events_of(
-    inside: Tensor,  # (R, k) student logits of the named tokens, −inf where not named
+    inside: Tensor,  # (R, k) student logits of the named tokens, −inf if not named
     outside: Tensor,  # (R,) log-sum-exp of its other logits
     teacher: Teacher,
     tail: str,
@@ -60,7 +60,7 @@ def events_of(
     if tail == "bucket":
         own = outside
         theirs = teacher.mass.clamp_min(tail_floor).log()
-        # Nothing is outside, or the student can say nothing outside and the teacher's mass there is only rounding.
+        # Nothing is outside, or the student forbids everything outside and the teacher's mass there is only rounding.
         void = teacher.covered | ((outside == -math.inf) & (teacher.mass <= tail_floor))
         theirs = theirs.masked_fill(void, -math.inf)
     else:  # no tail; a row with nothing named is one certain event on both sides, and its divergence 0
@@ -98,11 +98,11 @@ class TopkRows(TorchRows):
         teacher = self.teacher.rows(*where)
         inside = s.gather(1, teacher.ids).masked_fill_(~teacher.named, -math.inf)  # (R, k)
         label = None if labels is None else s.gather(1, labels.unsqueeze(1)).squeeze(1)
-        # Take the named tokens out of s. Adding leaves token 0, where the ids of what is not named point, as it is.
+        # Take the named tokens out of s. Entries that are not named have id 0: adding 0 leaves token 0 as it is.
         s.scatter_add_(1, teacher.ids, torch.zeros_like(inside).masked_fill_(teacher.named, -math.inf))
         top = s.amax(1, keepdim=True)
         top.masked_fill_(top == -math.inf, 0.0)
-        total = s.sub_(top).exp_().sum(1)  # at least 1, or exactly 0 where nothing is left
+        total = s.sub_(top).exp_().sum(1)  # at least 1, or exactly 0 if nothing is left
         outside = total.log() + top.squeeze(1)
         whole = torch.logsumexp(torch.cat([inside, outside.unsqueeze(1)], 1), 1)
         events, target = events_of(inside, outside, teacher, self.tail, self.tail_floor)

@@ -18,13 +18,13 @@ Where = tuple[Tensor | None, int, int]  # rows lo:hi of the call, or of its rows
 
 
 class TorchRows:
-    """What every row function of torch shares: blocks, the logits' activation and its chain rule, the scales.
+    """The common part of the work on rows by torch: blocks, the logits' activation and its chain rule, the scales.
 
-    A subclass gives `math_`, the number of its sides and of the (R, V) scratch blocks that it needs.
+    A subclass gives `math_`, the number of its sides, and the number of (R, V) scratch blocks that it needs.
     """
 
     sides = 1
-    pad = 1  # rows lie without gaps: torch's log_softmax copies what does not
+    pad = 1  # no gaps between rows: torch's log_softmax would copy them
     narrow = False
     row_bytes = 0
 
@@ -73,10 +73,10 @@ class TorchRows:
                 scratch[-1].copy_(s)
             weight = None if weights is None else take(weights, *where)
             gone = weight == 0 if self.masked and weight is not None else None  # (R,)
-            if gone is not None and gone.device.type == "cpu" and not gone.any():  # nothing waits for this look
+            if gone is not None and gone.device.type == "cpu" and not gone.any():  # a CPU waits for nothing
                 gone = None
             labels = None if self.labels is None else take(self.labels, *where)
-            if labels is not None and gone is not None:  # whatever they hold
+            if labels is not None and gone is not None:  # a row of weight zero may hold any label
                 labels = labels.masked_fill(gone, 0)
             values, own = self.math_(s, t, labels, scratch, where)
             if self.capped:

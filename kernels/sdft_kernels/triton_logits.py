@@ -14,7 +14,7 @@ def run_logits(
     teacher: Tensor,  # (N, V_t)
     labels: Tensor | None,  # (N,)
     options: Options,
-    into: Tensor | None,  # (N, V_s) where the gradient goes; may be student itself; None for values alone
+    into: Tensor | None,  # (N, V_s) takes the gradient; may be student itself; None for values alone
     outputs: Outputs,
     scales: Scales,
 ) -> None:

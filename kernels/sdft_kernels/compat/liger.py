@@ -3,14 +3,14 @@
     import sdft_kernels.compat.liger as liger
     from sdft_kernels.compat.liger import LigerJSD
 
-Written against liger-kernel 0.8.5, which is neither imported nor needed. Common to all four classes, beside
-what each says of itself:
+Written against liger-kernel 0.8.5, which is neither imported nor needed. Common to all four classes, apart from their
+docstrings:
 
 - The student is the trained side. β = 0 is forward KL, KL(teacher‖student), β = 1 reverse KL, and between them
   the loss is β·KL(teacher‖m) + (1−β)·KL(student‖m) with m = β·teacher + (1−β)·student: in all of Liger's
   classes, and in `linear_divergence`. No τ² factor anywhere.
 - Losses are fp32 whatever the inputs (fp64 if an input is fp64); gradients have their tensor's dtype.
-- No gradient flows to the teacher, also where its tensors require one, as in Liger.
+- No gradient flows to the teacher, even if its tensors require one, as in Liger.
 - Rows whose label is ignore_index count nothing, whatever they hold. A batch without any other has loss 0 and
   zero gradients.
 - Options are attributes under Liger's names, read at every call.
@@ -54,9 +54,9 @@ class LigerFusedLinearJSDLoss(nn.Module):
 
     Where the heads have different numbers of rows, soft compares the first min(V_s, V_t) tokens; Liger gives the
     missing student tokens the logit 0, which is no small probability, and fails for V_t < V_s. A frozen head has no
-    dW (Liger computes it). Logits are fp32 for bf16 inputs too (Liger's are bf16). soft and hard, where returned,
-    carry their own gradients (Liger drops those of a loss made from them). A part of weight 0 is not computed, or
-    without gradient where it is returned. The hard part is a loop of its own: it projects the student again.
+    dW (Liger computes it). Logits are fp32 for bf16 inputs too (Liger's are bf16). soft and hard, if returned,
+    carry their gradients (Liger drops those of a loss made from them). A part of weight 0 is not computed, or
+    has no gradient if it is returned. The hard part runs the loop a second time and projects the student again.
 
     Args:
         weight_hard_loss, weight_soft_loss: finite factors of the two parts.
@@ -102,7 +102,7 @@ class LigerFusedLinearJSDLoss(nn.Module):
         true_labels: Tensor,
         student_bias: Tensor | None = None,
         teacher_bias: Tensor | None = None,
-    ) -> Any:
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         """Loss (), or (loss, soft, hard).
 
         student_input (..., H_s), student_weight (V_s, H_s), teacher_input (..., H_t), teacher_weight (V_t, H_t),
@@ -146,7 +146,7 @@ class LigerFusedLinearJSD(nn.Module):
     The mean over the tokens whose label is not ignore_index, or over all of them without labels. Heads with
     different numbers of rows compare their first min(V_s, V_t) tokens (Liger's kernel reads past the end of a row).
     As in Liger a frozen head has no dW. That of a bf16 head is summed in fp32 and rounded once (Liger's rounds every
-    chunk's sum unless accum_dtype says otherwise).
+    chunk's sum unless accum_dtype is wider).
 
     Args:
         jsd_beta: in [0, 1], 0 forward KL, 1 reverse KL.
@@ -178,7 +178,7 @@ class LigerFusedLinearJSD(nn.Module):
         shift_labels: Tensor | None = None,
     ) -> Tensor:
         """Loss (). student_input (..., H_s), student_weight (V_s, H_s), teacher_input (..., H_t), teacher_weight
-        (V_t, H_t), shift_labels (...) int64 or None: already shifted, row n's own token."""
+        (V_t, H_t), shift_labels (...) int64 or None: already shifted: the token of row n."""
         student_weight = unsharded(student_weight)
         _check_student(student_input, student_weight, None)
         labels = None if shift_labels is None else _flat_labels("shift_labels", shift_labels, student_input)
@@ -196,9 +196,9 @@ class LigerJSD(nn.Module):
 
     As in Liger the gradient is that with respect to the log-probabilities themselves, so a `log_softmax` before it
     works, and nothing is normalised here. Nothing of the size (N, V) is kept between forward and backward (Liger
-    makes the gradient in the forward, also where none is wanted, and an fp32 (N, V) of loss entries). A token of
+    makes the gradient in the forward, even if none is needed, and an fp32 (N, V) of loss entries). A token of
     probability 0 counts 0, where Liger's 0·(−inf) is NaN; a row of infinite divergence keeps the value and gets
-    gradient 0. The loss is fp32 where Liger rounds it to the dtype of log_q. This runs on torch's elementwise
+    gradient 0. The loss is fp32; Liger rounds it to the dtype of log_q. This runs on torch's elementwise
     operations, on a GPU too: `sdft_kernels.divergence`, from logits, saves the log_softmax, and the fused classes
     save the logits.
 
@@ -229,7 +229,7 @@ class LigerKLDIVLoss(nn.KLDivLoss):
     """`liger_kernel.transformers.LigerKLDIVLoss`: KL(y_true‖y_pred), y_pred log-probabilities.
 
     Entry by entry y·(log max(y, eps) − y_pred), or e^y·(y − y_pred) with log_target=True; an entry of probability 0
-    counts 0, also where y_pred is −inf (NaN in Liger and in torch). Reduced as in torch: "none" (N, V), "sum",
+    counts 0, even if y_pred is −inf (NaN in Liger and in torch). Reduced as in torch: "none" (N, V), "sum",
     "mean" over all N·V entries, "batchmean" over the N rows. There is no ignore_index, as in Liger. Only "none"
     makes an (N, V) in the forward, and that is its result.
 

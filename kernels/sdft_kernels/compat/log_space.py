@@ -61,7 +61,7 @@ def _jsd_rows_(s: Tensor, t: Tensor, a: Tensor, b: Tensor, options: Options) -> 
     """Values (R,) of log-probabilities s and t (R, V); s becomes the gradient. a and b are scratch.
 
     With u = t − s and l = log(1 − β + β·e^u), m = βq + (1−β)p: log(p/m) = −l and log(q/m) = u − l. The terms
-    of ∂ log m cancel, since m's own weights are those of the two sums.
+    of ∂ log m cancel, since the weights of m are those of the two sums.
     """
     u = torch.sub(t, s, out=a)
     if options.kind == "forward_kl":
