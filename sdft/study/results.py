@@ -37,8 +37,22 @@ def read(folder: Path, wanted: dict[str, Any], name: str = RESULT) -> dict[str, 
     found: dict[str, Any] = json.loads(files.read_text(folder / name))
     for key, value in wanted.items():
         if found.get(key) != value:
-            raise SdftError(f"{folder}/{name}: {key} differs from the study's; give another output, or delete {folder}")
+            difference = _difference(key, found.get(key), value)
+            raise SdftError(
+                f"{folder}/{name} is of other settings: {difference}; give another output, or delete {folder}"
+            )
     return found
+
+
+def _difference(name: str, there: Any, here: Any) -> str:
+    """The first value that differs, with its name."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        keys = [key for key in there | here if there.get(key) != here.get(key)]
+        return _difference(f"{name}.{keys[0]}", there.get(keys[0]), here.get(keys[0]))
+    if isinstance(there, list) and isinstance(here, list) and len(there) == len(here):
+        i = next(i for i, (a, b) in enumerate(zip(there, here, strict=True)) if a != b)
+        return _difference(f"{name}[{i}]", there[i], here[i])
+    return f"{name} was {there!r} and is {here!r}"
 
 
 def stage_result(study: Study, cell: Cell, number: int) -> dict[str, Any] | None:

@@ -72,10 +72,13 @@ def test_results_of_other_settings_are_refused(finished: Path) -> None:
     text = finished.read_text()
     changed = finished.with_name("changed.toml")
     changed.write_text(text.replace('method = "sdft"', 'method = "sdft"\ndivergence = "jsd"'))
-    with pytest.raises(SdftError, match=r"1-colours/result.json: settings differs from the study's; give another"):
+    words = (
+        r"1-colours/result.json is of other settings: settings\[1\].loss.divergence was 'reverse_kl' and is 'jsd'; give"
+    )
+    with pytest.raises(SdftError, match=words):
         run.run_study(load_study(changed))
     changed.write_text(_without_prior(text))
-    with pytest.raises(SdftError, match=r"base/result.json: sets differs from the study's"):
+    with pytest.raises(SdftError, match=r"base/result.json is of other settings: sets.known was .* and is None"):
         run.run_study(load_study(changed))
 
 
