@@ -27,7 +27,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "kernels"))  # a checkout works without an install
 
 import triton  # noqa: E402
-from sdft_kernels import row_kernels, row_math, tuning  # noqa: E402
+from sdft_kernels import row_kernels, row_math, row_on_chip, tuning  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
@@ -41,16 +41,19 @@ class Device:
     warps: int  # that one multiprocessor holds
     registers: int = 65536  # of one multiprocessor
 
+    cluster: int = 1  # the most thread blocks of one
+
     @property
     def limits(self) -> tuning.Limits:
-        return tuning.Limits(self.target.warp_size)
+        version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+        return tuning.Limits(self.target.warp_size, self.cluster if version >= tuning.CLUSTERS_SINCE else 1)
 
 
 KIB = 1024
 DEVICES = {  # CUDA C++ programming guide, table of compute capabilities; CDNA 3 instruction set, section 3
     "sm_80": Device(GPUTarget("cuda", 80, 32), 163 * KIB, 64),
-    "sm_90": Device(GPUTarget("cuda", 90, 32), 227 * KIB, 64),
-    "sm_100": Device(GPUTarget("cuda", 100, 32), 227 * KIB, 64),
+    "sm_90": Device(GPUTarget("cuda", 90, 32), 227 * KIB, 64, cluster=16),
+    "sm_100": Device(GPUTarget("cuda", 100, 32), 227 * KIB, 64, cluster=16),
     "sm_120": Device(GPUTarget("cuda", 120, 32), 99 * KIB, 48),
     "gfx942": Device(GPUTarget("hip", "gfx942", 64), 64 * KIB, 32, 4 * 512 * 64),
 }
@@ -68,15 +71,17 @@ class Variant:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-def row_variant(target: str, kind: str, logits: str, grad: str | None, **on: bool) -> Variant:
-    """row_kernel on a vocabulary of many tiles; `on` switches its flags."""
-    heavy = any(on.get(name, False) for name in ("S_BIAS", "T_BIAS", "S_CAP", "T_CAP"))
-    tile = tuning.row_tile(DEVICES[target].limits, 2**20, heavy, 2 if logits == "bf16" or on.get("S_BIAS") else 4)
+def row_variant(target: str, kind: str, logits: str, grad: str | None, vocab: int = 2**20, **on: bool) -> Variant:
+    """The kernel of rows of `vocab` logits, by default too long to stay on chip; `on` switches its flags."""
+    limits, heavy = DEVICES[target].limits, any(on.get(name) for name in ("S_BIAS", "T_BIAS", "S_CAP", "T_CAP"))
+    narrowest = 4 if {logits, grad} <= {"fp32", None} and not on.get("S_BIAS") else 2
+    on_chip = None if heavy else tuning.on_chip_tile(limits, vocab, kind, narrowest)
+    tile = on_chip or tuning.row_tile(limits, vocab, heavy, narrowest)
     flags = ("TOKENS", "LABELS", "WEIGHTS", "INDEX", "GATHER", "S_BIAS", "T_BIAS", "S_CAP", "T_CAP")
-    constants = {name: on.get(name, False) for name in flags}
+    constants = {name: on.get(name, False) for name in flags} | tile.constants()
     constants |= {"KIND": row_math.KINDS[kind], "GRAD": grad is not None, "ROUND": False}
-    constants |= {"BLOCK": tile.block, "THREADS": tile.threads, "EACH": tile.each}
-    constants["NARROW"] = grad not in (None, logits)
+    if on_chip is None:
+        constants["NARROW"] = grad not in (None, logits)
     types = dict.fromkeys(("s_ptr", "t_ptr"), f"*{logits}!") | {"d_ptr": "*fp32!"}
     types |= dict.fromkeys(("s_stride", "t_stride", "g_stride", "V"), "i32!") | {"lo": "i32"}
     types |= dict.fromkeys(("s_inner", "s_outer", "t_inner", "t_outer", "beta", "factor", "g_max"), "fp32")
@@ -95,7 +100,8 @@ def row_variant(target: str, kind: str, logits: str, grad: str | None, **on: boo
     }
     types |= {name: kind for name, (there, kind) in optional.items() if there}
     constants |= {name: None for name, (there, _) in optional.items() if not there}
-    return Variant(row_kernels.row_kernel, types, constants, tile.options)
+    kernel = row_kernels.row_kernel if on_chip is None else row_on_chip.on_chip_kernel
+    return Variant(kernel, types, constants, tile.options)
 
 
 def variants(target: str) -> dict[str, Variant]:
@@ -103,7 +109,20 @@ def variants(target: str) -> dict[str, Variant]:
     trainer = {"TOKENS": True, "LABELS": True, "WEIGHTS": True}
     everything = {**trainer, "INDEX": True, "S_BIAS": True, "T_BIAS": True, "S_CAP": True, "T_CAP": True}
     scale = {"x_ptr": "*fp32!", "factor_ptr": "*fp32!", "count": "i64!"}
-    return {
+    on_chip = {
+        f"on chip {kind} {grad or 'values only'}, V = {vocab}": row_variant(target, kind, "fp32", grad, vocab, **on)
+        for kind, grad, vocab, on in (
+            ("reverse_kl", "bf16", 49152, trainer),
+            ("reverse_kl", "bf16", 128256, trainer),
+            ("reverse_kl", "bf16", 151936, trainer),
+            ("reverse_kl", "fp32", 151936, {}),
+            ("forward_kl", "bf16", 151936, trainer),
+            ("jsd", "bf16", 49152, trainer),
+            ("jsd", "bf16", 128256, trainer),
+        )
+        if DEVICES[target].limits.cluster > 1
+    }
+    return on_chip | {
         "rows reverse_kl bf16": row_variant(target, "reverse_kl", "fp32", "bf16", **trainer),
         "rows forward_kl bf16": row_variant(target, "forward_kl", "fp32", "bf16", **trainer),
         "rows jsd bf16": row_variant(target, "jsd", "fp32", "bf16", **trainer),

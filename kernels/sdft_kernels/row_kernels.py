@@ -17,28 +17,20 @@ from .row_math import (
     KINDS,
     activate,
     add_tile,
+    add_two,
     divergence,
     finish_gradient,
     gradient,
     jsd_terms,
     lane_sum,
-    load_logits,
+    load_both,
     merge,
+    store_zeros,
 )
-from .tuning import limits_of, row_tile
+from .row_on_chip import on_chip_kernel
+from .tuning import limits_of, on_chip_tile, row_tile
 
 FP16_MAX = 65504.0
-
-
-@triton.jit
-def load_both(
-    s_ptr, t_ptr, s_bias_ptr, t_bias_ptr, cols, V, s_inner, s_outer, t_inner, t_outer,
-    S_BIAS: tl.constexpr, T_BIAS: tl.constexpr, S_CAP: tl.constexpr, T_CAP: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """Final logits of the student and of the teacher at `cols`."""
-    s = load_logits(s_ptr, s_bias_ptr, cols, V, s_inner, s_outer, S_BIAS, S_CAP, MASKED)
-    t = load_logits(t_ptr, t_bias_ptr, cols, V, t_inner, t_outer, T_BIAS, T_CAP, MASKED)
-    return s, t
 
 
 @triton.jit
@@ -64,13 +56,6 @@ def store_gradient(
         tl.store(g_ptr + cols, g.to(g_ptr.dtype.element_ty), mask=cols < V)
     else:
         tl.store(g_ptr + cols, g.to(g_ptr.dtype.element_ty))
-
-
-@triton.jit
-def store_zeros(g_ptr, V, BLOCK: tl.constexpr):
-    for start in range(0, V, BLOCK):
-        cols = start + tl.arange(0, BLOCK)
-        tl.store(g_ptr + cols, tl.zeros((BLOCK,), g_ptr.dtype.element_ty), mask=cols < V)
 
 
 @triton.jit
@@ -116,8 +101,7 @@ def row_kernel(
             return
         row_factor = factor * weight
 
-    REPEATS: tl.constexpr = BLOCK // (THREADS * EACH)
-    lanes = tl.arange(0, REPEATS)[:, None] * (THREADS * EACH) + tl.arange(0, THREADS * EACH)[None, :]  # (R, T·E)
+    tile = tl.arange(0, BLOCK)
     whole = V // BLOCK * BLOCK  # columns in unmasked tiles
 
     low = tl.full((THREADS,), -float("inf"), tl.float32)
@@ -125,16 +109,20 @@ def row_kernel(
     m_s, z_s, b_s, m_t, z_t, b_t, a, top = low, none, none, low, none, none, none, low
     for start in range(0, whole, BLOCK):
         s, t = load_both(
-            s_ptr, t_ptr, s_bias_ptr, t_bias_ptr, start + lanes, V, s_inner, s_outer, t_inner, t_outer,
+            s_ptr, t_ptr, s_bias_ptr, t_bias_ptr, start + tile, V, s_inner, s_outer, t_inner, t_outer,
             S_BIAS, T_BIAS, S_CAP, T_CAP, False,
         )  # fmt: skip
-        m_s, z_s, b_s, m_t, z_t, b_t, a, top = add_tile(s, t, m_s, z_s, b_s, m_t, z_t, b_t, a, top, KIND, TOKENS, EACH)
+        m_s, z_s, b_s, m_t, z_t, b_t, a, top = add_tile(
+            s, t, m_s, z_s, b_s, m_t, z_t, b_t, a, top, KIND, TOKENS, 1, THREADS, EACH
+        )
     if whole < V:
         s, t = load_both(
-            s_ptr, t_ptr, s_bias_ptr, t_bias_ptr, whole + lanes, V, s_inner, s_outer, t_inner, t_outer,
+            s_ptr, t_ptr, s_bias_ptr, t_bias_ptr, whole + tile, V, s_inner, s_outer, t_inner, t_outer,
             S_BIAS, T_BIAS, S_CAP, T_CAP, True,
         )  # fmt: skip
-        m_s, z_s, b_s, m_t, z_t, b_t, a, top = add_tile(s, t, m_s, z_s, b_s, m_t, z_t, b_t, a, top, KIND, TOKENS, EACH)
+        m_s, z_s, b_s, m_t, z_t, b_t, a, top = add_tile(
+            s, t, m_s, z_s, b_s, m_t, z_t, b_t, a, top, KIND, TOKENS, 1, THREADS, EACH
+        )
     m_s, z_s, b_s, m_t, z_t, b_t, a, top = merge(m_s, z_s, b_s, m_t, z_t, b_t, a, top, KIND, TOKENS)
 
     k_p, k_q = 0.0, 0.0
@@ -142,21 +130,21 @@ def row_kernel(
         p_lanes, q_lanes = none, none
         for start in range(0, whole, BLOCK):
             s, t = load_both(
-                s_ptr, t_ptr, s_bias_ptr, t_bias_ptr, start + lanes, V, s_inner, s_outer, t_inner, t_outer,
+                s_ptr, t_ptr, s_bias_ptr, t_bias_ptr, start + tile, V, s_inner, s_outer, t_inner, t_outer,
                 S_BIAS, T_BIAS, S_CAP, T_CAP, False,
             )  # fmt: skip
             of_p, of_q = jsd_terms(s - m_s, t - m_t, z_s, z_t, beta)
-            p_lanes += lane_sum(of_p, EACH)
-            q_lanes += lane_sum(of_q, EACH)
+            p_lanes += lane_sum(of_p, 1, THREADS, EACH)
+            q_lanes += lane_sum(of_q, 1, THREADS, EACH)
         if whole < V:
             s, t = load_both(
-                s_ptr, t_ptr, s_bias_ptr, t_bias_ptr, whole + lanes, V, s_inner, s_outer, t_inner, t_outer,
+                s_ptr, t_ptr, s_bias_ptr, t_bias_ptr, whole + tile, V, s_inner, s_outer, t_inner, t_outer,
                 S_BIAS, T_BIAS, S_CAP, T_CAP, True,
             )  # fmt: skip
             of_p, of_q = jsd_terms(s - m_s, t - m_t, z_s, z_t, beta)
-            p_lanes += lane_sum(of_p, EACH)
-            q_lanes += lane_sum(of_q, EACH)
-        k_p, k_q = tl.sum(p_lanes, 0), tl.sum(q_lanes, 0)
+            p_lanes += lane_sum(of_p, 1, THREADS, EACH)
+            q_lanes += lane_sum(of_q, 1, THREADS, EACH)
+        k_p, k_q = tl.reduce((p_lanes, q_lanes), 0, add_two)
     d, center = divergence(z_s, z_t, a, k_p, k_q, beta, KIND)
     tl.store(d_ptr + n, d)
 
@@ -228,26 +216,32 @@ def launch_rows(
     heavy = (
         any(b is not None for b in bias) or options.student.softcap is not None or options.teacher.softcap is not None
     )
-    narrowest = min(read.element_size() for read in (s, t, *bias) if read is not None)
+    narrowest = min(tensor.element_size() for tensor in (s, t, g, *bias) if tensor is not None)
     tile = row_tile(limits_of(s.device), options.vocab, heavy, narrowest)
+    on_chip = None if heavy else on_chip_tile(limits_of(s.device), options.vocab, options.kind, narrowest)
     s_inner, s_outer = inner_outer(options.student)
     t_inner, t_outer = inner_outer(options.teacher)
     s_entropy, t_entropy, s_logprob, t_logprob = outputs.rest
-    row_kernel[(rows,)](
+    arguments = (
         s, t, g, *bias, weights, labels, index,
         outputs.divergence, s_entropy, t_entropy, s_logprob, t_logprob,
         None if outputs.agree is None else outputs.agree.view(torch.int8),
         s.stride(0), t.stride(0), 0 if g is None else g.stride(0), options.vocab, lo,
         s_inner, s_outer, t_inner, t_outer, options.beta, factor,
         FP16_MAX if g is not None and g.dtype == torch.float16 else float("inf"),
-        KIND=KINDS[options.kind], GRAD=g is not None, TOKENS=outputs.agree is not None,
-        LABELS=s_logprob is not None, WEIGHTS=weights is not None, INDEX=index is not None, GATHER=gather,
-        S_BIAS=bias[0] is not None, T_BIAS=bias[1] is not None,
-        S_CAP=options.student.softcap is not None, T_CAP=options.teacher.softcap is not None,
-        NARROW=g is not None and g.dtype != s.dtype,
-        ROUND=INTERPRETED and g is not None and g.dtype == torch.bfloat16,
-        BLOCK=tile.block, THREADS=tile.threads, EACH=tile.each, **tile.options,
     )  # fmt: skip
+    flags = {
+        "KIND": KINDS[options.kind], "GRAD": g is not None, "TOKENS": outputs.agree is not None,
+        "LABELS": s_logprob is not None, "WEIGHTS": weights is not None, "INDEX": index is not None, "GATHER": gather,
+        "S_BIAS": bias[0] is not None, "T_BIAS": bias[1] is not None,
+        "S_CAP": options.student.softcap is not None, "T_CAP": options.teacher.softcap is not None,
+        "ROUND": INTERPRETED and g is not None and g.dtype == torch.bfloat16,
+    }  # fmt: skip
+    if on_chip is not None:
+        on_chip_kernel[(rows,)](*arguments, **flags, **on_chip.constants(), **on_chip.options)
+    else:
+        narrow = g is not None and g.dtype != s.dtype
+        row_kernel[(rows,)](*arguments, **flags, NARROW=narrow, **tile.constants(), **tile.options)
 
 
 def inner_outer(act: Activation) -> tuple[float, float]:

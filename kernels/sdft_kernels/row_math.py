@@ -65,6 +65,17 @@ def load_logits(ptr, bias_ptr, cols, V, inner, outer, BIAS: tl.constexpr, CAP: t
 
 
 @triton.jit
+def load_both(
+    s_ptr, t_ptr, s_bias_ptr, t_bias_ptr, cols, V, s_inner, s_outer, t_inner, t_outer,
+    S_BIAS: tl.constexpr, T_BIAS: tl.constexpr, S_CAP: tl.constexpr, T_CAP: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Final logits of the student and of the teacher at `cols`."""
+    s = load_logits(s_ptr, s_bias_ptr, cols, V, s_inner, s_outer, S_BIAS, S_CAP, MASKED)
+    t = load_logits(t_ptr, t_bias_ptr, cols, V, t_inner, t_outer, T_BIAS, T_CAP, MASKED)
+    return s, t
+
+
+@triton.jit
 def finite_or_zero(m):
     """The maximum to subtract: 0 in place of −inf, so that −inf − −inf never arises."""
     return tl.where(m == -float("inf"), 0.0, m)
@@ -76,68 +87,102 @@ def weighted(weight, f):
     return tl.where(weight == 0.0, 0.0, weight * f)
 
 
-@triton.jit
-def lane_sum(x, EACH: tl.constexpr):
-    """(R, T·E) -> (T,): each thread adds up its entries."""
-    x = tl.sum(x, 0)
-    return tl.sum(tl.reshape(x, (x.shape[0] // EACH, EACH)), 1)
+# A tile (BLOCK,) lies in registers as (CTAS, REPEATS, THREADS, EACH): a thread block reads its part of the tile in
+# REPEATS rounds, EACH entries side by side by each thread. "Lanes" are (CTAS·THREADS,): one number of every thread.
 
 
 @triton.jit
-def lane_max(x, EACH: tl.constexpr):
-    """(R, T·E) -> (T,): each thread's largest entry."""
-    x = tl.max(x, 0)
-    return tl.max(tl.reshape(x, (x.shape[0] // EACH, EACH)), 1)
+def lane_sum(x, CTAS: tl.constexpr, THREADS: tl.constexpr, EACH: tl.constexpr):
+    """A tile -> lanes: each thread adds up its entries."""
+    x = tl.reshape(x, (CTAS, x.shape[0] // (CTAS * THREADS * EACH), THREADS, EACH))
+    return tl.reshape(tl.sum(tl.sum(x, 3), 1), (CTAS * THREADS,))
 
 
 @triton.jit
-def across(lanes, EACH: tl.constexpr):
-    """(T,) -> (1, T·E), to meet a tile."""
-    wide = tl.broadcast_to(lanes[:, None], (lanes.shape[0], EACH))
-    return tl.reshape(wide, (1, lanes.shape[0] * EACH))
+def lane_max(x, CTAS: tl.constexpr, THREADS: tl.constexpr, EACH: tl.constexpr):
+    """A tile -> lanes: each thread's largest entry."""
+    x = tl.reshape(x, (CTAS, x.shape[0] // (CTAS * THREADS * EACH), THREADS, EACH))
+    return tl.reshape(tl.max(tl.max(x, 3), 1), (CTAS * THREADS,))
+
+
+@triton.jit
+def across(lanes, BLOCK: tl.constexpr, CTAS: tl.constexpr, THREADS: tl.constexpr, EACH: tl.constexpr):
+    """Lanes -> a tile: each thread's number at all its entries."""
+    lanes = tl.reshape(lanes, (CTAS, 1, THREADS, 1))
+    return tl.reshape(tl.broadcast_to(lanes, (CTAS, BLOCK // (CTAS * THREADS * EACH), THREADS, EACH)), (BLOCK,))
 
 
 @triton.jit
 def add_tile(s, t, m_s, z_s, b_s, m_t, z_t, b_t, a, top, KIND: tl.constexpr, TOKENS: tl.constexpr,
-             EACH: tl.constexpr):  # fmt: skip
-    """Statistics step: a tile (R, T·E) of both sides into the T threads' running statistics, (T,) each.
+             CTAS: tl.constexpr, THREADS: tl.constexpr, EACH: tl.constexpr):  # fmt: skip
+    """Statistics step: a tile of both sides into the running statistics of its threads, lanes.
 
     No thread waits for another here.
     """
-    new_s = tl.maximum(m_s, lane_max(s, EACH))
-    new_t = tl.maximum(m_t, lane_max(t, EACH))
+    BLOCK: tl.constexpr = s.shape[0]
+    new_s = tl.maximum(m_s, lane_max(s, CTAS, THREADS, EACH))
+    new_t = tl.maximum(m_t, lane_max(t, CTAS, THREADS, EACH))
     base_s = finite_or_zero(new_s)
     base_t = finite_or_zero(new_t)
-    x_s = s - across(base_s, EACH)
-    x_t = t - across(base_t, EACH)
-    e_s = exp(x_s)
-    e_t = exp(x_t)
     r_s = exp(m_s - base_s)
     r_t = exp(m_t - base_t)
     up_s = base_s - finite_or_zero(m_s)
     up_t = base_t - finite_or_zero(m_t)
     if KIND == REVERSE:
-        a = weighted(r_s, a + z_s * (up_t - up_s)) + lane_sum(weighted(e_s, x_s - x_t), EACH)
+        a = weighted(r_s, a + z_s * (up_t - up_s))
     if KIND == FORWARD:
-        a = weighted(r_t, a + z_t * (up_s - up_t)) + lane_sum(weighted(e_t, x_t - x_s), EACH)
+        a = weighted(r_t, a + z_t * (up_s - up_t))
     if TOKENS:
-        b_s = weighted(r_s, b_s - z_s * up_s) + lane_sum(weighted(e_s, x_s), EACH)
-        b_t = weighted(r_t, b_t - z_t * up_t) + lane_sum(weighted(e_t, x_t), EACH)
-        here = lane_max(tl.where(t == across(new_t, EACH), s, -float("inf")), EACH)
+        b_s = weighted(r_s, b_s - z_s * up_s)
+        b_t = weighted(r_t, b_t - z_t * up_t)
+        here = lane_max(tl.where(t == across(new_t, BLOCK, CTAS, THREADS, EACH), s, -float("inf")), CTAS, THREADS, EACH)
         top = tl.where(new_t > m_t, here, tl.maximum(top, here))
-    z_s = z_s * r_s + lane_sum(e_s, EACH)
-    z_t = z_t * r_t + lane_sum(e_t, EACH)
+    # One side after the other: fewer values wait in registers.
+    x_s = s - across(base_s, BLOCK, CTAS, THREADS, EACH)
+    x_t = t - across(base_t, BLOCK, CTAS, THREADS, EACH)
+    e_t = exp(x_t)
+    z_t = z_t * r_t + lane_sum(e_t, CTAS, THREADS, EACH)
+    if KIND == FORWARD:
+        a += lane_sum(weighted(e_t, x_t - x_s), CTAS, THREADS, EACH)
+    if TOKENS:
+        b_t += lane_sum(weighted(e_t, x_t), CTAS, THREADS, EACH)
+    e_s = exp(x_s)
+    z_s = z_s * r_s + lane_sum(e_s, CTAS, THREADS, EACH)
+    if KIND == REVERSE:
+        a += lane_sum(weighted(e_s, x_s - x_t), CTAS, THREADS, EACH)
+    if TOKENS:
+        b_s += lane_sum(weighted(e_s, x_s), CTAS, THREADS, EACH)
     return new_s, z_s, b_s, new_t, z_t, b_t, a, top
+
+
+@triton.jit
+def add_two(a, b, x, y):
+    return a + x, b + y
+
+
+@triton.jit
+def add_three(a, b, c, x, y, z):
+    return a + x, b + y, c + z
+
+
+@triton.jit
+def add_five(a, b, c, d, e, v, w, x, y, z):
+    return a + v, b + w, c + x, d + y, e + z
+
+
+@triton.jit
+def larger_two(a, b, x, y):
+    return tl.maximum(a, x), tl.maximum(b, y)
 
 
 @triton.jit
 def merge(m_s, z_s, b_s, m_t, z_t, b_t, a, top, KIND: tl.constexpr, TOKENS: tl.constexpr):
     """Merge step: the statistics (T,) of T disjoint sets of a row's entries -> those of all, single numbers.
 
-    An infinite sum whose terms have underflowed beside another set's is gone.
+    An infinite sum whose terms have underflowed beside another set's is gone. Sums that belong together take one
+    reduction: what a reduction costs is its barriers.
     """
-    new_s = tl.max(m_s, 0)
-    new_t = tl.max(m_t, 0)
+    new_s, new_t = tl.reduce((m_s, m_t), 0, larger_two)
     base_s = finite_or_zero(new_s)
     base_t = finite_or_zero(new_t)
     r_s = exp(m_s - base_s)
@@ -145,14 +190,17 @@ def merge(m_s, z_s, b_s, m_t, z_t, b_t, a, top, KIND: tl.constexpr, TOKENS: tl.c
     up_s = base_s - finite_or_zero(m_s)
     up_t = base_t - finite_or_zero(m_t)
     if KIND == REVERSE:
-        a = tl.sum(weighted(r_s, a + z_s * (up_t - up_s)), 0)
+        a = weighted(r_s, a + z_s * (up_t - up_s))
     if KIND == FORWARD:
-        a = tl.sum(weighted(r_t, a + z_t * (up_s - up_t)), 0)
+        a = weighted(r_t, a + z_t * (up_s - up_t))
     if TOKENS:
-        b_s = tl.sum(weighted(r_s, b_s - z_s * up_s), 0)
-        b_t = tl.sum(weighted(r_t, b_t - z_t * up_t), 0)
+        b_s = weighted(r_s, b_s - z_s * up_s)
+        b_t = weighted(r_t, b_t - z_t * up_t)
+        z_s, z_t, a, b_s, b_t = tl.reduce((z_s * r_s, z_t * r_t, a, b_s, b_t), 0, add_five)
         top = tl.max(tl.where(m_t == new_t, top, -float("inf")), 0)
-    return new_s, tl.sum(z_s * r_s, 0), b_s, new_t, tl.sum(z_t * r_t, 0), b_t, a, top
+    else:
+        z_s, z_t, a = tl.reduce((z_s * r_s, z_t * r_t, a), 0, add_three)
+    return new_s, z_s, b_s, new_t, z_t, b_t, a, top
 
 
 @triton.jit
@@ -222,3 +270,10 @@ def round_to_bf16(g):
     bits = g.to(tl.uint32, bitcast=True)
     bits += 0x7FFF + ((bits >> 16) & 1)
     return (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def store_zeros(g_ptr, V, BLOCK: tl.constexpr):
+    for start in range(0, V, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        tl.store(g_ptr + cols, tl.zeros((BLOCK,), g_ptr.dtype.element_ty), mask=cols < V)

@@ -8,12 +8,14 @@ from functools import cache
 from typing import NamedTuple
 
 import torch
+import triton
 
 
 class Limits(NamedTuple):
     """What of a device a tile depends on."""
 
     warp_size: int  # threads
+    cluster: int  # the most thread blocks that exchange data on chip; 1 without clusters
 
 
 class RowBlocks(NamedTuple):
@@ -25,36 +27,74 @@ class RowBlocks(NamedTuple):
 
 
 class RowTile(NamedTuple):
-    """A tile of row_kernel: entries, warps, threads, and entries that a thread reads at once."""
+    """A tile of row_kernel: entries, threads, entries that a thread reads at once, and options of the compiler."""
 
     block: int
-    warps: int
     threads: int
     each: int
-    options: dict[str, int | bool]  # of the compiler
+    options: dict[str, int | bool]
+
+    def constants(self) -> dict[str, int]:
+        return {"BLOCK": self.block, "THREADS": self.threads, "EACH": self.each}
+
+
+class OnChip(NamedTuple):
+    """A way to hold a row on chip: thread blocks of a cluster, warps of each, and tiles that their registers hold."""
+
+    blocks: int
+    warps: int
+    pieces: int
+
+
+class OnChipTile(NamedTuple):
+    """A row on chip as `pieces` tiles; the rest as in RowTile, with the threads of each of the cluster's blocks."""
+
+    block: int
+    pieces: int
+    blocks: int
+    threads: int
+    each: int
+    options: dict[str, int | bool]
+
+    def constants(self) -> dict[str, int]:
+        lanes = {"CTAS": self.blocks, "THREADS": self.threads, "EACH": self.each}
+        return {"BLOCK": self.block, "PIECES": self.pieces, **lanes}
 
 
 # By threads of a warp: 16 entries a thread, 8 with a bias or a softcap. Rows need next to no shared memory, and every
 # GPU with warps of 32 that Triton compiles for has 65536 registers.
 ROW_BLOCKS = {32: RowBlocks(2048, 4, 8), 64: RowBlocks(4096, 8, 8)}
-INTERPRETER = Limits(32)
+INTERPRETER = Limits(warp_size=32, cluster=1)
+# The first that a row fits is taken. Small clusters wait least; two blocks of 8 warps share a multiprocessor, so that
+# one loads while the other computes. More pieces spill.
+KL_ON_CHIP = (OnChip(8, 8, 3), OnChip(16, 8, 3), OnChip(16, 16, 3))
+JSD_ON_CHIP = (OnChip(8, 16, 2), OnChip(16, 16, 2))
+ON_CHIP_EACH = 8  # entries of a piece in one thread
+ON_CHIP_REGISTERS = 128  # of a thread, for 16 warps a multiprocessor
+SMALLEST_ON_CHIP = 16384  # entries of a row; a shorter one leaves most threads of a cluster without work
+# Reductions across a cluster: Triton 3.6 and 3.7 stop with a compiler error.
+CLUSTERS_SINCE = (3, 8)
 HEAVY_REGISTERS = 80  # of a thread, for 24 warps a multiprocessor; left to itself ptxas 12.9 takes 64 and spills
 VECTOR_BYTES = 16  # of the widest access of a thread
 
 
 @cache
 def limits_of(device: torch.device) -> Limits:
-    """The limits of a device; NVIDIA's for the interpreter, which has none."""
+    """The limits of a device; those of NVIDIA's before Hopper for the interpreter, which has none."""
     if device.type != "cuda":
         return INTERPRETER
-    return Limits(torch.cuda.get_device_properties(device).warp_size)
+    found = torch.cuda.get_device_properties(device)
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    # Hopper and the large Blackwell; RTX 50 has clusters of one block only.
+    clusters = torch.version.hip is None and found.major in (9, 10) and version >= CLUSTERS_SINCE
+    return Limits(found.warp_size, 16 if clusters else 1)
 
 
 def row_tile(limits: Limits, vocab: int, heavy: bool, item_bytes: int) -> RowTile:
     """For rows of `vocab` logits; no tile is longer than the row needs.
 
-    `item_bytes` is an entry's size in the narrowest tensor read: Triton gives a thread 16 bytes of that one, and tiles
-    laid out otherwise would have to be exchanged between threads.
+    `item_bytes` is an entry's size in the narrowest tensor read or written: Triton gives a thread 16 bytes of that
+    one, and tiles laid out otherwise would have to be exchanged between threads.
     """
     row = ROW_BLOCKS[limits.warp_size]
     block, warps = row.block, row.heavy_warps if heavy else row.warps
@@ -65,4 +105,19 @@ def row_tile(limits: Limits, vocab: int, heavy: bool, item_bytes: int) -> RowTil
     options: dict[str, int | bool] = {"num_warps": warps, "enable_fp_fusion": True}
     if heavy and limits.warp_size == 32:  # an option of NVIDIA's compiler alone
         options["maxnreg"] = HEAVY_REGISTERS
-    return RowTile(block, warps, min(warps * limits.warp_size, block // each), each, options)
+    return RowTile(block, min(warps * limits.warp_size, block // each), each, options)
+
+
+def on_chip_tile(limits: Limits, vocab: int, kind: str, item_bytes: int) -> OnChipTile | None:
+    """How a cluster holds a row of `vocab` logits, or None where there are no clusters or the row does not fit."""
+    if vocab < SMALLEST_ON_CHIP:
+        return None
+    for way in JSD_ON_CHIP if kind == "jsd" else KL_ON_CHIP:
+        threads = way.warps * limits.warp_size
+        block = way.blocks * threads * ON_CHIP_EACH
+        pieces = -(-vocab // block)
+        if way.blocks <= limits.cluster and pieces <= way.pieces:
+            options: dict[str, int | bool] = {"num_ctas": way.blocks, "num_warps": way.warps, "enable_fp_fusion": True}
+            options["maxnreg"] = ON_CHIP_REGISTERS
+            return OnChipTile(block, pieces, way.blocks, threads, VECTOR_BYTES // item_bytes, options)
+    return None
