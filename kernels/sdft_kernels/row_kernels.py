@@ -17,7 +17,6 @@ from .row_math import (
     KINDS,
     activate,
     add_tile,
-    add_two,
     divergence,
     finish_gradient,
     gradient,
@@ -144,7 +143,7 @@ def row_kernel(
             of_p, of_q = jsd_terms(s - m_s, t - m_t, z_s, z_t, beta)
             p_lanes += lane_sum(of_p, 1, THREADS, EACH)
             q_lanes += lane_sum(of_q, 1, THREADS, EACH)
-        k_p, k_q = tl.reduce((p_lanes, q_lanes), 0, add_two)
+        k_p, k_q = tl.sum(p_lanes, 0), tl.sum(q_lanes, 0)
     d, center = divergence(z_s, z_t, a, k_p, k_q, beta, KIND)
     tl.store(d_ptr + n, d)
 

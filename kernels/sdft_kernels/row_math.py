@@ -156,33 +156,13 @@ def add_tile(s, t, m_s, z_s, b_s, m_t, z_t, b_t, a, top, KIND: tl.constexpr, TOK
 
 
 @triton.jit
-def add_two(a, b, x, y):
-    return a + x, b + y
-
-
-@triton.jit
-def add_three(a, b, c, x, y, z):
-    return a + x, b + y, c + z
-
-
-@triton.jit
-def add_five(a, b, c, d, e, v, w, x, y, z):
-    return a + v, b + w, c + x, d + y, e + z
-
-
-@triton.jit
-def larger_two(a, b, x, y):
-    return tl.maximum(a, x), tl.maximum(b, y)
-
-
-@triton.jit
 def merge(m_s, z_s, b_s, m_t, z_t, b_t, a, top, KIND: tl.constexpr, TOKENS: tl.constexpr):
     """Merge step: the statistics (T,) of T disjoint sets of a row's entries -> those of all, single numbers.
 
-    An infinite sum whose terms have underflowed beside another set's is gone. Sums that belong together take one
-    reduction: what a reduction costs is its barriers.
+    An infinite sum whose terms have underflowed beside another set's is gone.
     """
-    new_s, new_t = tl.reduce((m_s, m_t), 0, larger_two)
+    new_s = tl.max(m_s, 0)
+    new_t = tl.max(m_t, 0)
     base_s = finite_or_zero(new_s)
     base_t = finite_or_zero(new_t)
     r_s = exp(m_s - base_s)
@@ -190,17 +170,16 @@ def merge(m_s, z_s, b_s, m_t, z_t, b_t, a, top, KIND: tl.constexpr, TOKENS: tl.c
     up_s = base_s - finite_or_zero(m_s)
     up_t = base_t - finite_or_zero(m_t)
     if KIND == REVERSE:
-        a = weighted(r_s, a + z_s * (up_t - up_s))
+        a = tl.sum(weighted(r_s, a + z_s * (up_t - up_s)), 0)
     if KIND == FORWARD:
-        a = weighted(r_t, a + z_t * (up_s - up_t))
+        a = tl.sum(weighted(r_t, a + z_t * (up_s - up_t)), 0)
+    if KIND == JSD:
+        a = 0.0
     if TOKENS:
-        b_s = weighted(r_s, b_s - z_s * up_s)
-        b_t = weighted(r_t, b_t - z_t * up_t)
-        z_s, z_t, a, b_s, b_t = tl.reduce((z_s * r_s, z_t * r_t, a, b_s, b_t), 0, add_five)
+        b_s = tl.sum(weighted(r_s, b_s - z_s * up_s), 0)
+        b_t = tl.sum(weighted(r_t, b_t - z_t * up_t), 0)
         top = tl.max(tl.where(m_t == new_t, top, -float("inf")), 0)
-    else:
-        z_s, z_t, a = tl.reduce((z_s * r_s, z_t * r_t, a), 0, add_three)
-    return new_s, z_s, b_s, new_t, z_t, b_t, a, top
+    return new_s, tl.sum(z_s * r_s, 0), b_s, new_t, tl.sum(z_t * r_t, 0), b_t, a, top
 
 
 @triton.jit

@@ -12,14 +12,12 @@ import triton.language as tl
 from .row_math import (
     JSD,
     add_tile,
-    add_two,
     divergence,
     finish_gradient,
     gradient,
     jsd_terms,
     lane_max,
     lane_sum,
-    larger_two,
     load_both,
     merge,
     store_zeros,
@@ -69,8 +67,8 @@ def on_chip_kernel(
             s_ptr + here * s_stride, t_ptr + here * t_stride, s_bias_ptr, t_bias_ptr, i * BLOCK + tile, V,
             s_inner, s_outer, t_inner, t_outer, S_BIAS, T_BIAS, S_CAP, T_CAP, True,
         )  # fmt: skip
-        rows_s += (s,)
-        rows_t += (t,)
+        rows_s += (s,)  # type: ignore[assignment]
+        rows_t += (t,)  # type: ignore[assignment]
 
     low = tl.full((CTAS * THREADS,), -float("inf"), tl.float32)
     none = tl.zeros((CTAS * THREADS,), tl.float32)
@@ -87,7 +85,7 @@ def on_chip_kernel(
             of_p, of_q = jsd_terms(rows_s[i] - m_s, rows_t[i] - m_t, z_s, z_t, beta)
             p_lanes += lane_sum(of_p, CTAS, THREADS, EACH)
             q_lanes += lane_sum(of_q, CTAS, THREADS, EACH)
-        k_p, k_q = tl.reduce((p_lanes, q_lanes), 0, add_two)
+        k_p, k_q = tl.sum(p_lanes, 0), tl.sum(q_lanes, 0)
     d, center = divergence(z_s, z_t, a, k_p, k_q, beta, KIND)
     tl.store(d_ptr + n, d)
 
@@ -103,7 +101,7 @@ def on_chip_kernel(
                 s_lanes = lane_max(tl.where(mine, rows_s[i], -float("inf")), CTAS, THREADS, EACH)
                 t_lanes = lane_max(tl.where(mine, rows_t[i], -float("inf")), CTAS, THREADS, EACH)
                 s_label, t_label = tl.maximum(s_label, s_lanes), tl.maximum(t_label, t_lanes)
-            s_label, t_label = tl.reduce((s_label, t_label), 0, larger_two)
+            s_label, t_label = tl.max(s_label, 0), tl.max(t_label, 0)
             known = (label >= 0) & (label < V)  # another label reads as NaN
             tl.store(s_logprob_ptr + n, tl.where(known, s_label - m_s - tl.log(z_s), float("nan")))
             tl.store(t_logprob_ptr + n, tl.where(known, t_label - m_t - tl.log(z_t), float("nan")))

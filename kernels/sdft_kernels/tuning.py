@@ -72,6 +72,7 @@ JSD_ON_CHIP = (OnChip(8, 16, 2), OnChip(16, 16, 2))
 ON_CHIP_EACH = 8  # entries of a piece in one thread
 ON_CHIP_REGISTERS = 128  # of a thread, for 16 warps a multiprocessor
 SMALLEST_ON_CHIP = 16384  # entries of a row; a shorter one leaves most threads of a cluster without work
+WHOLE_GPU = 132  # multiprocessors of an H100 SXM; an H20 has 78, an H100 PCIe 114
 # Reductions across a cluster: Triton 3.6 and 3.7 stop with a compiler error.
 CLUSTERS_SINCE = (3, 8)
 HEAVY_REGISTERS = 80  # of a thread, for 24 warps a multiprocessor; left to itself ptxas 12.9 takes 64 and spills
@@ -85,9 +86,11 @@ def limits_of(device: torch.device) -> Limits:
         return INTERPRETER
     found = torch.cuda.get_device_properties(device)
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    # Hopper and the large Blackwell; RTX 50 has clusters of one block only.
+    # Hopper and the large Blackwell; RTX 50 has clusters of one block only. A cluster lies in one group of
+    # multiprocessors, and groups of at least 16 are sure only where few multiprocessors are switched off.
     clusters = torch.version.hip is None and found.major in (9, 10) and version >= CLUSTERS_SINCE
-    return Limits(found.warp_size, 16 if clusters else 1)
+    largest = 16 if found.multi_processor_count >= WHOLE_GPU else 8
+    return Limits(found.warp_size, largest if clusters else 1)
 
 
 def row_tile(limits: Limits, vocab: int, heavy: bool, item_bytes: int) -> RowTile:
