@@ -52,11 +52,11 @@ def mm32(a: Tensor, b: Tensor, out: Tensor, beta: float = 0.0, alpha: float = 1.
 class Head:
     """One side's output matrix (V, H), read in the dtype of the products through vocabulary tiles.
 
-    A matrix already in the compute dtype is one tile, itself. Otherwise tiles are cast into one buffer of `budget`
-    bytes, again for every product, or the whole matrix once if it fits.
+    A matrix already in the compute dtype is one tile, itself. Otherwise tiles are cast into `memory`, again for every
+    product, or the whole matrix once if it fits.
     """
 
-    def __init__(self, weight: Tensor, vocab: int, rounding: torch.dtype, compute: torch.dtype, budget: int):
+    def __init__(self, weight: Tensor, vocab: int, rounding: torch.dtype, compute: torch.dtype, memory: Tensor):
         self.weight = weight[:vocab]  # (V, H)
         self.rounding = rounding
         self.compute = compute
@@ -64,10 +64,10 @@ class Head:
         self.tile = vocab
         if weight.dtype == rounding == compute:
             return
-        row_bytes = weight.shape[1] * compute.itemsize
-        self.tile = min(vocab, max(1, budget // max(1, row_bytes)))
-        self.buffer = torch.empty(self.tile, weight.shape[1], dtype=compute, device=weight.device)
-        self.held = -1  # the first vocabulary row of the tile that the buffer holds
+        row_bytes = max(1, weight.shape[1] * compute.itemsize)
+        self.tile = min(vocab, memory.nbytes // row_bytes)
+        self.buffer = memory[: self.tile * row_bytes].view(compute).view(self.tile, weight.shape[1])
+        self.whole = False  # whether the buffer holds the whole matrix
 
     def tiles(self) -> Iterator[tuple[int, int, Tensor]]:
         """(first row, end row, (rows, H) in the compute dtype), in order; a tile lives until the next."""
@@ -78,10 +78,10 @@ class Head:
                 yield v0, v1, self.weight
                 continue
             tile = self.buffer[: v1 - v0]
-            if self.held != v0:
+            if not self.whole:
                 source = self.weight[v0:v1]
                 tile.copy_(source if self.rounding in (source.dtype, self.compute) else source.to(self.rounding))
-                self.held = v0
+                self.whole = self.tile == vocab
             yield v0, v1, tile
 
     def logits(self, x: Tensor, out: Tensor) -> None:

@@ -125,8 +125,9 @@ def at_boundary(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Make the tensor's GPU the current device."""
-    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else nullcontext()
+    """Make the tensor's GPU the current device. A fake tensor names a GPU also where CUDA is not initialised."""
+    real = tensor.device.type == "cuda" and torch.cuda.is_initialized()
+    return torch.cuda.device(tensor.device) if real else nullcontext()
 
 
 def backward_of(public: str, backward: Callable[..., Any]) -> Callable[..., Any]:

@@ -52,15 +52,20 @@ class Projection:
 
         budget, stride = budget_of(options, device), -(-self.vocab // rows.pad) * rows.pad
         heads = list(zip(sides, self.products, self.operands, strict=True))[: 1 if self.shared else 2]
-        casts = [
-            self.vocab * w.shape[1] * operand.itemsize if not w.dtype == product == operand else 0
+        row_of_head = [
+            w.shape[1] * operand.itemsize if not w.dtype == product == operand else 0
             for (_, w), product, operand in heads
-        ]
+        ]  # bytes of the cast of one token's row
+        casts = [self.vocab * row for row in row_of_head]
         plan = self._plan(count, budget, casts, stride, rows)
         self.chunk = plan.chunk
+        tiles = [
+            max(size, row) for size, whole, row in zip(plan.casts, casts, row_of_head, strict=True) if size < whole
+        ]
+        tile = torch.empty(max(tiles, default=0), dtype=torch.uint8, device=device)  # one at a time, of either head
         self.heads = [
-            Head(w, self.vocab, product, operand, size)
-            for ((_, w), product, operand), size in zip(heads, plan.casts, strict=True)
+            Head(w, self.vocab, product, operand, tile if size < whole else tile.new_empty(whole))
+            for ((_, w), product, operand), size, whole in zip(heads, plan.casts, casts, strict=True)
         ]
         if self.shared:
             self.heads *= 2

@@ -16,7 +16,7 @@ class Plan(NamedTuple):
     """How a call of some rows divides its workspace."""
 
     chunk: int  # tokens of a chunk; the last chunk may have fewer
-    casts: tuple[int, ...]  # bytes of the buffer for each head that needs a cast: the whole head, or a tile of it
+    casts: tuple[int, ...]  # bytes for each head that needs a cast: the whole head, or a tile of it in a shared buffer
 
 
 def default_workspace(device_memory: int | None) -> int:
@@ -58,19 +58,31 @@ def plan_workspace(
     """Divide `budget` bytes between casts of heads, `other` fixed bytes, and chunks of the `rows` tokens.
 
     row_bytes: of one token in a chunk (logits of all sides, hidden states, dX). casts: bytes of each head in the dtype
-    of its products, if that is not the head's own; the head that more products read comes first. tile: bytes of a tile;
-    None is an eighth of the budget.
+    of its products, if that is not the head's own, the student's first. tile: bytes of a tile; None is an eighth of the
+    budget.
 
-    A head is cast once a call if the casts so far take no more than half of the budget. Otherwise every product of
-    every chunk casts the head again, a tile at a time, which moves 6 bytes an entry for an fp32 head and bf16 products:
-    more than what half as many tokens in a chunk cost.
+    A head is cast once a call if there is room and that moves the fewest bytes: it leaves fewer tokens to a chunk.
+    Otherwise every product of every chunk casts the head again, a tile at a time.
     """
     tile = budget // 8 if tile is None else min(tile, budget // 8)
-    buffers: list[int] = []
-    for whole in casts:
-        once = sum(buffers) + whole <= budget // 2
-        buffers.append(whole if once else min(whole, tile))
-    return Plan(chunk_rows(rows, row_bytes, budget - sum(buffers) - other), tuple(buffers))
+    plans = []
+    for kept in range(len(casts) + 1):
+        sizes = tuple(whole if i < kept else min(whole, tile) for i, whole in enumerate(casts))
+        held = sum(size for size, whole in zip(sizes, casts, strict=True) if size == whole)
+        shared = max((size for size, whole in zip(sizes, casts, strict=True) if size < whole), default=0)
+        left = budget - held - shared - other
+        if kept == 0 or left >= row_bytes:
+            plans.append(Plan(chunk_rows(rows, row_bytes, left), sizes))
+    return min(plans, key=lambda plan: _head_traffic(plan, casts, rows))
+
+
+def _head_traffic(plan: Plan, casts: Sequence[int], rows: int) -> int:
+    """Bytes moved for fp32 heads and bf16 products: casts, reads by the products, and dW's fp32 accumulator."""
+    chunks = -(-max(1, rows) // plan.chunk)
+    moved = 7 * chunks * max(casts, default=0)  # 3 reads of 2 bytes an entry and 8 bytes of dW, each chunk
+    for size, whole, products in zip(plan.casts, casts, (2, 1), strict=False):  # logits and dX; the teacher's logits
+        moved += 3 * whole * (1 if size == whole else products * chunks)  # 4 bytes an entry read and 2 written
+    return moved
 
 
 def chunk_rows(rows: int, row_bytes: int, budget: int) -> int:

@@ -122,6 +122,7 @@ def test_every_operator_runs_on_the_device_of_its_tensors(monkeypatch: pytest.Mo
         device = property(lambda self: torch.device("cuda", 1))  # type: ignore[assignment]
 
     monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     seen: list[tuple[str, int]] = []
 
     def note(phase: str, x: Tensor) -> Tensor:

@@ -21,10 +21,10 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def make(hidden: torch.dtype, head: torch.dtype) -> list[Tensor]:
+def make(hidden: torch.dtype, head: torch.dtype, rows: int = N) -> list[Tensor]:
     """x, w, teacher_x and teacher_w."""
-    x, w = normal(N, H), normal(V, H, seed=1) / H**0.5
-    tx, tw = x + 0.3 * normal(N, H, seed=2), w + 0.1 * normal(V, H, seed=3)
+    x, w = normal(rows, H), normal(V, H, seed=1) / H**0.5
+    tx, tw = x + 0.3 * normal(rows, H, seed=2), w + 0.1 * normal(V, H, seed=3)
     return [x.to(hidden).requires_grad_(), w.to(head).requires_grad_(), tx.to(hidden), tw.to(head)]
 
 
@@ -70,18 +70,21 @@ def run_inside(tensors: list[Tensor], needs: tuple[bool, bool], rounding: torch.
 
 def test_fp32_heads_are_cast_once_a_call_if_the_workspace_has_room() -> None:
     """The trainer's default, fp32 weights under bf16 autocast, cast the head for every product of every chunk."""
-    tensors = make(torch.float32, torch.float32)
+    rows = 4 * N
+    tensors = make(torch.float32, torch.float32, rows)
     head, row = V * H * 2, 2 * 4 * 320 + 4 * 4 * H  # bytes of a head in bf16, of a token in a chunk
-    for heads, casts in ((2, [V, V]), (1, [V])):
-        if heads == 1:
-            tensors[3] = tensors[1]
-        budget = 2 * heads * head + 4096  # half of it for the casts
-        assert budget < heads * head + N * row, "several chunks"
-        seen = run_inside(tensors, (True, True), torch.bfloat16, chunk_bytes=budget)
-        assert [shape[0] for shape in seen.cast if shape[1:] == (H,) and shape[0] > N] == casts
-    seen = run_inside(make(torch.float32, torch.float32), (True, True), torch.bfloat16, chunk_bytes=2 * head)
-    rows = sum(shape[0] for shape in seen.cast if shape[1:] == (H,) and shape[0] > N)
-    assert rows > 2 * V, "no room for the second head: it is cast tile by tile, again for every chunk"
+
+    def casts(room: int, heads: int, tokens: int = 16) -> list[int]:
+        """Vocabulary rows of every cast of a head; the workspace has room for the casts and for a chunk's tokens."""
+        given = tensors if heads == 2 else [*tensors[:3], tensors[1]]
+        seen = run_inside(given, (True, True), torch.bfloat16, chunk_bytes=room + tokens * row)
+        return [shape[0] for shape in seen.cast if shape[1:] == (H,) and shape[0] not in (2, 16, rows)]
+
+    assert casts(2 * head, 2) == [V, V]
+    assert casts(head, 1) == [V]
+    tiles = casts(0, 2, tokens=3)
+    assert max(tiles) < V, "no room: a tile at a time"
+    assert sum(tiles) == 3 * rows // 2 * V, "for three products of every chunk of two tokens"
 
 
 @pytest.mark.parametrize("room", [1, 4, 100])
