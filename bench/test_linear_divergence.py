@@ -13,16 +13,17 @@ import pytest
 from bench.cases import CPU_CASES, Case, Problem
 from bench.measure import Cpu, Row, run_case
 from bench.peers import ours
-from bench.report import RESULTS, describe, stem_of, summary, write
+from bench.report import RESULTS, by_case, describe, stem_of, summary, write
 
 
 @pytest.fixture(scope="module")
 def rows() -> Iterator[list[Row]]:
-    """All rows of the module, written when it is done, also when a case failed."""
+    """All rows of the module, written when it is done, also when a case failed; not if only some cases were chosen."""
     rows: list[Row] = []
     yield rows
     meta = describe("python -m pytest bench")
-    write(RESULTS / stem_of(meta), meta, rows)
+    if len(list(by_case(rows))) == len(CPU_CASES):
+        write(RESULTS / stem_of(meta), meta, rows)
     print("\n" + summary(rows))
 
 
