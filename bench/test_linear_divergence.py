@@ -22,7 +22,7 @@ def rows() -> Iterator[list[Row]]:
     rows: list[Row] = []
     yield rows
     meta = describe("python -m pytest bench")
-    if len(list(by_case(rows))) == len(CPU_CASES):
+    if len(by_case(rows)) == len(CPU_CASES):
         write(RESULTS / stem_of(meta), meta, rows)
     print("\n" + summary(rows))
 
