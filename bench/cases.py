@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from sdft_kernels.reference import linear_divergence_reference
@@ -38,7 +39,7 @@ class Case:
     without: tuple[str, ...] = ()  # variants that would take too long
     trainer: bool = False  # as the trainer has it: fp32 heads and hidden states under bf16 autocast
 
-    def label(self) -> dict[str, str | int]:
+    def label(self) -> dict[str, Any]:
         vocab, hidden = HEADS[self.model]
         return {
             "model": self.model,
@@ -149,9 +150,10 @@ class Truth:
         w.requires_grad_(problem.w.requires_grad)
         value = 0.0
         for rows, teacher_rows in zip(x.split(TRUTH_ROWS), teacher_x.split(TRUTH_ROWS), strict=True):
-            part = linear_divergence_reference(
+            part: Any = linear_divergence_reference(
                 rows, w, teacher_rows, teacher_w, divergence=divergence, reduction="sum"
-            ) / len(x)
+            )
+            part = part / len(x)
             part.backward()
             value += part.item()
         assert x.grad is not None

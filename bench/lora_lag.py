@@ -68,6 +68,7 @@ def measure(args: argparse.Namespace, rate: float, folder: Path) -> None:
     }
     with contextlib.redirect_stdout(None):
         run = set_up(override(Config(), settings), folder)
+    assert run.teacher is not None
     layers = lora_layers(run)
     first = [layer.lora_A[lora.EARLIER].weight.detach().clone() for layer in layers]
     exact = [delta(layer) for layer in layers]  # zero: B is
@@ -125,6 +126,7 @@ def divergences(run: Run, layers: list[Any], exact: list[Tensor]) -> tuple[float
     def kl(p: Tensor, q: Tensor) -> float:
         return (p.exp() * (p - q)).sum(-1).mean().item()
 
+    assert run.teacher is not None
     compute, model.compute_dtype = model.compute_dtype, torch.float32
     student = log_probabilities()
     with run.teacher.weights():

@@ -322,6 +322,7 @@ def run_trl(job: Job, rows: list[dict[str, str]]) -> Row:
 
         trainer.accelerator.backward = timed_backward
         trainer.train()
+        assert trainer.model is not None
         weights = next(trainer.model.parameters()).dtype
     return clock.row(seen["answer_tokens"]) | {
         "dtype": "bfloat16" if args.bf16 else str(weights).removeprefix("torch."),

@@ -9,6 +9,8 @@ over loss and backward, in a process of its own a row, the gradients that are as
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import sdft_kernels.compat.liger as ours
 import torch
@@ -46,6 +48,10 @@ def values(loss: Loss, x: Tensor, w: Tensor) -> list[Tensor]:
     return [made.detach().double(), *(g.double() for g in torch.autograd.grad(made, [x, w]))]
 
 
+def of_module(module: Any, tx: Tensor, teacher_w: Tensor, labels: Tensor, x: Tensor, w: Tensor) -> Tensor:
+    return module(x, w, tx, teacher_w, labels)
+
+
 def errors() -> None:
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
@@ -53,15 +59,14 @@ def errors() -> None:
     labels = torch.zeros(ROWS, dtype=torch.int64)
     print(f"bf16, N={ROWS} V={VOCAB} H={HIDDEN}: error of loss, dX, dW")
     for beta in (0.0, 0.5, 1.0):
-        truth = values(lambda a, b, beta=beta: dense(a, b, tx.double(), beta), x.double(), w.double())
-        forms: dict[str, Loss] = {
-            "ours": lambda a, b, beta=beta: ours.LigerFusedLinearJSDLoss(0.0, 1.0, beta)(a, b, tx, w, labels),
-            "Liger chunked": lambda a, b, beta=beta: LigerFusedLinearJSDLoss(0.0, 1.0, beta, compiled=False)(
-                a, b, tx, w, labels
-            ),
+        truth = values(partial(dense, tx=tx.double(), beta=beta), x.double(), w.double())
+        modules: dict[str, Any] = {
+            "ours": ours.LigerFusedLinearJSDLoss(0.0, 1.0, beta),
+            "Liger chunked": LigerFusedLinearJSDLoss(0.0, 1.0, beta, compiled=False),
         }
-        for name, form in forms.items():
-            found = [((a - b).norm() / b.norm()).item() for a, b in zip(values(form, x, w), truth, strict=True)]
+        for name, module in modules.items():
+            made = values(partial(of_module, module, tx, w, labels), x, w)
+            found = [((a - b).norm() / b.norm()).item() for a, b in zip(made, truth, strict=True)]
             print(f"  beta {beta}, D = {truth[0].item():.5f}: {name:14s}", *(f"{e:.2%}" for e in found))
 
 

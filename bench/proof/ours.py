@@ -4,6 +4,7 @@ And as the trainer calls it: fp32 heads under bf16 autocast, with labels, token 
 """
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,12 +70,13 @@ def as_the_trainer(divergence: str, impl: str | None, chunk_bytes: int | None) -
     from sdft.loss import divergence_loss
     from sdft.model.loading import Head
 
-    config = LossConfig(divergence=divergence, chunk_bytes=chunk_bytes or 0, impl=impl or "auto")
+    settings: dict[str, Any] = {"divergence": divergence, "chunk_bytes": chunk_bytes or 0, "impl": impl or "auto"}
+    config = LossConfig(**settings)
 
     def loss(x: Tensor, w: Tensor, teacher_x: Tensor, teacher_w: Tensor) -> Tensor:
         labels = torch.arange(len(x), device=x.device) * 37 % len(w)
         weights = torch.full((len(x),), 1 / len(x), device=x.device)
         head, teacher_head = (Head(weight, None, 1.0, None) for weight in (w, teacher_w))
-        return divergence_loss(x, head, teacher_x, teacher_head, labels, weights, config)[0]
+        return divergence_loss(x, head, (teacher_x, teacher_head), labels, weights, config)[0]
 
     return loss

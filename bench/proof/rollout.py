@@ -33,9 +33,8 @@ def load(size: str, place: Place, weights: str, compute: str) -> Any:
     from sdft.model.loading import load as load_model
     from sdft.model.loading import load_tokenizer
 
-    config = ModelConfig(
-        name=random_model(size, place), device=place.device, weights_dtype=weights, compute_dtype=compute
-    )
+    dtypes: dict[str, Any] = {"weights_dtype": weights, "compute_dtype": compute}
+    config = ModelConfig(name=random_model(size, place), device=place.device, **dtypes)
     tokenizer, _ = load_tokenizer(config)
     return load_model(config, tokenizer, (NO_TOKEN,))
 

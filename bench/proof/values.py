@@ -13,15 +13,23 @@ from functools import partial
 from itertools import product
 from typing import Any
 
+import sdft_kernels
 import torch
-from sdft_kernels import divergence, linear_cross_entropy, linear_divergence, linear_topk_divergence
+from sdft_kernels import reference
 from sdft_kernels.checks import IMPLS
-from sdft_kernels.reference import divergence_reference, topk_divergence_reference
-from sdft_kernels.reference import linear_cross_entropy_reference as cross_entropy_reference
-from sdft_kernels.reference import linear_divergence_reference as reference
 from torch import Tensor
 
 from .phase import Item, Place, Row
+
+# Options come from tables here, so that no overload of a function can be told.
+divergence: Any = sdft_kernels.divergence
+linear_divergence: Any = sdft_kernels.linear_divergence
+linear_topk_divergence: Any = sdft_kernels.linear_topk_divergence
+linear_cross_entropy: Any = sdft_kernels.linear_cross_entropy
+exact_divergence: Any = reference.linear_divergence_reference
+divergence_reference: Any = reference.divergence_reference
+topk_divergence_reference: Any = reference.topk_divergence_reference
+cross_entropy_reference: Any = reference.linear_cross_entropy_reference
 
 KINDS = ("reverse_kl", "forward_kl", "jsd")
 BOUNDS = {torch.float32: 5e-5, torch.bfloat16: 5e-3, torch.float16: 2e-3}  # of gradients
@@ -139,9 +147,10 @@ def compare(
     ours = [t.detach().requires_grad_(i < graded) for i, t in enumerate(inputs)]
     truth = [t.detach().double().requires_grad_(i < graded) for i, t in enumerate(exact or inputs)]
     labels = torch.arange(len(inputs[0]), device=inputs[0].device) * 37 % min(len(inputs[1]), len(inputs[3]))
-    options = {"labels": labels, "return_tokens": True} | options
-    loss, tokens = linear_divergence(*ours, impl=impl, **options, **loop or {})
-    want, true = reference(*truth, **options)
+    given: dict[str, Any] = {"labels": labels, "return_tokens": True} | options
+    chosen: dict[str, Any] = {"impl": impl} | (loop or {})
+    loss, tokens = linear_divergence(*ours, **given, **chosen)
+    want, true = exact_divergence(*truth, **given)
     yield Found(f"{what}: loss", relative(loss, want), VALUES)
     pairs = zip(tokens[:5], true[:5], strict=True)
     yield Found(f"{what}: tokens", max(relative(got, value) for got, value in pairs), VALUES)
@@ -257,11 +266,13 @@ def far_apart(place: Place) -> Iterator[Found]:
     vocab = 2003 if place.tiny else 262_147
     gen = torch.Generator(place.device).manual_seed(0)
     inputs = [torch.randn(n, 17, generator=gen, device=place.device) for n in (5, vocab, 5, vocab)]
-    truth, dense, ours = [], [], []
+    truth: list[Tensor] = []
+    dense: list[Tensor] = []
+    ours: list[Tensor] = []
     for kind in KINDS:
         for grads, dtype, loss in (
-            (truth, torch.float64, partial(reference)),
-            (dense, torch.float32, partial(reference)),
+            (truth, torch.float64, exact_divergence),
+            (dense, torch.float32, exact_divergence),
             (ours, torch.float32, partial(linear_divergence, impl="triton")),
         ):
             leaves = [t.to(dtype).requires_grad_(i < 2) for i, t in enumerate(inputs)]
@@ -293,7 +304,7 @@ def past_two_to_the_31(place: Place) -> Iterator[Found]:
     )  # fmt: skip
     (dx,) = torch.autograd.grad(loss, leaf)
     exact = x[rows].double().requires_grad_()
-    want, true = reference(
+    want, true = exact_divergence(
         exact, w.double(), teacher_x[rows].double(), w.double(), labels=labels[rows], return_tokens=True,
         reduction="sum",
     )  # fmt: skip
@@ -412,15 +423,16 @@ def self_test(place: Place) -> Iterator[Found]:
 def compiled(place: Place) -> Iterator[Found]:
     """torch.compile with Inductor: the same values, and one graph for every number of tokens."""
 
-    def f(x: Tensor, w: Tensor, teacher_x: Tensor, teacher_w: Tensor, reduction: str) -> Tensor:
+    def f(*tensors: Any, reduction: str) -> Tensor:
+        x, w, teacher_x, teacher_w = tensors
         return linear_divergence(x * 2, w, teacher_x, teacher_w, impl="triton", reduction=reduction).sum()
 
     for reduction in ("mean", "none"):
-        fast = torch.compile(f, fullgraph=True)
+        fast: Any = torch.compile(f, fullgraph=True)
         for rows in (64, 70, 90):
             tensors = draw(place, rows, 1000, 64, torch.bfloat16)
             leaves = [t.requires_grad_(i < 2) for i, t in enumerate(tensors)]
-            want, got = f(*leaves, reduction), fast(*leaves, reduction)
+            want, got = f(*leaves, reduction=reduction), fast(*leaves, reduction=reduction)
             yield Found(f"{reduction}, {rows} rows: loss", relative(got, want), 1e-5)
             pairs = zip(*(torch.autograd.grad(v, leaves[:2]) for v in (got, want)), strict=True)
             yield Found(f"{reduction}, {rows} rows: gradients", max(relative(a, b) for a, b in pairs), 1e-5)
