@@ -90,7 +90,9 @@ def sample_all(
     done = read_lines(unfinished, origin)[1:] if unfinished.exists() else []
     completions: list[Ids] = [ids for line in done for ids in line["ids"]]
     seconds = sum((line["seconds"] for line in done), 0.0)
-    parallel.report(f"{len(prompts)} answers are sampled before the first step; --resume continues an interrupted run.")
+    parallel.report(
+        f"{len(prompts)} completions are sampled before the first step; --resume continues an interrupted run."
+    )
     if completions:
         parallel.report(f"{len(completions)} of them are there.")
     whole_lines = ({"origin": origin}, *done)
@@ -110,7 +112,7 @@ def sample_all(
             completions, seconds = completions + new, seconds + took
             left = seconds / len(completions) * (len(prompts) - len(completions))
             rate = sum(map(len, new)) / took
-            parallel.report(f"answers {len(completions)}/{len(prompts)}  {rate:.0f} tok/s  ETA {left:.0f}s")
+            parallel.report(f"completions {len(completions)}/{len(prompts)}  {rate:.0f} tok/s  ETA {left:.0f}s")
     return completions, seconds
 
 
@@ -121,7 +123,7 @@ def read_lines(path: Path, origin: dict[str, Any]) -> list[dict[str, Any]]:
     for name, now in origin.items():
         if there.get(name) != now:
             raise SdftError(
-                f"{path} holds answers of another run: its {name} is {there.get(name)!r}, and here it is {now!r}; "
+                f"{path} holds completions of another run: its {name} is {there.get(name)!r}, and here it is {now!r}; "
                 "put that back, or delete the file to sample again"
             )
     return lines

@@ -3,7 +3,7 @@
 import json
 import statistics
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from sdft.config import Config
 from sdft.errors import FruitlessError
 from sdft.evaluation import accuracy
 from sdft.training import checkpoint
-from sdft.training.run import Run
+from sdft.training.run import Best, GuardState, Run, Stop
 
 
 def evaluate(run: Run, step: int, output: Path) -> dict[str, Any]:
@@ -53,31 +53,31 @@ def is_best(run: Run, step: int) -> bool:
     It is if it has a higher accuracy than every earlier one since the first step. With eval.guard, only evaluations
     within the guard's limit count; without train.keep_best, the newest of these is the best.
     """
-    if not best_on(run.config) or run.guard.get("stopped"):
+    if not best_on(run.config) or run.stopped:
         return False
     value = accuracy_on(run.config, run.result)
-    if run.best and value <= run.best["accuracy"] and run.config.train.keep_best:
+    if run.best and value <= run.best.accuracy and run.config.train.keep_best:
         return False
-    run.best = {"on": best_on(run.config), "step": step, "accuracy": value}
+    run.best = Best(best_on(run.config), step, value)
     return True
 
 
-def describe_best(best: dict[str, Any]) -> str:
-    return f"on {best['on']}: {best['accuracy']:.1%} after step {best['step']}"
+def describe_best(best: Best) -> str:
+    return f"on {best.on}: {best.accuracy:.1%} after step {best.step}"
 
 
 def forget_best(run: Run, output: Path) -> None:
     """After a resume: drops a best that train.keep_best no longer names, or whose checkpoint is gone."""
     if not run.best:
         return
-    folder, on = checkpoint.checkpoint_folder(output, run.best["step"]), best_on(run.config)
-    if run.best["on"] != on and not run.guard:
-        run.best = {}
+    folder, on = checkpoint.checkpoint_folder(output, run.best.step), best_on(run.config)
+    if run.best.on != on and not run.guard:
+        run.best = None
     elif not folder.is_dir():
         parallel.report(f"The best checkpoint ({describe_best(run.best)}) is gone; the best is sought again.")
-        run.best = {}
-    elif run.best["on"] != on:  # the guard still falls back on it, until there is a better one
-        run.best |= {"on": on, "accuracy": accuracy_on(run.config, checkpoint.read_state(folder)["result"])}
+        run.best = None
+    elif run.best.on != on:  # the guard still falls back on it, until there is a better one
+        run.best = Best(on, run.best.step, accuracy_on(run.config, checkpoint.read_state(folder)["result"]))
 
 
 # The guard.
@@ -92,13 +92,13 @@ def judge(run: Run, step: int) -> dict[str, Any]:
     if not config.guard:
         return {}
     value = run.result[config.guard_set]
-    if step == 0:
-        run.guard = {"baseline": value}
-    drop = 100 * (run.guard["baseline"] - value)  # percentage points
+    if run.guard is None or step == 0:
+        run.guard = GuardState(value)
+    drop = 100 * (run.guard.baseline - value)  # percentage points
     respected = drop <= config.max_drop + 1e-9  # a drop of exactly max_drop is allowed, however it is rounded
     if not respected:
-        run.guard["stopped"] = {"step": step, "drop": drop}
-    return {"guard": {"baseline": run.guard["baseline"], "drop": drop, "respected": respected}}
+        run.guard = replace(run.guard, stopped=Stop(step, drop))
+    return {"guard": {"baseline": run.guard.baseline, "drop": drop, "respected": respected}}
 
 
 def back_to_best(run: Run, output: Path, say: Callable[[str], None]) -> None:
@@ -106,17 +106,20 @@ def back_to_best(run: Run, output: Path, say: Callable[[str], None]) -> None:
 
     Raises FruitlessError if there is none, since the start is a model that was never trained.
     """
-    config, stopped = run.config.eval, run.guard["stopped"]
+    config = run.config.eval
+    assert run.guard is not None
+    assert run.stopped is not None
     reason = (
-        f"Stopped after step {stopped['step']} by eval.guard: accuracy on {config.guard_set} is {stopped['drop']:.1f} "
-        f"points below the {run.guard['baseline']:.1%} of the start, and eval.max_drop = {config.max_drop:g}."
+        f"Stopped after step {run.stopped.step} by eval.guard: accuracy on {config.guard_set} is "
+        f"{run.stopped.drop:.1f} points below the {run.guard.baseline:.1%} of the start, and eval.max_drop = "
+        f"{config.max_drop:g}."
     )
     if not run.best:
         raise FruitlessError(
             f"{reason} No checkpoint after the start respects that, so {output / 'model'} is not written. Lower "
             "optim.lr or eval.every in another run"
         )
-    folder = checkpoint.checkpoint_folder(output, run.best["step"])
+    folder = checkpoint.checkpoint_folder(output, run.best.step)
     state = checkpoint.read_state(folder)
     checkpoint.load_checkpoint(folder, run.model, run.teacher, run.optimizer)
     run.result, run.steps = state["result"], state["step"]  # for the model card

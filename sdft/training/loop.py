@@ -56,7 +56,7 @@ def train_in(output: Path, config: Config, advise: Callable[[Config], str] = gen
         if sampled and step == 0:
             log.write({"step": 0, **sampled})
         train_steps(run, step, output, log, bar)
-        if run.guard.get("stopped"):
+        if run.stopped:
             guard.back_to_best(run, output, bar.say)
         folder = finish(run, output)
     finally:
@@ -64,7 +64,7 @@ def train_in(output: Path, config: Config, advise: Callable[[Config], str] = gen
         log.close()
     parallel.report(f"Model: {folder}")
     if run.best and config.train.keep_best:
-        best = checkpoint.checkpoint_folder(output, run.best["step"])
+        best = checkpoint.checkpoint_folder(output, run.best.step)
         parallel.report(f"Best {guard.describe_best(run.best)}: {best}")
     return folder
 
@@ -83,7 +83,7 @@ def train_steps(run: Run, step: int, output: Path, log: MetricsLog, bar: Progres
     with interrupt_after_step() as interrupted:
         if step == 0 and config.eval.every:
             evaluate(0)
-        while step < run.steps and not run.guard.get("stopped"):
+        while step < run.steps and not run.stopped:
             try:
                 line = train_step(run, step, output)
             except NonFiniteError:

@@ -13,7 +13,7 @@ from sdft.config import Config, free_on_resume
 from sdft.errors import SdftError
 from sdft.training import checkpoint
 from sdft.training.metrics import MetricsLog, read_metrics
-from sdft.training.run import Run
+from sdft.training.run import Best, GuardState, Run, Stop
 
 
 def starting_point(config: Config, output: Path) -> tuple[Path, dict[str, Any]] | None:
@@ -71,7 +71,7 @@ def save(run: Run, step: int, log: MetricsLog, output: Path) -> None:
     if parallel.is_main():
         if not checkpoint.checkpoint_folder(output, step).exists():
             checkpoint.save_checkpoint(output, step, run.model, run.teacher, run.optimizer, facts(run))
-        checkpoint.prune(output, run.config.train.keep_checkpoints, run.best.get("step"))
+        checkpoint.prune(output, run.config.train.keep_checkpoints, run.best.step if run.best else None)
     parallel.barrier()
 
 
@@ -82,8 +82,8 @@ def facts(run: Run) -> dict[str, Any]:
         "frozen": run.frozen,
         "config": {k: v for k, v in dotted(asdict(run.config)).items() if k not in free_on_resume()},
         "result": run.result,
-        "best": run.best,
-        "guard": run.guard,
+        "best": asdict(run.best) if run.best else {},
+        "guard": {k: v for k, v in asdict(run.guard).items() if v is not None} if run.guard else {},
         "offline": run.offline,
         "micro_batch_tokens": [run.config.train.micro_batch_tokens, run.micro_batch_tokens],
         "rollout_batch": [run.config.rollout.batch_size, run.rollout_batch],
@@ -103,17 +103,26 @@ def resume(run: Run, folder: Path, state: dict[str, Any]) -> int:
         )
     if state.get("offline", "") != run.offline:
         raise SdftError(
-            f"--resume: the answers in {folder.parents[1] / 'offline.jsonl'} are not those that {folder} was trained "
-            "on; put them back"
+            f"--resume: the completions in {folder.parents[1] / 'offline.jsonl'} are not those that {folder} was "
+            "trained on; put them back"
         )
     checkpoint.load_checkpoint(folder, run.model, run.teacher, run.optimizer)
-    run.result, run.best, run.guard = state["result"], state["best"], state.get("guard", {})
+    run.result = state["result"]
+    run.best = Best(**state["best"]) if state["best"] else None
+    run.guard = read_guard(state.get("guard", {}))
     if state["micro_batch_tokens"][0] == run.micro_batch_tokens:  # the same setting: keep what fitted
         run.micro_batch_tokens = state["micro_batch_tokens"][1]
     if state["rollout_batch"][0] == run.rollout_batch:
         run.rollout_batch = state["rollout_batch"][1]
     parallel.report(f"Resumed after step {state['step']} from {folder}.")
     return int(state["step"])
+
+
+def read_guard(state: dict[str, Any]) -> GuardState | None:
+    """eval.guard's part of a checkpoint's state; None if the run has no guard."""
+    if not state:
+        return None
+    return GuardState(state["baseline"], Stop(**state["stopped"]) if "stopped" in state else None)
 
 
 def set_aside(output: Path, step: int) -> None:

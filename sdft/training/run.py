@@ -20,6 +20,31 @@ def general_advice(config: Config) -> str:
     return "Lower train.micro_batch_tokens and rollout.batch_size; `sdft plan` finds what fits."
 
 
+@dataclass(frozen=True)
+class Best:
+    """The best evaluation so far."""
+
+    on: str  # evaluation set, or mean
+    step: int  # finished steps
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class Stop:
+    """The evaluation that broke eval.guard's limit."""
+
+    step: int  # finished steps
+    drop: float  # of accuracy since the start, in percentage points
+
+
+@dataclass(frozen=True)
+class GuardState:
+    """What eval.guard found so far."""
+
+    baseline: float  # accuracy before the first step
+    stopped: Stop | None = None
+
+
 @dataclass
 class Run:
     config: Config
@@ -35,8 +60,13 @@ class Run:
     micro_batch_tokens: int  # the config's, halved if memory ran out
     rollout_batch: int  # the config's, halved if memory ran out
     frozen: str  # digest of the weights that no checkpoint holds
-    result: dict[str, Any] = field(default_factory=dict)  # the newest evaluation: accuracy by set
-    best: dict[str, Any] = field(default_factory=dict)  # the best evaluation so far: on, step, accuracy
-    guard: dict[str, Any] = field(default_factory=dict)  # of eval.guard: baseline; stopped, once it has stopped the run
+    result: dict[str, float] = field(default_factory=dict)  # the newest evaluation: accuracy by set
+    best: Best | None = None
+    guard: GuardState | None = None
     offline: str = ""  # digest of the completions sampled before the first step
     advise: Callable[[Config], str] = general_advice
+
+    @property
+    def stopped(self) -> Stop | None:
+        """Set once eval.guard has stopped the run."""
+        return self.guard.stopped if self.guard else None

@@ -157,7 +157,7 @@ def test_an_offline_run_resumes_bit_for_bit(
     """Killed within the sampling and within the steps; the batches that were sampled are not sampled again."""
     settings = OFFLINE | {"loss.method": method, "train.save_every": 1}
     loop.train(make_config(**settings))
-    assert "answers 24/24" in capsys.readouterr().out
+    assert "completions 24/24" in capsys.readouterr().out
     run, split = tmp_path / "run", tmp_path / "split"
     again = settings | {"train.output": str(split)}
     for module, name, call in ((ModelEngine, "generate", 3), (loop, "train_step", 3)):
@@ -170,7 +170,7 @@ def test_an_offline_run_resumes_bit_for_bit(
             assert len(unfinished.read_text().splitlines()) == 3
             unfinished.write_text(unfinished.read_text() + '{"ids": [[1, 2')  # and in the middle of a line
     out = capsys.readouterr().out
-    assert "14 of them are there.\nanswers 21/24" in out
+    assert "14 of them are there.\ncompletions 21/24" in out
     with monkeypatch.context() as patch:
         patch.setattr(ModelEngine, "generate", lambda *a: pytest.fail("sampled again"))
         loop.train(make_config(**again | {"train.resume": True}))
@@ -198,7 +198,7 @@ def test_an_offline_file_of_another_run_is_refused(make_config: Any, tmp_path: P
     for name, value in (("data", "x"), ("weights", "x"), ("rollout.temperature", 0.5)):
         other = origin | {"origin": origin["origin"] | {name: value}}
         refused(
-            json.dumps(other) + "\n" + "".join(rows), f"answers of another run: its {name} is '?{value}'?, and here"
+            json.dumps(other) + "\n" + "".join(rows), f"completions of another run: its {name} is '?{value}'?, and here"
         )
     refused(head + "".join(rows[:-1]), "not the 12 lines that were written; delete it to sample again")
     first = json.loads(rows[0])
