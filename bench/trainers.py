@@ -251,7 +251,7 @@ def run_trl(job: Job, rows: list[dict[str, str]]) -> Row:
     from transformers import AutoTokenizer, TrainerCallback
     from trl.experimental.sdft import SDFTConfig, SDFTTrainer
 
-    from sdft.model.loading import resolve
+    from sdft.model.sources import resolve
     from sdft.training.metrics import Phases
 
     folder, _ = resolve(job.model)

@@ -19,7 +19,7 @@ from sdft.evaluation.accuracy import EvalResult, Uplift
 from sdft.evaluation.harness import Score
 from sdft.evaluation.pass_at_k import Samples, sample_answers
 from sdft.model import loading
-from sdft.model.loading import LanguageModel
+from sdft.model.language_model import LanguageModel
 from sdft.planning.advice import advice, advice_after_running_out
 from sdft.planning.machine import parse_size, this_machine
 from sdft.planning.picture import verdict

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sdft.config import LossConfig
 from sdft.errors import SdftError
-from sdft.model.loading import Head
+from sdft.model.language_model import Head
 
 
 @dataclass(frozen=True)

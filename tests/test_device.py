@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sdft import device
-from sdft.model import loading
+from sdft.model import activations
 
 CPU = torch.device("cpu")
 
@@ -22,7 +22,7 @@ def test_freed_blocks_go_back_within_the_gradient(
     """Several times in a forward pass that keeps activations and in its backward pass; elsewhere never."""
     _, model = load_tiny(kind)
     if checkpointing:
-        loading.enable_gradient_checkpointing(model)
+        activations.enable_gradient_checkpointing(model)
     given_back = []
     monkeypatch.setattr(device, "return_freed", lambda device: given_back.append(device))
     ids = torch.arange(12).view(1, 12)

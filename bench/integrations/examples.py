@@ -22,7 +22,7 @@ from sdft_kernels.reference import linear_divergence_reference
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from sdft.model.loading import prepare_smollm2
+from sdft.model.sources import prepare_smollm2
 
 from ..measure import proc_bytes
 

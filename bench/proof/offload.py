@@ -29,7 +29,7 @@ def llama(place: Place, dtype: torch.dtype) -> Any:
     """A random Llama of 27M weights (tiny: 20 thousand) as a LanguageModel."""
     import transformers
 
-    from sdft.model.loading import LanguageModel
+    from sdft.model.language_model import LanguageModel
 
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 300}
@@ -181,7 +181,7 @@ def through_a_file(before: torch.optim.Optimizer, after: torch.optim.Optimizer) 
 def activations(place: Place, checkpointing: bool) -> Iterator[Found]:
     from contextlib import nullcontext
 
-    from sdft.model.loading import enable_gradient_checkpointing, saved_activations
+    from sdft.model.activations import enable_gradient_checkpointing, saved_activations
 
     model = llama(place, torch.float32)
     model.compute_dtype = torch.float32

@@ -68,7 +68,7 @@ def as_the_trainer(divergence: str, impl: str | None, chunk_bytes: int | None) -
     """sdft.loss.divergence_loss, whose weights sum to one."""
     from sdft.config import LossConfig
     from sdft.loss import divergence_loss
-    from sdft.model.loading import Head
+    from sdft.model.language_model import Head
 
     settings: dict[str, Any] = {"divergence": divergence, "chunk_bytes": chunk_bytes or 0, "impl": impl or "auto"}
     config = LossConfig(**settings)

@@ -242,7 +242,7 @@ def data_command(args: list[str]) -> None:
 def merge_command(args: list[str]) -> None:
     """Writes an adapter and its base as one model."""
     a = parse(MergeArgs, args, "merge")
-    from sdft.model.loading import merge_folder
+    from sdft.model.saving import merge_folder
 
     merge_folder(a.adapter, a.folder, a.dtype)
     print(f"model in {a.folder}")
@@ -255,7 +255,7 @@ def convert_command(args: list[str]) -> None:
         raise SdftError(f"{a.source}: no such file")
     if a.target.exists():
         raise SdftError(f"{a.target} exists; give a new folder")
-    from sdft.model.loading import convert_gguf
+    from sdft.model.sources import convert_gguf
 
     a.target.parent.mkdir(parents=True, exist_ok=True)
     convert_gguf(a.source.resolve(), a.target)

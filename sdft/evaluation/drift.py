@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sdft.config import RolloutConfig
 from sdft.errors import SdftError
-from sdft.model.loading import Head, LanguageModel
+from sdft.model.language_model import Head, LanguageModel
 from sdft.rollout.engine import Engine
 from sdft.rollout.sampling import ModelEngine
 from sdft.score.batch import Batch, lay_out, micro_batches

@@ -18,7 +18,7 @@ from sdft_kernels import linear_cross_entropy
 from torch import Tensor
 
 from sdft.errors import SdftError, first_line
-from sdft.model.loading import LanguageModel
+from sdft.model.language_model import LanguageModel
 from sdft.score.batch import lay_out, micro_batches
 
 INSTALL = "pip install '.[train,lm-eval]' in a checkout"

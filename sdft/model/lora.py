@@ -1,4 +1,4 @@
-"""LoRA adapters on a Hugging Face model: fresh, loaded, stacked, switched off, merged, saved. peft does the arithmetic.
+"""LoRA adapters on a model: fresh, loaded, stacked, switched off, merged. peft does the arithmetic.
 
 Legend: r rank. An adapter adds dW = scale * B A to a frozen weight W (out, in): A is (r, in), B is (out, r).
 """
@@ -6,119 +6,44 @@ Legend: r rank. An adapter adds dW = scale * B A to a frozen weight W (out, in):
 import contextlib
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sdft.config import LoraConfig
 from sdft.errors import SdftError, first_line
+from sdft.model import lean
+from sdft.model.adapters import find_file
+from sdft.model.language_model import LanguageModel, few_logits, near
 
 EARLIER, NEW = "default", "new"  # peft's names of the adapters; NEW is there in a stack only
 WEIGHTS = "adapter_model.safetensors"
-MERGED_BASE = "base"  # folder inside an adapter's folder: base weights that are in no other place
 
 
-# An adapter as model.name.
-
-
-def read_config(name: str) -> Any:
-    """The peft.LoraConfig of an adapter folder or hub name; None where `name` is no adapter.
-
-    Raises SdftError for an adapter of another kind than LoRA.
-    """
-    from transformers.utils.peft_utils import find_adapter_config_file
-
-    found = None
-    if not Path(name).expanduser().is_dir() and name.count("/") != 1:
-        return None  # adapters on the hub have an owner: nothing is asked there about a file, or a name of our own
-    with contextlib.suppress(OSError, ValueError):  # such a hub name is unheard of: loading it says so
-        found = find_adapter_config_file(name)
-    if found is None:
-        return None
-    import peft
-
-    try:
-        config = peft.PeftConfig.from_pretrained(name)
-    except Exception as error:  # peft raises many kinds here
-        raise SdftError(f"model.name = {name!r}: its adapter_config.json cannot be read ({error})") from error
-    if config.peft_type != peft.PeftType.LORA:
-        kind = str(getattr(config.peft_type, "value", config.peft_type))
-        raise SdftError(f"model.name = {name!r} is an adapter of kind {kind}; sdft knows LoRA adapters")
-    return config
-
-
-def base_of(name: str, config: Any) -> str:
-    """Where an adapter's base model is: in the adapter's own folder, or what its config names."""
-    own = Path(name) / MERGED_BASE
-    if own.is_dir():
-        return str(own)
-    base = config.base_model_name_or_path
-    if not base:
-        raise SdftError(f"model.name = {name!r}: its adapter_config.json names no base_model_name_or_path; add it")
-    if read_config(base) is not None:
-        raise SdftError(f"model.name = {name!r}: its base {base!r} is an adapter too; merge that one: sdft merge")
-    return str(base)
-
-
-def find_file(name: str, file: str) -> str | None:
-    """A file of a folder or hub name, or None."""
-    from transformers.utils import cached_file
-
-    try:
-        return cached_file(name, file, _raise_exceptions_for_missing_entries=False)
-    except OSError:
-        return None
-
-
-def check_earlier(name: str, earlier: Any, config: LoraConfig) -> None:
-    """Raises SdftError where `lora.earlier` does not say what becomes of model.name.
-
-    earlier: `read_config` of it.
-    """
-    if earlier is None:
-        if config.earlier:
-            raise SdftError(
-                f"lora.earlier = {config.earlier!r} but model.name = {name!r} is no LoRA adapter; drop lora.earlier"
-            )
-        return
-    if not config.earlier:
-        raise SdftError(
-            f"model.name = {name!r} is a LoRA adapter; say by lora.earlier what becomes of it: 'merge' folds it into "
-            "the base weights, 'stack' trains a new adapter on top and saves both as one, 'continue' trains it further"
-        )
-    if earlier.bias != "none" and config.earlier != "merge":
-        raise SdftError(f"model.name = {name!r} has trained biases beside its factors; set lora.earlier = 'merge'")
-    if config.earlier == "stack" and (earlier.use_dora or earlier.modules_to_save):
-        what = "is a DoRA adapter" if earlier.use_dora else f"holds whole modules ({earlier.modules_to_save})"
-        raise SdftError(
-            f"lora.earlier = 'stack' but model.name = {name!r} {what}, which does not add to another; "
-            "set 'merge' or 'continue'"
-        )
+def set_up_lora(model: LanguageModel, config: LoraConfig, seed: int) -> None:
+    """Makes the model train what `lora` asks for, and says what becomes of an earlier adapter."""
+    if config.earlier:
+        done = {
+            "merge": f"is merged into the base weights ({str(model.weights_dtype).removeprefix('torch.')})",
+            "stack": "stays, frozen, under the new one",
+            "continue": "is trained further",
+        }[config.earlier]
+        print(f"The earlier adapter {done}.")
+    if config.earlier == "merge":
+        merge_adapter(model)
+        model.own_base = config.rank > 0
     if config.earlier == "continue":
-        _check_continued(name, config, earlier)
+        train_on(model.lm)
+    elif config.rank:
+        add_lora(model, config, seed)
 
 
-def _check_continued(name: str, config: LoraConfig, earlier: Any) -> None:
-    targets = earlier.target_modules
-    has = {
-        "rank": earlier.r,
-        "alpha": earlier.lora_alpha,
-        "dropout": earlier.lora_dropout,
-        "targets": (targets,) if isinstance(targets, str) else tuple(sorted(targets)),
-        "rslora": earlier.use_rslora,
-        "dora": earlier.use_dora,
-        "modules_to_save": tuple(earlier.modules_to_save or ()),
-    }
-    for key, value in has.items():
-        asked = getattr(config, key)
-        same = sorted(asked) == sorted(value) if isinstance(value, tuple) else asked == value
-        if asked != getattr(LoraConfig(), key) and not same:
-            raise SdftError(
-                f"lora.{key} = {asked!r} but the adapter {name!r} has {value!r}; lora.earlier = 'continue' trains it "
-                f"as it is: leave lora.{key} out"
-            )
+def add_lora(model: LanguageModel, config: LoraConfig, seed: int) -> None:
+    """Wraps the model in a fresh LoRA adapter; everything else is frozen."""
+    model.lm = add(model.lm, config, seed)
+    if model.compute_dtype != torch.float32:
+        lean.share_inputs(model.lm)
 
 
 def load(lm: nn.Module, name: str, device: torch.device) -> Any:
@@ -139,9 +64,6 @@ def load(lm: nn.Module, name: str, device: torch.device) -> Any:
             module.float()
         peft.set_peft_model_state_dict(adapted, peft.utils.load_peft_weights(name, device=str(device)))
     return adapted
-
-
-# Training.
 
 
 def add(lm: Any, config: LoraConfig, seed: int) -> Any:
@@ -277,7 +199,14 @@ def switched_off(lm: Any) -> Iterator[None]:
         activate_stack(lm)
 
 
-# Out.
+@torch.no_grad()
+def merge_adapter(model: LanguageModel) -> None:
+    """Folds the model's adapter into its weights; raises SdftError where that gives another model."""
+    want = few_logits(model)
+    model.lm = merge(model.lm)
+    exact = model.weights_dtype == model.compute_dtype == torch.float32
+    if not near(few_logits(model), want, 1e-3 if exact else 0.05):
+        raise SdftError("the adapter cannot be merged: the merged model computes something else")
 
 
 def merge(lm: Any) -> Any:
@@ -294,59 +223,3 @@ def merge(lm: Any) -> Any:
         for own in wrapper.modules_to_save.values():
             own.to(next(wrapper.original_module.parameters()).dtype)
     return lm.merge_and_unload().requires_grad_(True)
-
-
-def save(lm: Any, folder: Path, base: str | None = None) -> None:
-    """The adapter as a folder that plain peft loads; a stack as one adapter. base: names another base model."""
-    if is_stack(lm):
-        _save_stack(lm, folder)
-        return
-    config = lm.peft_config[EARLIER]
-    config.base_model_name_or_path = base or config.base_model_name_or_path
-    lm.save_pretrained(folder, save_embedding_layers=False)  # nothing here resizes them; peft would ask the hub
-
-
-def _save_stack(lm: Any, folder: Path) -> None:
-    """[B1 B2] [A1; A2] = B1 A1 + B2 A2: concatenated factors, the scales folded into B.
-
-    A module that has one of the two adapters only, or a smaller rank, is padded with zeros to the largest rank, so
-    that no per-module pattern is needed to read it.
-    """
-    import peft
-    from safetensors.torch import save_file
-
-    factors: dict[str, tuple[Tensor, Tensor]] = {}
-    layers: list[tuple[str, Any]] = list(lm.get_base_model().named_modules())
-    for name, module in layers:
-        if hasattr(module, "lora_A"):
-            own = [adapter for adapter in (EARLIER, NEW) if adapter in module.lora_A]
-            down = [module.lora_A[adapter].weight.detach() for adapter in own]  # (r_i, in)
-            up = [module.lora_B[adapter].weight.detach() * module.scaling[adapter] for adapter in own]  # (out, r_i)
-            factors[name] = torch.cat(down), torch.cat(up, 1)  # (r, in), (out, r)
-    rank = max(len(a) for a, _ in factors.values())
-    tensors = {}
-    for name, (a, b) in factors.items():
-        tensors[f"base_model.model.{name}.lora_A.weight"] = nn.functional.pad(a, (0, 0, 0, rank - len(a)))
-        tensors[f"base_model.model.{name}.lora_B.weight"] = nn.functional.pad(b, (0, rank - b.shape[1]))
-    earlier = lm.peft_config[EARLIER]
-    config = peft.LoraConfig(
-        r=rank,
-        lora_alpha=rank,
-        target_modules=sorted(factors),
-        fan_in_fan_out=earlier.fan_in_fan_out,
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=earlier.base_model_name_or_path,
-        inference_mode=True,
-    )
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: t.contiguous().cpu() for name, t in tensors.items()}, folder / WEIGHTS, {"format": "pt"})
-    config.save_pretrained(str(folder))
-
-
-def base_weights(lm: nn.Module) -> dict[str, Tensor]:
-    """The state dict of the model without its adapters, by its own names; the tensors are the model's."""
-    weights = {}
-    for name, tensor in lm.state_dict().items():
-        if ".lora_" not in name and ".modules_to_save." not in name:
-            weights[name.replace(".base_layer.", ".").replace(".original_module.", ".")] = tensor
-    return weights

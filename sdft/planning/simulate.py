@@ -20,16 +20,11 @@ from torch._subclasses.fake_tensor import (
 
 from sdft.config import LoraConfig, ModelConfig
 from sdft.model import lean
+from sdft.model.activations import enable_gradient_checkpointing, is_weight
 from sdft.model.attention import attend
-from sdft.model.loading import (
-    DTYPES,
-    LanguageModel,
-    add_lora,
-    backbone,
-    disable_dropout,
-    enable_gradient_checkpointing,
-    is_weight,
-)
+from sdft.model.language_model import LanguageModel, backbone
+from sdft.model.loading import DTYPES, disable_dropout
+from sdft.model.lora import add_lora
 from sdft.planning.live_bytes import LiveBytes
 from sdft.planning.work import Pass
 

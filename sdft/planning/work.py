@@ -43,7 +43,7 @@ def shape_of(config: Config) -> ModelShape:
     """The shape of model.name, from its config.json; reads no weights."""
     from transformers import AutoConfig
 
-    from sdft.model.loading import find_base
+    from sdft.model.sources import find_base
 
     name, extra, _ = find_base(config.model.name)
     try:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sdft.device import prepared_linear, return_freed
 from sdft.model import lean
-from sdft.model.loading import LanguageModel, backbone
+from sdft.model.language_model import LanguageModel, backbone
 
 FUSED = lean.BLOCKS  # transformers' blocks that `FusedDecoder` computes
 RETURN_EVERY = 15  # blocks whose weights are laid out, between two calls of return_freed

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sdft.config import RolloutConfig
 from sdft.device import prepared_linear
-from sdft.model.loading import LanguageModel
+from sdft.model.language_model import LanguageModel
 from sdft.rollout.decode import BatchDecoder, decoder
 from sdft.rollout.engine import Completion, Weights, own_weights
 

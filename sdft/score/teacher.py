@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from sdft.config import Config, ModelConfig
 from sdft.errors import SdftError
 from sdft.model import loading, lora
-from sdft.model.loading import Head, LanguageModel
+from sdft.model.language_model import Head, LanguageModel
 from sdft.score.batch import Batch
 
 # What a forward pass depends on in a model's config without a trace in the names and shapes of the weights.
@@ -152,7 +152,7 @@ def other_weights(config: Config, model: LanguageModel) -> dict[str, Tensor]:
     """
     other = _load_other(config, lambda settings: loading.load_unchecked(settings, *loading.load_tokenizer(settings)))
     if hasattr(other.lm, "peft_config"):
-        loading.merge_adapter(other)
+        lora.merge_adapter(other)
     problem = f"teacher.model = {config.teacher.model!r} does not fit model.name = {config.model.name!r}"
     mine, theirs = (m.inner.config.get_text_config() for m in (model, other))
     for key in CONFIG_KEYS:

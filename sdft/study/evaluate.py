@@ -12,8 +12,8 @@ from sdft.data.formats import load_records
 from sdft.data.prompts import set_chat_template
 from sdft.data.records import Example
 from sdft.evaluation import accuracy, drift, harness, pass_at_k
-from sdft.model import loading
-from sdft.model.loading import LanguageModel
+from sdft.model import loading, packing
+from sdft.model.language_model import LanguageModel
 from sdft.rollout.engine import Engine
 from sdft.rollout.sampling import ModelEngine
 from sdft.study.spec import Harness, Study, Task
@@ -49,7 +49,7 @@ def load(config: Config, name: str) -> Loaded:
     tokenizer, stop_ids = loading.load_tokenizer(model_config)
     set_chat_template(tokenizer, config.data.chat_template)
     model = loading.load(model_config, tokenizer, stop_ids)
-    loading.enable_packing(model, config.train.packing)
+    packing.enable_packing(model, config.train.packing)
     return Loaded(model, tokenizer, config.eval, config.data.system)
 
 

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from sdft import __version__, files
 from sdft.errors import SdftError
-from sdft.model.loading import LanguageModel
+from sdft.model.language_model import LanguageModel
 from sdft.score.teacher import Teacher
 
 FORMAT = 1  # of the files above; a checkpoint of a later format is refused by name

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from sdft import files
 from sdft.errors import SdftError
-from sdft.model import card, loading
+from sdft.model import card, saving
 from sdft.training.run import Run
 
 
@@ -18,7 +18,7 @@ def finish(run: Run, output: Path) -> Path:
     shutil.rmtree(partial, ignore_errors=True)
     text = card.model_card(run.config, run.data.digest, len(run.data.examples), run.steps, run.result)
     try:
-        loading.save(run.model, run.tokenizer, partial, final)
+        saving.save(run.model, run.tokenizer, partial, final)
         (partial / "README.md").write_text(text)
         if final.exists():  # from an earlier end of this run, with the same weights
             files.remove(final, output)

@@ -9,7 +9,7 @@ import torch
 from sdft import parallel
 from sdft.data.dataset import TokenizedExample
 from sdft.loss import LOSSES, TokenLoss
-from sdft.model import loading
+from sdft.model import activations
 from sdft.rollout.engine import Completion
 from sdft.score.batch import lay_out, micro_batches, sequence_weights
 from sdft.training.run import Run
@@ -57,7 +57,7 @@ def accumulate_gradients(run: Run, examples: Sequence[TokenizedExample], complet
             if run.teacher is not None:
                 batches.append(lay_out([examples[i].teacher_prompt for i in group], *layout))
                 teacher_side = run.teacher.hidden(batches[1])  # (N, H), head
-            with loading.saved_activations() if config.model.activation_offload else contextlib.nullcontext():
+            with activations.saved_activations() if config.model.activation_offload else contextlib.nullcontext():
                 hidden = batches[0].select(model.hidden(batches[0].input_ids, batches[0].lengths))  # (N, H)
         labels = batches[0].labels  # (N,)
         with run.phases("loss"), model.autocast():

@@ -9,7 +9,7 @@ import torch
 from sdft.config import Config
 from sdft.data.dataset import Dataset
 from sdft.data.records import Example
-from sdft.model.loading import LanguageModel
+from sdft.model.language_model import LanguageModel
 from sdft.rollout.engine import Engine
 from sdft.score.teacher import Teacher
 from sdft.training.metrics import Phases

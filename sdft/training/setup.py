@@ -19,8 +19,8 @@ from sdft.errors import SdftError
 from sdft.evaluation import accuracy
 from sdft.loss import check_impl
 from sdft.methods import Method
-from sdft.model import loading
-from sdft.model.loading import LanguageModel
+from sdft.model import activations, loading, lora, packing, sources
+from sdft.model.language_model import LanguageModel
 from sdft.rollout.sampling import ModelEngine
 from sdft.score.teacher import check_other, other_weights
 from sdft.training import checkpoint
@@ -63,7 +63,7 @@ def set_up(config: Config, output: Path, advise: Callable[[Config], str] = gener
     eval_records = {name: load_records(path) for name, path in config.eval.all_sets.items()}
     for examples in eval_records.values():
         accuracy.check_evaluable(examples)
-    loading.check_earlier(config.model, config.lora)
+    sources.check_earlier(config.model, config.lora)
     tokenizer, stop_ids = loading.load_tokenizer(config.model)
     if config.teacher.model:
         check_other(config, tokenizer)
@@ -78,7 +78,7 @@ def set_up(config: Config, output: Path, advise: Callable[[Config], str] = gener
     trained = sum(p.numel() for p in parameters.values())
     parallel.report(
         f"Model: {config.model.name}, {trained / 1e6:.1f}M weights train; {device.type}, products in "
-        f"{str(model.compute_dtype).removeprefix('torch.')}, attention {loading.attention_name(model)}. "
+        f"{str(model.compute_dtype).removeprefix('torch.')}, attention {packing.attention_name(model)}. "
         f"Data: {len(data.examples)} records."
     )
     check_space(config, method, model, output)
@@ -123,11 +123,11 @@ def check_offload(config: Config, device: torch.device) -> None:
 def load_model(config: Config, tokenizer: Any, stop_ids: tuple[int, ...], lengths: tuple[int, int]) -> LanguageModel:
     """The model as it trains: packed, with its adapter, in training mode. lengths: of `longest`."""
     model = loading.load(config.model, tokenizer, stop_ids)
-    loading.enable_packing(model, config.train.packing)
+    packing.enable_packing(model, config.train.packing)
     loading.check_context(model, *lengths)
-    loading.set_up_lora(model, config.lora, config.train.seed)
+    lora.set_up_lora(model, config.lora, config.train.seed)
     if config.model.gradient_checkpointing:
-        loading.enable_gradient_checkpointing(model)
+        activations.enable_gradient_checkpointing(model)
     return_freed_in_passes(model.lm, model.device)
     model.lm.train()
     return model

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sdft.config import TeacherConfig
-from sdft.model.loading import LanguageModel
+from sdft.model.language_model import LanguageModel
 from sdft.score.teacher import Teacher, base_teacher
 from sdft.update.offload import HostWorker, cut_into_parts, views_of_part
 

@@ -9,7 +9,8 @@ import torch
 from sdft.config import LoraConfig, RolloutConfig, TeacherConfig
 from sdft.errors import SdftError
 from sdft.evaluation import drift
-from sdft.model.loading import add_lora, enable_packing
+from sdft.model.lora import add_lora
+from sdft.model.packing import enable_packing
 from sdft.rollout.sampling import ModelEngine
 from sdft.score.teacher import Teacher
 from sdft.update.ema import make_teacher

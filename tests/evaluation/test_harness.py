@@ -15,7 +15,8 @@ from sdft.cli import main
 from sdft.config import LoraConfig
 from sdft.errors import SdftError
 from sdft.evaluation import harness
-from sdft.model.loading import add_lora, enable_packing
+from sdft.model.lora import add_lora
+from sdft.model.packing import enable_packing
 
 # The extra lm-eval is some 350 MB, so dev does not bring it; `make test-harness` does.
 needs_lm_eval = pytest.mark.skipif(

@@ -8,7 +8,8 @@ import torch
 from sdft import device
 from sdft.errors import SdftError
 from sdft.model import attention
-from sdft.model.loading import backbone, enable_packing
+from sdft.model.language_model import backbone
+from sdft.model.packing import enable_packing
 from sdft.rollout.engine import Completion
 from sdft.score.batch import lay_out
 from sdft.training.gradients import accumulate_gradients

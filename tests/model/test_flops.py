@@ -10,7 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from sdft.config import Config, LoraConfig, RolloutConfig, TeacherConfig, override
 from sdft.errors import SdftError
 from sdft.model import flops
-from sdft.model.loading import add_lora, backbone
+from sdft.model.language_model import backbone
+from sdft.model.lora import add_lora
 from sdft.model.shape import ModelShape, Work
 from sdft.training import gradients
 from sdft.training.step import train_step

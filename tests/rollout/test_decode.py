@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sdft.config import LoraConfig
-from sdft.model.loading import add_lora
+from sdft.model.lora import add_lora
 from sdft.rollout import decode
 
 KINDS = ("llama", "llama-tied", "mistral", "qwen2", "qwen3")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sdft.config import LoraConfig, RolloutConfig
-from sdft.model.loading import add_lora
+from sdft.model.lora import add_lora
 from sdft.rollout import sampling
 from sdft.rollout.engine import Completion
 from sdft.rollout.sampling import ModelEngine

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdft.model.loading import enable_packing
+from sdft.model.packing import enable_packing
 from sdft.score.batch import lay_out, micro_batches, sequence_weights
 
 CPU = torch.device("cpu")

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from sdft import files
 from sdft.config import LoraConfig, OptimConfig, TeacherConfig
 from sdft.errors import SdftError
-from sdft.model.loading import add_lora
+from sdft.model.lora import add_lora
 from sdft.score.teacher import Teacher
 from sdft.training import checkpoint
 from sdft.training.checkpoint import (

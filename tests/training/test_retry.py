@@ -57,7 +57,7 @@ def test_other_errors_pass() -> None:
 
 def out_of_memory_over(monkeypatch: pytest.MonkeyPatch, tokens: int) -> list[int]:
     """Makes every forward of the student over more than `tokens` tokens fail; returns the sizes that were tried."""
-    from sdft.model.loading import LanguageModel
+    from sdft.model.language_model import LanguageModel
 
     own, tried = LanguageModel.hidden, []
 

@@ -15,7 +15,7 @@ import torch
 from sdft.config import RolloutConfig, load_config
 from sdft.errors import SdftError
 from sdft.loss import LOSSES
-from sdft.model import loading
+from sdft.model import saving
 from sdft.rollout.sampling import ModelEngine
 from sdft.training import loop
 from sdft.training.checkpoint import latest
@@ -370,7 +370,7 @@ def test_a_disk_that_fills_up_at_the_end(make_config: Any, tmp_path: Path, monke
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(loading, "save", full)
+        patch.setattr(saving, "save", full)
         with pytest.raises(SdftError, match=r"model: not written: no space left.*--resume writes it"):
             loop.train(make_config())
     assert not list((tmp_path / "run").glob("*model*"))

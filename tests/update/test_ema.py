@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sdft.config import LoraConfig, TeacherConfig
-from sdft.model.loading import add_lora
+from sdft.model.lora import add_lora
 from sdft.score.batch import lay_out
 from sdft.update import offload
 from sdft.update.ema import make_teacher

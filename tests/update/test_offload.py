@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from sdft.errors import SdftError
-from sdft.model.loading import saved_activations
+from sdft.model.activations import saved_activations
 from sdft.training import loop, setup
 from sdft.training.checkpoint import latest
 from sdft.update import offload
@@ -125,7 +125,8 @@ def test_saved_activations_change_no_gradient(checkpointing: bool, rank: int, lo
     from contextlib import nullcontext
 
     from sdft.config import LoraConfig
-    from sdft.model.loading import add_lora, enable_gradient_checkpointing
+    from sdft.model.activations import enable_gradient_checkpointing
+    from sdft.model.lora import add_lora
 
     model = load_tiny()[1]
     if rank:

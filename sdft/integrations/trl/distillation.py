@@ -12,7 +12,7 @@ from trl.experimental.gkd import GKDTrainer as TrlGKD
 
 from sdft.integrations.trl.fused import Fused
 from sdft.integrations.trl.losses import fused, hidden_states, inner
-from sdft.model.loading import read_head
+from sdft.model.language_model import read_head
 
 
 class GKDTrainer(Fused, TrlGKD):

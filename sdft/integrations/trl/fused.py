@@ -10,7 +10,7 @@ from trl.models.utils import _ForwardRedirection
 
 from sdft.errors import SdftError
 from sdft.integrations.trl.losses import inner
-from sdft.model.loading import LanguageModel, check_head
+from sdft.model.language_model import LanguageModel, check_head
 
 
 class Fused:

