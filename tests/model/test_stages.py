@@ -332,7 +332,7 @@ def test_merge_refuses(stage: Any, model_folder: Any, tmp_path: Path, monkeypatc
         patch.setattr(lora, "merge", lambda lm: lm.unload())
         assert "the merged model computes something else" in refused(folder, out)
     with monkeypatch.context() as patch:
-        patch.setattr(loading.card, "merged_card", lambda *a: 1 / 0)
+        patch.setattr(saving.card, "merged_card", lambda *a: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             main(["merge", str(folder), str(out)])
     config = json.loads((folder / "adapter_config.json").read_text())
