@@ -11,6 +11,7 @@ N tokens, V vocabulary, H hidden size, C tokens of a chunk.
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
+from sdft_kernels.tuning import Limits, on_chip_tile
 from sdft_kernels.workspace import Plan, plan_linear
 from sdft_kernels.workspace import default_workspace as workspace_of
 
@@ -29,19 +30,20 @@ class Device:
     bandwidth: float  # bytes/s of the device's memory, read and written bytes together
     memory: int | None  # bytes; None for a CPU
     source: str
+    cluster: int = 1  # the most thread blocks that exchange data on the chip, as sdft_kernels.tuning counts them
 
 
-DEVICES = {
+DEVICES = {  # with Triton 3.8 or later, before which there are no clusters
     "H100": Device(
         "H100", 798e12, 51e12, 3.0e12, 81_000 * MIB,
-        "measured: an 8192^3 bf16 product of random matrices and a copy; fp32: 0.76 of the datasheet's 67",
+        "measured: an 8192^3 bf16 product of random matrices and a copy; fp32: 0.76 of the datasheet's 67", 16,
     ),
     "H200": Device(
         "H200", 798e12, 51e12, 4.3e12, 143_000 * MIB,
-        "measured: an 8192^3 bf16 product (769 to 798) and a copy; fp32 as for the H100",
+        "measured: an 8192^3 bf16 product (769 to 798) and a copy; fp32 as for the H100", 16,
     ),
     "B200": Device(
-        "B200", 2250e12, 75e12, 8.0e12, 182_000 * MIB, "NVIDIA's datasheet of the HGX B200, dense; an upper limit"
+        "B200", 2250e12, 75e12, 8.0e12, 182_000 * MIB, "NVIDIA's datasheet of the HGX B200, dense; an upper limit", 16
     ),
     "A100": Device(
         "A100", 312e12, 19.5e12, 2.039e12, 81_000 * MIB, "NVIDIA's datasheet of the A100 80GB SXM; an upper limit"
@@ -171,15 +173,20 @@ def default_workspace(device: Device) -> int:
     return workspace_of(device.memory)
 
 
-def chunked(shape: Shape, device: Device, workspace: int | None, row_bytes: float = 18.0) -> Made:
-    """As shipped: a chunk's fp32 logits, one kernel a row that leaves the gradient in place, dW accumulated in fp32.
+def reads_of(shape: Shape, device: Device) -> int:
+    """How often the row kernel that runs reads the logits: once if a row stays on the chip, else twice."""
+    limits = Limits(warp_size=32, cluster=device.cluster)
+    return 2 if on_chip_tile(limits, shape.vocab, "reverse_kl", shape.item) is None else 1
 
-    row_bytes: moved by the row kernel for each entry of the vocabulary: both logits twice and the gradient once, 18, or
-    10 if a row stays on the chip between statistics and gradient.
+
+def chunked(shape: Shape, device: Device, workspace: int | None, reads: int | None = None) -> Made:
+    """What runs: a chunk's fp32 logits, one kernel that puts a row's gradient in their place, dW added up in fp32.
+
+    reads: how often the row kernel reads both logits, 8 bytes an entry; None is what the device has.
     """
     plan = plan_of(shape, device, workspace)
     wide = shape.dtype == "float32"
-    entry = row_bytes + (2 if wide else 0)  # the gradient is as wide as the operands
+    entry = 8 * (reads or reads_of(shape, device)) + shape.item  # the gradient is as wide as the operands
     kernels: list[Kernel] = []
     head = shape.vocab * shape.hidden
     chunks = parts(shape.tokens, plan.chunk)
@@ -199,9 +206,9 @@ def chunked(shape: Shape, device: Device, workspace: int | None, row_bytes: floa
     return kernels, plan.chunk
 
 
-def one_read(shape: Shape, device: Device, workspace: int | None) -> Made:
-    """`chunked` with a row kernel that reads the logits once."""
-    return chunked(shape, device, workspace, row_bytes=10.0)
+def two_reads(shape: Shape, device: Device, workspace: int | None) -> Made:
+    """`chunked` on a device without clusters, and before Triton 3.8: the row kernel reads the logits twice."""
+    return chunked(shape, device, workspace, reads=2)
 
 
 def dual(shape: Shape, device: Device, workspace: int | None) -> Made:
@@ -278,7 +285,7 @@ def recompute(shape: Shape, device: Device, workspace: int | None) -> Made:
 
 DESIGNS: dict[str, Design] = {
     "chunked": chunked,
-    "one read": one_read,
+    "two reads": two_reads,
     "dual": dual,
     "TRL": trl,
     "dense": dense,

@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
+import torch
+from sdft_kernels import tuning
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
@@ -18,17 +20,23 @@ from .phase import Item, Place, Row
 from .values import CANDIDATES
 
 TOKENS = 16_384
+TILES = ((1024, 4), (2048, 4), (2048, 8), (4096, 8), (8192, 16))  # entries of the vocabulary, warps
 
 
 def items(place: Place) -> list[Item]:
     if place.tiny:
-        return [Item("tiny", partial(profiled, Case("tiny", 4), "triton", place))]
+        case = Case("tiny", 4)
+        return [
+            Item("tiny", partial(profiled, case, "triton", place)),
+            Item("tiles of the row kernel", partial(tiles, case, place)),
+        ]
     cases = (Case("Qwen2.5-7B", TOKENS), Case("SmolLM2-135M", TOKENS))
-    return [
+    calls = [
         Item(f"{impl}: {case}", partial(profiled, case, impl, place))
         for impl in ("triton", *CANDIDATES)
         for case in cases
     ]
+    return [*calls, Item("tiles of the row kernel", partial(tiles, cases[1], place))]
 
 
 def profiled(case: Case, impl: str, place: Place, rows: list[Row]) -> None:
@@ -49,6 +57,27 @@ def profiled(case: Case, impl: str, place: Place, rows: list[Row]) -> None:
     rows += [who | {"phase": name, "ms": ms} for name, ms in phases.items()]
     most = sorted(kernels.items(), key=lambda pair: -pair[1][1])[:12]
     rows += [who | {"kernel": name[:80], "calls": calls, "ms": ms} for name, (calls, ms) in most]
+
+
+def tiles(case: Case, place: Place, rows: list[Row]) -> None:
+    """A call with other tiles than tuning.py's, which were chosen by compiled resources: ms of the whole call.
+
+    The kernel that keeps a row on the chip is left out where there is one, and timed on a line of its own.
+    """
+    problem, loss = Problem.make(case, place.device), ours(case.divergence, impl="triton")
+    clock = device_for(place)
+    device = torch.device(place.device, 0) if place.device == "cuda" else torch.device("cpu")
+    who = case.label() | {"impl": "triton"}
+    rows.append(who | {"tile": "as chosen", "ms": median(clock, partial(problem.step, loss))})
+    kept, limits = tuning.ROW_BLOCKS, tuning.limits_of(device)
+    try:
+        tuning.KL_ON_CHIP, on_chip = (), tuning.KL_ON_CHIP
+        for block, warps in TILES[: 1 if place.tiny else None]:
+            tuning.ROW_BLOCKS = {limits.warp_size: tuning.RowBlocks(block, warps, warps)}
+            ms = median(clock, partial(problem.step, loss))
+            rows.append(who | {"tile": f"{block} entries, {warps} warps", "ms": ms})
+    finally:
+        tuning.ROW_BLOCKS, tuning.KL_ON_CHIP = kept, on_chip
 
 
 def account(events: Iterable[Any], on_gpu: bool, vocab: int) -> tuple[dict[str, float], dict[str, tuple[int, float]]]:

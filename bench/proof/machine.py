@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from sdft_kernels import tuning
 
 from ..measure import Cpu, Cuda
 from ..report import describe
@@ -41,6 +42,7 @@ def versions(place: Place, rows: list[Row]) -> None:
             "memory": properties.total_memory,
             "multiprocessors": properties.multi_processor_count,
             "capability": ".".join(map(str, torch.cuda.get_device_capability())),
+            "cluster": tuning.limits_of(torch.device("cuda", 0)).cluster,
         }
 
 

@@ -69,7 +69,7 @@ def measured_device(found: Found) -> Device | None:
     return Device(
         found["meta"].get("device", "this machine"), rates["bfloat16"]["TFLOP/s"] * 1e12,
         rates["float32"]["TFLOP/s"] * 1e12, rates["copy"]["TB/s"] * 1e12,
-        int(found["meta"].get("memory", like.memory)), "measured by the proof",
+        int(found["meta"].get("memory", like.memory)), "measured by the proof", int(found["meta"].get("cluster", 1)),
     )  # fmt: skip
 
 
@@ -143,6 +143,8 @@ def section(phase: str, found: Found) -> Iterator[str]:
         yield from table([row for row in rows if "phase" in row])
         yield ""
         yield from table([row for row in rows if "kernel" in row])
+        yield ""
+        yield from table([row for row in rows if "tile" in row])
     elif phase == "rollout":
         yield from table(rows)
     for entry in entries:
