@@ -69,9 +69,9 @@ def tiles(case: Case, place: Place, rows: list[Row]) -> None:
     device = torch.device(place.device, 0) if place.device == "cuda" else torch.device("cpu")
     who = case.label() | {"impl": "triton"}
     rows.append(who | {"tile": "as chosen", "ms": median(clock, partial(problem.step, loss))})
-    kept, limits = tuning.ROW_BLOCKS, tuning.limits_of(device)
+    kept, on_chip, limits = tuning.ROW_BLOCKS, tuning.KL_ON_CHIP, tuning.limits_of(device)
     try:
-        tuning.KL_ON_CHIP, on_chip = (), tuning.KL_ON_CHIP
+        tuning.KL_ON_CHIP = ()  # type: ignore[assignment]
         for block, warps in TILES[: 1 if place.tiny else None]:
             tuning.ROW_BLOCKS = {limits.warp_size: tuning.RowBlocks(block, warps, warps)}
             ms = median(clock, partial(problem.step, loss))
