@@ -24,6 +24,7 @@ from .reference import (
 )
 
 ROWS, VOCAB, HIDDEN, TOP = 37, 517, 48, 8  # odd sizes: every kernel meets a block that is not full
+LONG_VOCAB = 20011  # GPUs with clusters of thread blocks keep such a row on chip
 # Relative error of a gradient. fp32 gives 1e-6 and bf16 2e-3 (the gradient's own rounding); a wrong kernel gives 1.
 BOUNDS = {torch.float32: 5e-5, torch.bfloat16: 1e-2}
 VALUE_BOUND = 1e-3
@@ -59,14 +60,21 @@ def report() -> None:
 
 
 def cases(dtype: torch.dtype, device: torch.device, impl: Impl) -> Iterator[Case]:
-    """One of each function, for each divergence."""
+    """One of each function, for each divergence; on a GPU over a long vocabulary too."""
+    yield from cases_over(VOCAB, dtype, device, impl)
+    if impl == "triton" and device.type == "cuda":
+        yield from cases_over(LONG_VOCAB, dtype, device, impl)
+
+
+def cases_over(vocab: int, dtype: torch.dtype, device: torch.device, impl: Impl) -> Iterator[Case]:
+    """One of each function, for each divergence, over `vocab` tokens."""
     gen = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=gen, dtype=torch.float64)
 
-    x, w = normal(ROWS, HIDDEN), normal(VOCAB, HIDDEN) / HIDDEN**0.5
-    tx, tw = x + 0.3 * normal(ROWS, HIDDEN), w + 0.3 * normal(VOCAB, HIDDEN) / HIDDEN**0.5
+    x, w = normal(ROWS, HIDDEN), normal(vocab, HIDDEN) / HIDDEN**0.5
+    tx, tw = x + 0.3 * normal(ROWS, HIDDEN), w + 0.3 * normal(vocab, HIDDEN) / HIDDEN**0.5
     weights = (torch.arange(ROWS) % 4).double()
     x, w, tx, tw = (t.to(dtype).to(device) for t in (x, w, tx, tw))
     weights = weights.to(device)
@@ -77,13 +85,13 @@ def cases(dtype: torch.dtype, device: torch.device, impl: Impl) -> Iterator[Case
     for name in DIVERGENCES:
         options = {"divergence": name, "beta": 0.3, **shared}
         yield (
-            f"linear_divergence {name}",
+            f"linear_divergence {name}, {vocab} tokens",
             lambda x, w, o=options: linear_divergence(x, w, tx, tw, impl=impl, **o),
             lambda x, w, o=options: linear_divergence_reference(x, w, exact_tx, exact_tw, **o),
             [x, w],
         )
         yield (
-            f"divergence {name}",
+            f"divergence {name}, {vocab} tokens",
             lambda s, o=options: divergence(s, t, impl=impl, **o),
             lambda s, o=options: divergence_reference(s, exact_t, **o),
             [s],

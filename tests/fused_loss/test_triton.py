@@ -231,6 +231,16 @@ def test_bf16_is_exact_where_the_teacher_is_near(name: str, kl: float, monkeypat
     assert error(rounded["dlogits"] @ case["w"].double(), truth["dx"]) > 5e-3
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_fp32_on_a_long_vocabulary_with_models_far_apart(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_tile(monkeypatch, 2048)
+    torch.manual_seed(5)
+    shapes = {"x": (5, 17), "w": (262147, 17), "teacher_x": (5, 17), "teacher_w": (262147, 17)}
+    ours, truth, dense = run_three({k: torch.randn(shape) for k, shape in shapes.items()}, name, {"temperature": 0.7})
+    compare(ours, truth, dense, bound=1e-6)
+
+
 @pytest.mark.parametrize("tile", [4096, 2048, 256, 128, 32])
 def test_results_do_not_depend_on_tiles_or_chunks(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
     set_tile(monkeypatch, tile)
