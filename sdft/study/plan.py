@@ -68,7 +68,7 @@ def plan_study(study: Study, machine: Machine, sizes: Sizes = Sizes()) -> list[P
         peaks[alike] = peaks.get(alike) or peak(shape, config, heaviest, machine)
         total = sum(flops.step_flops(shape, config, work).total for work in works) * steps // len(works)
         if config.method.completions == "offline":
-            total += flops.answer_flops(shape, asked, [config.rollout.max_new_tokens] * len(asked))
+            total += flops.completion_flops(shape, asked, [config.rollout.max_new_tokens] * len(asked))
         planned.append(Planned(run.name, run.count, steps, peaks[alike], total))
     return planned
 

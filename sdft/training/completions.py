@@ -80,7 +80,7 @@ def sample_before_training(run: Run, output: Path) -> dict[str, Any]:
     completions = [ids for samples in found.completions for ids in samples]
     tokens = sum(map(len, completions))
     prompt_lengths = [len(e.teacher_prompt) for e in run.data.examples for _ in e.samples]
-    count = partial(flops.answer_flops, prompts=prompt_lengths, answers=list(map(len, completions)))
+    count = partial(flops.completion_flops, prompts=prompt_lengths, completions=list(map(len, completions)))
     return {
         "offline_answers": len(completions),
         "answer_tokens": tokens / len(completions),

@@ -88,7 +88,7 @@ def cached_answer(model: Any, prompt: int, new: int) -> None:
 def test_answers(kind: str, load_tiny: Any) -> None:
     model, shape = loaded(load_tiny, kind)
     want = counted(lambda: (cached_answer(model, 11, 6), cached_answer(model, 3, 1)))
-    assert want == flops.answer_flops(shape, [11, 3], [6, 1])
+    assert want == flops.completion_flops(shape, [11, 3], [6, 1])
 
 
 def test_a_step_is_the_sum_of_its_parts(load_tiny: Any) -> None:
@@ -96,7 +96,7 @@ def test_a_step_is_the_sum_of_its_parts(load_tiny: Any) -> None:
     work = Work((10, 12), (30, 31), (5, 7))
     config = Config()
     got = flops.step_flops(shape, config, work)
-    assert got.rollout == flops.answer_flops(shape, [10, 12], [5, 7])
+    assert got.rollout == flops.completion_flops(shape, [10, 12], [5, 7])
     assert got.teacher == flops.forward_flops(shape, [34, 37], 12)
     assert got.student == flops.forward_flops(shape, [14, 18], 12)
     assert got.backward == 2 * got.student
@@ -105,12 +105,14 @@ def test_a_step_is_the_sum_of_its_parts(load_tiny: Any) -> None:
     def other(**settings: Any) -> flops.Flops:
         return flops.step_flops(shape, override(config, {k.replace("__", "."): v for k, v in settings.items()}), work)
 
-    by_teacher = flops.answer_flops(shape, [30, 31], [5, 7])
+    by_teacher = flops.completion_flops(shape, [30, 31], [5, 7])
     assert other(rollout__source="teacher").rollout == by_teacher
     assert other(rollout__source="mixed").rollout == (got.rollout + by_teacher) // 2
     assert got.student - other(loss__mask_first=2).student == 2 * shape.head * 4
+    demonstrated = other(loss__method="sft", loss__mask_first=2)  # the mask is for a teacher's preamble only
+    assert demonstrated.student == got.student
     assert other(loss__mask_first=9).student == flops.forward_flops(shape, [14, 18], 0)
-    adapters = 2 * flops.adapter_entries(shape, override(config, {"lora.rank": 4})) * (34 + 37)
+    adapters = 2 * flops.adapter_entries(shape, LoraConfig(rank=4)) * (34 + 37)
     assert other(lora__rank=4).teacher == got.teacher + adapters
     assert other(lora__rank=4, teacher__kind="base").teacher == got.teacher  # switched off
     assert other(lora__rank=4).rollout == got.rollout  # merged

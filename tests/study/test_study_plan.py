@@ -27,7 +27,7 @@ def test_the_plan_reads_the_data(make_study: Any) -> None:
         shape, works = shape_of(config), list(works_of(config, tokenized(config)))
         steps = sum(flops.step_flops(shape, config, work).total for work in works)
         asked = works[0].offline  # six records
-        drawn = flops.answer_flops(shape, asked, [4] * 6) if asked else 0
+        drawn = flops.completion_flops(shape, asked, [4] * 6) if asked else 0
         assert one.flops == steps + drawn
         assert (len(works), len(asked)) == (2, 0 if cell.method.name == "sdft" else 6)
         assert one.peak == max(predict(shape, config, work, machine).peak for work in works)

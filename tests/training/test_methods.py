@@ -116,7 +116,9 @@ def test_steps_train_on_what_was_sampled_before_them(settings: dict[str, Any], m
     assert line["offline_answers"] == 24 == sum(len(row["ids"]) for row in rows)
     shape = ModelShape.from_config(run.model.inner.config)
     asked = [len(e.teacher_prompt) for e in run.data.examples for _ in e.samples]
-    assert line["flops"] == flops.answer_flops(shape, asked, [len(ids) for e in run.data.examples for ids in e.samples])
+    assert line["flops"] == flops.completion_flops(
+        shape, asked, [len(ids) for e in run.data.examples for ids in e.samples]
+    )
     assert [e.samples for e in run.data.examples] == [tuple(row["ids"]) for row in rows]
     examples, completed = complete(run, list(run.data.examples[:3]), 0)
     assert [c.ids for c in completed] == [ids for row in rows[:3] for ids in row["ids"]]
