@@ -1,7 +1,7 @@
 """Block sizes and warps of every Triton kernel, from what a device has: the whole of our autotuning.
 
 Chosen by compiled resources (bench/resources.py: no spills, registers that leave enough warps per
-multiprocessor), NOT YET by time on a GPU. bench/gpu.py --sweep is the measurement that would overrule them.
+multiprocessor), NOT YET by time on a GPU: `make gpu-proof` times other tiles.
 """
 
 from functools import cache
