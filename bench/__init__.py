@@ -1,6 +1,6 @@
-"""What is measured, and what should come out. Every program runs from the repository's root.
+"""Benchmarks. Run every program from the root of the repository.
 
-    make bench                    test_linear_divergence.py: the loss and its peers on a CPU
+    make bench                    test_linear_divergence.py: the loss and other losses on a CPU
     make bench-step               step.py: whole training steps, ours and TRL's
     make gpu-proof                proof/: everything on one GPU in ten minutes
     python -m bench.roofline      what a loss costs by arithmetic, and its bound
@@ -10,7 +10,7 @@
     python -m bench.lora_lag      a number of docs/lora.md
     python -m bench.resources     registers and shared memory of the compiled kernels
 
-cases.py, peers.py, measure.py and report.py are what the first three share; results/ holds what they found.
+The first three share cases.py, peers.py, measure.py and report.py. They write to results/.
 """
 
 import importlib.util

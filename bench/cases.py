@@ -1,4 +1,4 @@
-"""The problems: their tensors, the float64 truth, and the floors no loss can beat."""
+"""The problems: their tensors, their float64 reference, and the bare products, which no loss can beat."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,10 +11,10 @@ from torch import Tensor
 from .peers import VARIANTS, Loss
 from .shapes import HEADS, Shape
 
-# Largest relative error of dX and dW, teacher near student; what returning them in that dtype costs is 0.002 of bf16.
+# Largest relative error of dX and dW, with the teacher near the student. Rounding them to bf16 alone costs 0.002.
 BARS = {"float32": 1e-3, "bfloat16": 5e-3}
 LOSS_BAR = 1e-2
-CHECKED_ROWS = {"cpu": 64, "cuda": 4096}  # judged in float64
+CHECKED_ROWS = {"cpu": 64, "cuda": 4096}  # compared with float64
 TRUTH_ROWS = 256  # at a time: a dense float64 loss holds about 25 (rows, V) tensors
 FLOOR_ROWS = 8192  # at a time: large enough for a GEMM, small enough to leave the device's memory to the variants
 
@@ -24,7 +24,7 @@ def all_but(*names: str) -> tuple[str, ...]:
 
 
 COMPILED = tuple(v.name for v in VARIANTS if v.compiled)
-TORCH = ("sdft_kernels torch",)  # no tensor cores on a GPU: seconds a call where N is large
+TORCH = ("sdft_kernels torch",)  # no tensor cores on a GPU: seconds a call if N is large
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Case:
     divergence: str = "reverse_kl"
     frozen: bool = False  # no gradient for the head
     without: tuple[str, ...] = ()  # variants that would take too long
-    trainer: bool = False  # as the trainer has it: fp32 heads and hidden states under bf16 autocast
+    trainer: bool = False  # as in the trainer: fp32 heads and hidden states under bf16 autocast
 
     def label(self) -> dict[str, Any]:
         vocab, hidden = HEADS[self.model]
@@ -93,7 +93,7 @@ class Problem:
     w: Tensor
     teacher_x: Tensor
     teacher_w: Tensor
-    products: torch.dtype  # of the operands; another one than the tensors' is autocast's
+    products: torch.dtype  # dtype of the operands; autocast rounds to it if the tensors have another
 
     @classmethod
     def make(cls, case: Case, device: str) -> "Problem":
@@ -111,7 +111,7 @@ class Problem:
         return cls(x.to(dtype).requires_grad_(), w, teacher_x.to(dtype), teacher_w, products)
 
     def first(self, rows: int) -> "Problem":
-        """The problem of its first rows."""
+        """The same problem with the first rows only."""
         x = self.x.detach()[:rows].clone().requires_grad_()
         return Problem(x, self.w, self.teacher_x[:rows], self.teacher_w, self.products)
 
@@ -131,7 +131,7 @@ class Problem:
         return value.detach()
 
     def returned_bytes(self) -> int:
-        """What every variant must return: dX, and dW, which anyone careful accumulates in fp32."""
+        """Bytes that every variant must return: dX, and dW, which is accumulated in fp32."""
         return self.x.nbytes + self.w.requires_grad * self.w.numel() * 4
 
 
@@ -177,12 +177,12 @@ def relative(got: Tensor | None, want: Tensor) -> float:
 
 
 def is_exact(errors: dict[str, float], dtype: str) -> bool:
-    """NaN is not."""
+    """Whether every error is within its bar; NaN is not."""
     return all(error <= (LOSS_BAR if key == "D error" else BARS[dtype]) for key, error in errors.items())
 
 
 def bare_gemms(problem: Problem) -> Callable[[], None]:
-    """Two logits, dX and, unless the head is frozen, dW, as anyone writes them, outputs and all."""
+    """Both logits, dX and, unless the head is frozen, dW, as plain products that allocate their outputs."""
     x, w, teacher_x, teacher_w = problem.operands()
     frozen = not problem.w.requires_grad
 

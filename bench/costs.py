@@ -1,9 +1,10 @@
-"""What each design of the loss costs: its kernels, their FLOPs and bytes, and the bound they leave.
+"""What each design of the loss costs: its kernels, their FLOPs and bytes, and the bound that follows.
 
-Every kernel takes the larger of its FLOPs over the device's product rate and its bytes over the device's bandwidth;
-kernels do not overlap, launches cost nothing, and no operand stays in the cache. The bound of a design is the time of
-the bare products (each at the product rate) over the sum of its kernels: no implementation of the design can have a
-larger share of the bare products. `chunked` takes its chunk sizes from the code that runs (see `plan_of`).
+The time of a kernel is the larger of two: its FLOPs over the device's rate for products, and its bytes over the
+device's bandwidth. Kernels do not overlap, launches cost nothing, and no operand stays in the cache. The bound of a
+design is the time of the bare products (each at the product rate) over the sum of its kernels: no implementation of the
+design can have a larger share of the bare products. `chunked` takes its chunk sizes from the code that runs (see
+`plan_of`).
 
 N tokens, V vocabulary, H hidden size, C tokens of a chunk.
 """
@@ -22,7 +23,7 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Device:
-    """Rates that one kernel can reach, and where they come from."""
+    """Rates that one kernel can reach, with their source."""
 
     name: str
     narrow: float  # FLOP/s of bf16 and fp16 products
@@ -150,7 +151,7 @@ def elementwise(phase: str, bytes_: float, times: float = 1.0) -> Kernel:
 
 
 def parts(total: int, size: int) -> list[int]:
-    """total in parts of `size`, the last one smaller."""
+    """total in parts of `size`; the last part may be smaller."""
     return [min(size, total - start) for start in range(0, total, size)]
 
 
@@ -161,7 +162,7 @@ Design = Callable[[Shape, Device, int | None], Made]
 
 
 def plan_of(shape: Shape, device: Device, workspace: int | None) -> Plan:
-    """What the code that runs decides for a call: tokens of a chunk, and bytes for the casts of heads."""
+    """The plan of the code that runs: tokens of a chunk, and bytes for the casts of heads."""
     budget = default_workspace(device) if workspace is None else workspace
     sides = 1 if shape.shared else 2
     casts = [shape.vocab * shape.hidden * shape.item] * sides if shape.cast else []
@@ -169,7 +170,7 @@ def plan_of(shape: Shape, device: Device, workspace: int | None) -> Plan:
 
 
 def default_workspace(device: Device) -> int:
-    """Bytes, by the code that runs."""
+    """Bytes of the default workspace of the code that runs."""
     return workspace_of(device.memory)
 
 

@@ -1,4 +1,4 @@
-"""The generated tables of docs/: `python -m bench.docs` writes them; a test holds them to what the commands print.
+"""The generated tables of docs/. `python -m bench.docs` writes them; a test compares them with their commands.
 
 A table stands between two comments, <!-- NAME --> and <!-- end of NAME -->.
 """
@@ -19,11 +19,11 @@ on one GPU in under ten minutes."""
 
 
 def between(text: str, name: str) -> str:
-    """What stands between the comments of a name. Raises ValueError if they are not there."""
+    """The text between the comments of a name. Raises ValueError if they are not there."""
     _, begin, rest = text.partition(f"<!-- {name} -->\n")
     found, end, _ = rest.partition(f"<!-- end of {name} -->")
     if not begin or not end:
-        raise ValueError(f"no comments <!-- {name} --> and <!-- end of {name} -->, each on a line of its own")
+        raise ValueError(f"no comments <!-- {name} --> and <!-- end of {name} -->, each on a separate line")
     return found.removesuffix("\n")
 
 
@@ -114,7 +114,7 @@ BLOCKS: tuple[tuple[str, str, Callable[[], str]], ...] = (
 
 
 def stale() -> Iterator[tuple[str, str]]:
-    """File and name of every block that is not what its command makes now."""
+    """File and name of every block that differs from the present output of its command."""
     for file, name, make in BLOCKS:
         if between((ROOT / file).read_text(), name) != make():
             yield file, name

@@ -1,14 +1,14 @@
-"""How far the ema teacher of a LoRA run, which averages the factors A and B, is from the average of dW = scale B A.
+"""How far the EMA teacher of a LoRA run is from the exact average: it averages the factors A and B, not dW = scale B A.
 
-Trains SmolLM2-135M for real (sdft's own steps) and keeps the exact average beside it:
+The program trains SmolLM2-135M with the steps of sdft, and keeps the exact average as well:
 
     python -m bench.lora_lag [--steps 60] [--alpha 0.02] [--lr 2e-4 1e-3]
 
 For each learning rate, every 20 steps:
     lag      |avg(B) avg(A) - avg(B A)| / |avg(B A)| over all layers, with the scale
     A moved  |A - A_0| / |A_0|
-    KL       between the two teachers, mean over the training data's answer tokens as the teacher sees them, beside
-             KL(teacher, student) and KL(teacher, base), which say how large that is
+    KL       between the two teachers, as mean over the demonstrations' tokens in the teacher's context; KL(teacher,
+             student) and KL(teacher, base) are there for comparison
 """
 
 import argparse
@@ -71,7 +71,7 @@ def measure(args: argparse.Namespace, rate: float, folder: Path) -> None:
     assert run.teacher is not None
     layers = lora_layers(run)
     first = [layer.lora_A[lora.EARLIER].weight.detach().clone() for layer in layers]
-    exact = [delta(layer) for layer in layers]  # zero: B is
+    exact = [delta(layer) for layer in layers]  # zero, because B is zero
     for step in range(1, args.steps + 1):
         line = train_step(run, step - 1, folder)
         for average, layer in zip(exact, layers, strict=True):
@@ -82,9 +82,9 @@ def measure(args: argparse.Namespace, rate: float, folder: Path) -> None:
             lag = norm([a - b for a, b in zip(ours, exact, strict=True)]) / norm(exact)
             moved = [layer.lora_A[lora.EARLIER].weight.detach() - a for layer, a in zip(layers, first, strict=True)]
             kls = divergences(run, layers, exact)
-            told = " | ".join(f"{kl:.1e}" for kl in kls)
+            cells = " | ".join(f"{kl:.1e}" for kl in kls)
             print(
-                f"| {rate:g} | {step} | {line['loss']:.3f} | {lag:.2%} | {norm(moved) / norm(first):.2%} | {told} |",
+                f"| {rate:g} | {step} | {line['loss']:.3f} | {lag:.2%} | {norm(moved) / norm(first):.2%} | {cells} |",
                 flush=True,
             )
 
@@ -94,7 +94,7 @@ def lora_layers(run: Run) -> list[Any]:
 
 
 def delta(layer: Any) -> Tensor:
-    """scale B A, (out, in), as the layer has it now."""
+    """scale B A (out, in) of the layer's present factors."""
     return layer.get_delta_weight(lora.EARLIER).detach()
 
 
@@ -104,13 +104,13 @@ def norm(tensors: list[Tensor]) -> float:
 
 @contextlib.contextmanager
 def exact_teacher(run: Run, layers: list[Any], deltas: list[Tensor]) -> Iterator[None]:
-    """Within it, the model is the base with `deltas` added to its weights, its adapter off."""
-    own = [layer.base_layer.weight.data for layer in layers]
-    for layer, weight, change in zip(layers, own, deltas, strict=True):
+    """Inside the context, the model is the base with `deltas` added to its weights, and its adapter is off."""
+    saved = [layer.base_layer.weight.data for layer in layers]
+    for layer, weight, change in zip(layers, saved, deltas, strict=True):
         layer.base_layer.weight.data = weight + change
     with lora.switched_off(run.model.lm):
         yield
-    for layer, weight in zip(layers, own, strict=True):
+    for layer, weight in zip(layers, saved, strict=True):
         layer.base_layer.weight.data = weight
 
 

@@ -1,7 +1,7 @@
-"""One case measured: values first, then memory, then times, the variants interleaved round by round.
+"""One case measured: values first, then memory, then times, with the variants interleaved round by round.
 
-What one variant cannot do becomes the note of its row and never ends the run; only a device that no longer
-answers does (DeviceLostError).
+If a variant fails, its row gets a note and the run continues. Only a device that no longer responds ends the run
+(DeviceLostError).
 """
 
 import contextlib
@@ -46,14 +46,14 @@ class Cpu:
         return (time.perf_counter() - start) * 1e3
 
     def finish(self) -> None:
-        """Nothing runs behind our back."""
+        """Nothing to wait for: a CPU runs every operator before it returns."""
 
     def extra_bytes(self, run: Run) -> int | None:
         if platform.system() != "Linux":
             run()
             return None
         with contextlib.suppress(AttributeError):  # musl has no malloc_trim
-            ctypes.CDLL(None).malloc_trim(0)  # what the allocator kept would hide growth
+            ctypes.CDLL(None).malloc_trim(0)  # memory that the allocator keeps would hide growth
         Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         before = proc_bytes("self/status", "VmRSS")
         run()
@@ -66,8 +66,8 @@ class Cpu:
 class Cuda:
     """CUDA events around each call; memory from the caching allocator.
 
-    Before each call a buffer much larger than the L2 cache is overwritten: nothing of the inputs is left in the
-    cache, and the host has a tenth of a millisecond or two to queue the call's first kernels.
+    Before each call a buffer much larger than the L2 cache is overwritten. So no input is left in the cache, and the
+    host has 0.1 to 0.2 milliseconds to queue the first kernels of the call.
     """
 
     name = "cuda"
@@ -100,7 +100,7 @@ class Cuda:
 
 
 def proc_bytes(file: str, field: str) -> int:
-    """A field of a file below /proc whose lines read `Field:  123 kB`."""
+    """A field of a file below /proc with lines of the form `Field:  123 kB`, in bytes."""
     for line in Path("/proc", file).read_text().splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
@@ -116,12 +116,13 @@ def run_case(
     rounds: int = ROUNDS,
     checked_rows: int | None = None,
 ) -> None:
-    """Append a row for each floor and variant; past the deadline (time.monotonic) variants are skipped.
+    """Append a row for each floor and variant. After the deadline (time.monotonic) variants are skipped.
 
-    rounds: of the timing, fewer for variants above SLOW_MS. checked_rows: judged in float64; CHECKED_ROWS if None.
+    rounds: of the timing; slower variants than SLOW_MS get fewer. checked_rows: rows compared with float64; None is
+    CHECKED_ROWS.
     """
     torch._dynamo.reset()  # a case must not run uncompiled because earlier ones filled the cache
-    gc.collect()  # slow once the peers' libraries are loaded: only here and where an exception held tensors
+    gc.collect()  # slow once the other libraries are loaded: only here, and after an exception that held tensors
     wanted = [v for v in variants if applies(v, case, device)]
     mine = {v.name: case.label() | {"variant": v.name} for v in wanted}
     floor_rows = {name: case.label() | {"variant": name} for name in FLOORS}
@@ -165,7 +166,7 @@ def run_case(
 
 
 def applies(variant: Variant, case: Case, device: Cpu | Cuda) -> bool:
-    """Whether the variant knows this divergence and this device, and the case has time for it."""
+    """Whether the variant supports this divergence and device, and the case has time for it."""
     known = case.divergence in variant.divergences and device.name in variant.devices
     return known and variant.name not in case.without
 
@@ -173,7 +174,7 @@ def applies(variant: Variant, case: Case, device: Cpu | Cuda) -> bool:
 def checked(
     case: Case, device: Cpu | Cuda, small: Problem, variants: list[Variant], rows: dict[str, Row], deadline: float
 ) -> dict[str, Loss]:
-    """Write every variant's errors against float64 into its row; the losses of those that ran."""
+    """Write the errors of every variant against float64 into its row. Returns the losses of the variants that ran."""
     truth = Truth.of(small, case.divergence)
     losses = {}
     for variant in variants:
@@ -193,7 +194,7 @@ def checked(
 
 
 def interleaved(runs: dict[str, Run], rows: dict[str, Row], device: Cpu | Cuda, most: int) -> None:
-    """Median and 10th to 90th percentile of each in milliseconds, one after another in every round."""
+    """Write median and 10th and 90th percentile in milliseconds into each row. Every round runs each variant once."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     rounds = {}
     for name, run in runs.items():
@@ -216,7 +217,7 @@ def rounds_for(ms: float, most: int) -> int:
 
 @contextlib.contextmanager
 def noted(row: Row, device: Cpu | Cuda, need: float = 0.0) -> Any:
-    """Turn what the body raises into the row's note, and find out whether the device survived it."""
+    """Write an exception of the body into the row's note. Raises DeviceLostError if the device no longer works."""
     try:
         yield
         device.finish()
@@ -231,7 +232,7 @@ def noted(row: Row, device: Cpu | Cuda, need: float = 0.0) -> Any:
 
 
 def reason(error: Exception, need: float = 0.0) -> str:
-    """An exception as a table's cell."""
+    """An exception as the text of a table cell."""
     first = " ".join(str(error).split()).replace("|", "/")[:160]
     if isinstance(error, ImportError):
         return f"missing: {first}"

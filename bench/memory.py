@@ -1,10 +1,10 @@
-"""The plan's prediction beside the measured peak of a real run; or the table of docs/memory.md.
+"""The prediction of `sdft plan` and the measured peak of a real run; or the table of docs/memory.md.
 
     python -m bench.memory            SmolLM2-135M on the CPU, eight configurations, a few steps of each
     python -m bench.memory --table    GPU predictions for larger models (nothing is measured)
 
-Every configuration is predicted in one fresh process and run in another. The peak is the kernel's: VmHWM, set back to
-what is resident at the beginning of each phase.
+Every configuration is predicted in one fresh process and run in another. The kernel measures the peak (VmHWM), which
+is reset to the resident bytes at the beginning of each phase.
 """
 
 import argparse
@@ -22,9 +22,9 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parents[1]
 MIB, GIB = 2**20, 2**30
-BAR = 0.10  # of the measured peak: how far the prediction may be off
+BAR = 0.10  # the largest error of the prediction, as a share of the measured peak
 
-# A step of the demo's size: as examples/demo-sdft.toml, with an EMA teacher where asked for.
+# A step of the size of examples/demo-sdft.toml; some cases have an EMA teacher.
 BASE = {
     "model.name": "smollm2-135m",
     "teacher.context": "template",
@@ -58,11 +58,11 @@ def config_of(settings: dict[str, Any], folder: Path) -> Any:
     return override(Config(), BASE | paths | settings)
 
 
-# In a process of its own.
+# Each in a fresh process.
 
 
 def predicted(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The plan's phases in bytes by term."""
+    """The phases of the plan: bytes of each term."""
     from sdft.planning.machine import this_machine
     from sdft.planning.plan import predict
     from sdft.planning.work import shape_of, work_of
@@ -73,7 +73,7 @@ def predicted(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def measured(settings: dict[str, Any], folder: Path) -> dict[str, int]:
-    """Peak resident bytes of each phase, the most of all steps but the first, whose optimizer is still empty."""
+    """Peak resident bytes of each phase, over all steps after the first (before it the optimizer is empty)."""
     from sdft.training import metrics
     from sdft.training.loop import train
 

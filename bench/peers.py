@@ -1,7 +1,7 @@
 """Everything that is timed, one function each: ours, dense PyTorch, and the losses of other libraries.
 
 A maker takes the name of a divergence and returns loss(x, w, teacher_x, teacher_w), the mean over tokens. It
-imports its library only then, and whatever it raises becomes the note of its row. Every library here counts β
+imports its library only then, and an exception becomes the note of its row. Every library here defines β
 as we do: 0 is forward KL, 1 is reverse KL.
 """
 
@@ -24,7 +24,7 @@ TOP_K = 100  # SDFTConfig.distillation_topk
 
 @dataclass(frozen=True)
 class Variant:
-    """A loss with its name and what the harness has to know about it."""
+    """A loss, its name, and what the benchmark needs to run it."""
 
     name: str
     make: Callable[[str], Loss]
@@ -40,7 +40,7 @@ def ours(divergence: str, impl: str | None = None, chunk_bytes: int | None = Non
 
 
 def dense(divergence: str) -> Loss:
-    """What anyone writes first: both logits, their log-softmax, and autograd."""
+    """The plain implementation: both logits, their log-softmax, and autograd."""
     beta = BETA[divergence]
 
     def loss(x: Tensor, w: Tensor, teacher_x: Tensor, teacher_w: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ def liger_fused(divergence: str) -> Loss:
 
 
 def liger_chunked(divergence: str) -> Loss:
-    """Liger-Kernel's chunked loss, compiled as it is by default; its cross-entropy part has weight 0."""
+    """Liger-Kernel's chunked loss, compiled as by default; its cross-entropy part has weight 0."""
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
     module = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=BETA[divergence])
@@ -85,7 +85,7 @@ def fla_fused(divergence: str) -> Loss:
 
 
 def trl_chunked(divergence: str) -> Loss:
-    """What TRL's DistillationTrainer trains on: Triton over tiles of fp32 logits, made again in the backward."""
+    """The loss of TRL's DistillationTrainer: Triton over tiles of fp32 logits, made again in the backward pass."""
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
     def loss(x: Tensor, w: Tensor, teacher_x: Tensor, teacher_w: Tensor) -> Tensor:

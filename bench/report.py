@@ -1,4 +1,4 @@
-"""What was measured, written down: JSON, a Markdown table, and a summary for a terminal.
+"""Results as JSON, as a Markdown table, and as a summary for a terminal.
 
 `python -m bench.report bench/results/NAME.json` writes the table of a JSON file again.
 """
@@ -40,7 +40,7 @@ SUMMARY_CHARACTERS = 11_000
 
 
 def device_name() -> str:
-    """The GPU's, or the processor's."""
+    """The name of the GPU, or of the processor without one."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     cpuinfo = Path("/proc/cpuinfo")
@@ -49,7 +49,7 @@ def device_name() -> str:
 
 
 def output_of(*command: str) -> str:
-    """The first line a program prints, or "" where it is missing or fails."""
+    """The first line that a program prints, or "" if it is missing or fails."""
     try:
         done = subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True)
     except OSError:
@@ -58,7 +58,7 @@ def output_of(*command: str) -> str:
 
 
 def describe(command: str, packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
-    """Where and with what the rows are measured. COMMIT names the commit where the checkout has no git."""
+    """Device, versions and commit of the rows. The variable COMMIT gives the commit if the checkout has no git."""
     meta: dict[str, Any] = {
         "device": device_name(),
         "commit": os.environ.get("COMMIT") or output_of("git", "rev-parse", "--short", "HEAD") or "unknown",
@@ -121,7 +121,7 @@ def case_tables(rows: list[Row]) -> Iterator[str]:
 
 
 def by_case(rows: list[Row]) -> list[tuple[str, list[Row]]]:
-    """Rows of one case follow each other."""
+    """Groups of rows by case. Rows of one case must follow each other."""
     groups = groupby(rows, key=lambda row: [row[k] for k in LABELS])
     return [("{} ({} × {}), N = {}, {}, {}, head {}".format(*label), list(group)) for label, group in groups]
 
@@ -138,7 +138,7 @@ def plain(value: float, form: str) -> str:
 
 
 def summary(rows: list[Row]) -> str:
-    """A line a case, a column a variant: milliseconds and share of the floor; ends at SUMMARY_CHARACTERS."""
+    """A line for each case, a column for each variant: milliseconds, share of the floor. Cut at SUMMARY_CHARACTERS."""
     names = [n for n in dict.fromkeys(row["variant"] for row in rows) if n != "bare GEMMs, no allocation"]
     lines = [
         "ms and bare GEMMs' time / its time; ~ inexact, OOM out of memory, x raises, - missing, skipped, not run",

@@ -1,12 +1,12 @@
-"""What the Triton kernels compile to, on any machine: registers, spills, shared memory, widths of their accesses.
+"""The compiled Triton kernels, on any machine: registers, spills, shared memory, widths of their accesses.
 
-    python bench/resources.py            print the table for the installed Triton
-    python bench/resources.py --write    and keep it, with the oldest Triton's, as bench/results/resources.json and .md
+    python bench/resources.py            print the table of the installed Triton
+    python bench/resources.py --write    also write it, with the oldest Triton's table, to bench/results/resources.*
 
 Every kernel is compiled ahead of time with the block sizes that ship, for GPUs of several generations; the numbers
 are read from the machine code by the disassembler inside the triton wheel. The oldest Triton that pyproject.toml
-admits is installed in a folder of its own and run in a process of its own. tests/fused_loss/test_resources.py holds a
-fresh compilation to the kept table.
+admits is installed into a separate folder and runs in a separate process. tests/fused_loss/test_resources.py compares a
+fresh compilation with the written table.
 """
 
 import argparse
@@ -34,11 +34,11 @@ from triton.compiler import ASTSource  # noqa: E402
 
 @dataclass(frozen=True)
 class Device:
-    """A GPU to compile for, and what it holds."""
+    """A GPU to compile for, and its limits."""
 
     target: GPUTarget
-    shared_bytes: int  # that one block may ask for
-    warps: int  # that one multiprocessor holds
+    shared_bytes: int  # most of one block
+    warps: int  # most of one multiprocessor
     registers: int = 65536  # of one multiprocessor
 
     cluster: int = 1  # the most thread blocks of one
@@ -105,7 +105,7 @@ def row_variant(target: str, kind: str, logits: str, grad: str | None, vocab: in
 
 
 def variants(target: str) -> dict[str, Variant]:
-    """What ships, by name: each divergence as the trainer calls it, and the corners that need most registers."""
+    """The kernels that ship, by name: each divergence as the trainer calls it, and the cases with most registers."""
     trainer = {"TOKENS": True, "LABELS": True, "WEIGHTS": True}
     everything = {**trainer, "INDEX": True, "S_BIAS": True, "T_BIAS": True, "S_CAP": True, "T_CAP": True}
     scale = {"x_ptr": "*fp32!", "factor_ptr": "*fp32!", "count": "i64!"}
@@ -136,7 +136,7 @@ def variants(target: str) -> dict[str, Variant]:
 
 
 def compiled(variant: Variant, target: GPUTarget) -> Any:
-    """The kernel's machine code for a target that need not be here."""
+    """The kernel's machine code for a target; the machine needs no such GPU."""
     signature, constants, attrs = {}, {}, {}
     for i, parameter in enumerate(variant.kernel.params):
         name = parameter.name
@@ -186,7 +186,7 @@ def nvidia_resources(binary: bytes) -> dict[str, int]:
 
 
 def amd_resources(assembly: str) -> dict[str, int]:
-    """The same of AMD assembly, loops apart; vector registers, the accumulation ones among them."""
+    """The same for AMD assembly, without loops. Registers are vector registers, including those for accumulation."""
 
     def number(name: str) -> int:
         found = re.search(rf"\.{name}:\s*(\d+)", assembly)
@@ -196,7 +196,7 @@ def amd_resources(assembly: str) -> dict[str, int]:
     return {
         "registers": number("vgpr_count"),
         "stack": number("private_segment_fixed_size"),
-        # Scalar registers that spill go into lanes of a vector register; memory would show as stack.
+        # Scalar registers spill into lanes of a vector register; a spill to memory would show as stack.
         "spills": number("vgpr_spill_count"),
         "loads": count(r"(?:global|buffer)_load"),
         "wide loads": count(r"(?:global|buffer)_load_dwordx4"),
@@ -228,14 +228,14 @@ def measure(target: str, name: str) -> dict[str, Any]:
 def table(targets: Iterable[str] = DEVICES, kernels: str = "", workers: int = 2) -> list[dict[str, Any]]:
     """The kernels whose names match the expression `kernels`, on all targets."""
     jobs = [(target, name) for target in targets for name in variants(target) if re.search(kernels, name)]
-    if len(jobs) <= workers:  # not worth a process
+    if len(jobs) <= workers:  # too few for more processes
         return [measure(*job) for job in jobs]
     with ProcessPoolExecutor(workers) as pool:
         return list(pool.map(measure, *zip(*jobs, strict=True)))
 
 
 def oldest_triton() -> Path:
-    """The folder of the oldest Triton that pyproject.toml admits, installed there if it is not yet."""
+    """The folder of the oldest Triton that pyproject.toml admits. Installs it if it is not there yet."""
     admitted = re.search(r"triton>=([\d.]+)", (HERE.parent / "pyproject.toml").read_text())
     assert admitted, "pyproject.toml has no lower bound of triton"
     version = admitted[1] + ".0" * (2 - admitted[1].count("."))
@@ -249,7 +249,7 @@ def oldest_triton() -> Path:
 
 
 def oldest_table(targets: Iterable[str], kernels: str) -> list[dict[str, Any]]:
-    """The table of the oldest Triton, made in a process of its own."""
+    """The table of the oldest Triton, made in a separate process."""
     path = os.pathsep.join([str(oldest_triton()), str(HERE.parent / "kernels")])
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "rows.json"

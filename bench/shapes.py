@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-HEADS = {  # (vocabulary, hidden size), padded as the model's own lm_head is
+HEADS = {  # (vocabulary, hidden size), with the padding of the model's lm_head
     "SmolLM2-135M": (49152, 576),
     "Qwen2.5-0.5B": (151936, 896),
     "Qwen2.5-7B": (152064, 3584),

@@ -1,28 +1,28 @@
-"""Whole training steps beside TRL's SDFTTrainer: seconds by phase and peak memory. `make bench-step`.
+"""Whole training steps of ours and of TRL's SDFTTrainer: seconds by phase and peak memory. `make bench-step`.
 
     python -m bench.step                                        # SmolLM2-135M on the CPU
     python -m bench.step --device cuda --model random-0.5b      # a random Qwen2.5-0.5B
     python -m bench.step --six                                  # ours: full/LoRA x checkpointing x ema/base
 
-Every contender trains on the same records in a process of its own. Peak memory is on the CPU the process's VmHWM,
-libraries included (Linux only), and on CUDA what the allocator gave out. Results are written after every contender.
---six measures our configurations alone and sets the prediction of `sdft plan` beside each peak.
+Every contender trains on the same records in a separate process. On a CPU, peak memory is the VmHWM of the process,
+libraries included (Linux only); on CUDA it is the peak of the allocator. Results are written after every contender.
+--six measures only our configurations, and compares each peak with the prediction of `sdft plan`.
 
 The same for both sides: weights and chat template, prompts, the teacher's context (TRL's template, which is a
-`teacher.template` of ours), answers a step, tokens an answer (nobody may stop early), sampling at temperature 1 from
-the whole vocabulary, full-vocabulary forward KL averaged over the answers, AdamW with fp32 states, a constant rate,
-clipping at 1, an EMA teacher at the same rate, fp32 weights, bf16 autocast by each trainer's own default. Where a name
-says 8-bit or bf16, both sides differ from this alike.
+`teacher.template` of ours), completions a step, tokens a completion (none stops early), sampling at temperature 1 from
+the whole vocabulary, full-vocabulary forward KL averaged over the completions, AdamW with fp32 states, a constant
+learning rate, clipping at 1, an EMA teacher at the same rate, fp32 weights, bf16 autocast as each trainer has it by
+default. If a name contains 8-bit or bf16, both sides have this instead.
 
-What differs, because each trainer does it its own way:
-- TRL keeps a second model for the full fine-tuning's teacher; ours a second set of weights in the same model.
-- TRL pads on the left when scoring and computes the logits of all answer tokens; ours lays sequences end to end or
-  pads on the right (train.packing) and never has the logits.
-- In phases, TRL's head (hidden states to logits) counts to `score` and its gradient to `backward`, ours both to `loss`.
-  `update` is whatever is left of the step: clipping, AdamW, the teacher's update, logging.
-- TRL forbids the stop tokens (min_new_tokens); ours may sample them and goes on. That changes no shape.
+What differs between the trainers:
+- In full fine-tuning, TRL keeps a second model for the teacher; ours keeps a second set of weights for the same model.
+- For scoring, TRL pads on the left and computes the logits of all completion tokens; ours lays sequences end to end or
+  pads on the right (train.packing) and never has all logits.
+- TRL's head (hidden states to logits) counts as `score` and its gradient as `backward`; ours counts as `loss` with its
+  gradient. `update` is the rest of the step: clipping, AdamW, the teacher's update, logging.
+- TRL forbids the stop tokens (min_new_tokens); ours may sample them and continues. That changes no shape.
 - TRL's LoRA teacher starts at A = B = 0, ours at the student's A and B: the same model, and the same work.
-- TRL's own defaults are a `base` teacher, checkpointing on, and the top 100 logits with beta 0.5; "TRL defaults" keeps
+- The defaults of TRL are a `base` teacher, checkpointing on, and the top 100 logits with beta 0.5; "TRL defaults" keeps
   the last two. It has no fused loss: its Liger mode (use_liger_kernel) patches the model's layers.
 """
 
@@ -87,7 +87,7 @@ CONTENDERS = (
     ),
     Contender("TRL, LoRA, checkpointing", "trl", lora=True),
 )
-SIX = tuple(  # the issue says six; the product has eight
+SIX = tuple(  # of --six; there are eight by now
     Contender(
         f"{'LoRA' if lora else 'full'}, checkpointing {'on' if checkpointing else 'off'}, {kind}",
         "ours",
@@ -100,12 +100,12 @@ SIX = tuple(  # the issue says six; the product has eight
 )
 
 
-# All of them, each in a process of its own.
+# Each contender in a separate process.
 
 
 @contextlib.contextmanager
 def locked(path: Path | None) -> Iterator[None]:
-    """Holds a file's lock, for a machine on which others measure too."""
+    """Holds the lock of a file, so that two programs do not measure at the same time."""
     if path is None:
         yield
         return
@@ -115,7 +115,7 @@ def locked(path: Path | None) -> Iterator[None]:
 
 
 def in_subprocess(job: Job, limit_s: float) -> Row:
-    """run_one in a fresh process, so that its peak memory is its own; killed after limit_s."""
+    """run_one in a fresh process, so that its peak memory is not another run's; killed after limit_s."""
     with tempfile.TemporaryDirectory() as folder:
         result, log = Path(folder, "row.json"), Path(folder, "log")
         command = [sys.executable, "-m", "bench.step", "--one", json.dumps(asdict(job)), "--results", str(result)]
@@ -131,7 +131,7 @@ def in_subprocess(job: Job, limit_s: float) -> Row:
 
 
 def compare(rows: list[Row]) -> None:
-    """Give our rows their share of the time and memory of TRL's row beside them."""
+    """Write into our rows their time and memory as a share of TRL's row."""
     found = {(row["shape"], row["contender"]): row for row in rows}
     for row in rows:
         other = found.get((row["shape"], row["beside"]), {})
@@ -166,9 +166,9 @@ def markdown(meta: dict[str, Any], rows: list[Row]) -> str:
     """A paragraph on the run, then a table for each shape; columns that no row has are left out."""
     lines = ["; ".join(f"{k} {v}" for k, v in meta.items()) + ".", ""]
     lines += [
-        "Medians over the steps after the first, in seconds; tokens/s: answer tokens. Our head is in `loss`, TRL's in",
-        "`score` and `backward`; `update` is the rest of the step. Peak GB: see bench/step.py, which also says what is",
-        "the same for all and what is not; libraries GB: the process before any weight.",
+        "Medians over the steps after the first, in seconds; tokens/s: completion tokens. Our head is in `loss`, TRL's",
+        "in `score` and `backward`; `update` is the rest of the step. Peak GB: see bench/step.py, which also lists",
+        "what is equal for all and what is not; libraries GB: the process before any weight.",
     ]
     columns = {key: column for key, column in COLUMNS.items() if any(key in row for row in rows)}
     for shape in dict.fromkeys(row["shape"] for row in rows):
@@ -184,11 +184,14 @@ def markdown(meta: dict[str, Any], rows: list[Row]) -> str:
 
 
 def tokens(group: list[Row]) -> str:
-    """What a step holds, where the contenders agree on it, as they must."""
+    """The tokens of a step. There is more than one entry if contenders do not agree."""
     names = ("prompt_tokens", "teacher_prompt_tokens", "answer_tokens")
     counts = {tuple(row[name] for name in names) for row in group if "seconds" in row}
-    told = ["{} tokens of prompts, {} of the teacher's, {} of answers".format(*count) for count in sorted(counts)]
-    return "".join(f", {text}" for text in told)
+    texts = [
+        "{} tokens of prompts, {} of the teacher's prompts, {} of completions".format(*count)
+        for count in sorted(counts)
+    ]
+    return "".join(f", {text}" for text in texts)
 
 
 def write(path: Path, meta: dict[str, Any], rows: list[Row]) -> None:
@@ -206,19 +209,21 @@ def main(arguments: list[str] | None = None) -> list[Row]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--model", default="smollm2-135m", help=f"as model.name, or {RANDOM}, made on the spot")
-    parser.add_argument("--six", action="store_true", help="ours alone, each peak beside sdft.plan's")
+    parser.add_argument("--six", action="store_true", help="only ours, each peak compared with `sdft plan`")
     parser.add_argument("--shapes", default="", metavar="REGEX", help=f"of {', '.join(SHAPES | GPU_SHAPES)}")
     parser.add_argument("--contenders", default="", metavar="REGEX", help='for example "^(ours|TRL)$"')
     parser.add_argument("--steps", type=int, default=5, help="measured steps, after one for warm-up")
-    parser.add_argument("--seconds", type=float, default=120.0, help="for a contender: then no further step is begun")
+    parser.add_argument(
+        "--seconds", type=float, default=120.0, help="for each contender; afterwards no further step begins"
+    )
     parser.add_argument("--limit", type=float, default=600.0, help="seconds after which a contender is killed")
     parser.add_argument("--lock", type=Path, help="a file to lock while a contender runs")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     if args.one:
-        told = json.loads(args.one)
-        job = Job(**told | {"contender": Contender(**told["contender"]), "shape": Shape(**told["shape"])})
+        given = json.loads(args.one)
+        job = Job(**given | {"contender": Contender(**given["contender"]), "shape": Shape(**given["shape"])})
         args.results.write_text(json.dumps(run_one(job)))
         return []
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -244,8 +249,8 @@ def main(arguments: list[str] | None = None) -> list[Row]:
                 rows.append(row)
                 compare(rows)
                 write(path, meta, rows)
-                told = f"{row['seconds']:.2f} s, {row['peak'] / 1e9:.2f} GB" if "seconds" in row else row["note"]
-                print(f"{name} {contender.name}: {told}", flush=True)
+                result = f"{row['seconds']:.2f} s, {row['peak'] / 1e9:.2f} GB" if "seconds" in row else row["note"]
+                print(f"{name} {contender.name}: {result}", flush=True)
     print(path.with_suffix(".md").read_text())
     return rows
 

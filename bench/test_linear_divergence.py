@@ -1,8 +1,7 @@
-"""The fused loss beside its peers, as pytest-benchmark cases: `python -m pytest bench` (`make bench`).
+"""The fused loss and other losses, as pytest-benchmark cases: `python -m pytest bench` (`make bench`).
 
-Some minutes on two quiet cores; `make gpu-proof` measures the same on a GPU.
-Every case holds all variants to float64 first, and our own must be exact. The results go to
-bench/results/<device>.json and .md.
+This takes some minutes on two quiet cores; `make gpu-proof` measures the same on a GPU. Every case first compares all
+variants with float64, and ours must be exact. The results go to bench/results/<device>.json and .md.
 """
 
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from bench.report import RESULTS, by_case, describe, stem_of, summary, write
 
 @pytest.fixture(scope="module")
 def rows() -> Iterator[list[Row]]:
-    """All rows of the module, written when it is done, also when a case failed; not if only some cases were chosen."""
+    """All rows of the module, written at its end, also if a case failed, but not if only some cases were chosen."""
     rows: list[Row] = []
     yield rows
     meta = describe("python -m pytest bench")

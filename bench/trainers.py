@@ -1,4 +1,4 @@
-"""One run of whole training steps, of our trainer or of TRL's SDFTTrainer; bench/step.py says what is equal in both."""
+"""One run of whole training steps, of our trainer or TRL's SDFTTrainer; bench/step.py lists what is equal in both."""
 
 import json
 import os
@@ -18,13 +18,18 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 LR, EMA_ALPHA, RANK = 1e-5, 0.02, 16
 TEMPLATE = "{request}\n\n{demonstration}"  # SDFTConfig.teacher_prompt_template
-TIMED = ("rollout", "score", "loss", "backward")  # sdft.metrics.PHASES but `update`, which is the rest of the step
-NO_TOKEN = 2**31 - 1  # an end-of-turn id that no vocabulary has
+TIMED = (
+    "rollout",
+    "score",
+    "loss",
+    "backward",
+)  # training.metrics.PHASES without `update`, which is the rest of the step
+NO_TOKEN = 2**31 - 1  # a stop token that no vocabulary has
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A step: `answers` prompts of at least `prompt_tokens` each, one answer of `new_tokens` to each."""
+    """A step: `answers` prompts of at least `prompt_tokens` tokens, one completion of `new_tokens` tokens for each."""
 
     answers: int
     new_tokens: int
@@ -38,28 +43,28 @@ class Contender:
     name: str
     trainer: str  # ours or trl
     lora: bool = False
-    settings: dict[str, Any] = field(default_factory=dict)  # dotted ones of ours, or fields of SDFTConfig
-    beside: str = ""  # ours: the row of TRL's that it is compared with
+    settings: dict[str, Any] = field(default_factory=dict)  # settings of our config, or fields of SDFTConfig
+    beside: str = ""  # for ours: the contender of TRL that it is compared with
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a process of its own is told."""
+    """What one process measures."""
 
     contender: Contender
     shape: Shape
     model: str  # as model.name
     device: str  # cpu or cuda
     steps: int  # measured, at most
-    seconds: float  # after which no step is begun, once one is measured
-    predict: bool = False  # also what sdft.plan says; ours
+    seconds: float  # afterwards no step begins, once one is measured
+    predict: bool = False  # for ours: also the prediction of `sdft plan`
 
 
-# The data and the model that both sides get.
+# The data and the model, the same for both sides.
 
 
 def records(shape: Shape, tokenizer: Any) -> list[dict[str, str]]:
-    """One record an answer: the demo's commands, as many in a prompt as its length needs."""
+    """One record for each completion: commands of the demo, as many in a prompt as its length needs."""
     from sdft.data import skills
     from sdft.data.prompts import encode_chat
     from sdft.data.records import Message
@@ -80,7 +85,7 @@ def records(shape: Shape, tokenizer: Any) -> list[dict[str, str]]:
 
 
 def random_qwen(folder: Path, device: str = "cpu", **sizes: int) -> str:
-    """Writes a Qwen2.5-0.5B with random weights and a tokenizer of bytes, for a machine that gets no weights.
+    """Writes a Qwen2.5-0.5B with random weights and a byte tokenizer, for a machine without weights.
 
     device: where the weights are drawn. sizes: fields of the config that differ. Returns the folder.
     """
@@ -128,7 +133,7 @@ def random_qwen(folder: Path, device: str = "cpu", **sizes: int) -> str:
 
 
 class Clock:
-    """Ends of the steps, their phases, and the peak so far; the same for both trainers."""
+    """The times at which steps end, their phases, and the peak so far; the same for both trainers."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
@@ -150,10 +155,10 @@ class Clock:
         return len(self.ends) < 2 or 2 * self.ends[-1] - self.ends[-2] < self.deadline
 
     def row(self, answer_tokens: int) -> Row:
-        """Medians over the steps but the first, which is warm-up and began before the clock did."""
+        """Medians over the steps after the first, which is warm-up and began before the clock."""
         seconds = [end - start for start, end in pairwise(self.ends)]
         if not seconds:
-            raise RuntimeError(f"no step but the first within {self.job.seconds:.0f} s")
+            raise RuntimeError(f"no second step within {self.job.seconds:.0f} s")
         parts = {name: [phases[name] for phases in self.phases[1:]] for name in TIMED}
         parts["update"] = [whole - sum(some) for whole, *some in zip(seconds, *parts.values(), strict=True)]
         median = statistics.median(seconds)
@@ -202,7 +207,7 @@ def run_ours(job: Job, rows: list[dict[str, str]]) -> Row:
         }
         config = override(Config(), common | job.contender.settings)
         validate(config)
-        limit_caches()  # as train.train does
+        limit_caches()  # as sdft.train does
         predicted = prediction(config) if job.predict else {}
         clock = Clock(job)
         run = set_up(config, output)
@@ -217,7 +222,7 @@ def run_ours(job: Job, rows: list[dict[str, str]]) -> Row:
                 break
         log.close()
         if (run.rollout_batch, run.micro_batch_tokens) != whole:
-            raise torch.OutOfMemoryError  # it went on in halves, which is not what was asked
+            raise torch.OutOfMemoryError  # the step ran again in halves, so this is another setting
     return clock.row(line["tokens"]) | {
         **predicted,
         "dtype": str(run.model.compute_dtype).removeprefix("torch."),
@@ -230,7 +235,7 @@ def run_ours(job: Job, rows: list[dict[str, str]]) -> Row:
 
 
 def prediction(config: Any) -> Row:
-    """`sdft plan`'s peak for the config, in what the peak is measured in; nothing where there is no sdft.plan."""
+    """The peak that `sdft plan` predicts, as this benchmark measures it; empty if sdft has no plan."""
     try:
         from sdft.planning.machine import this_machine
         from sdft.planning.plan import peak as predicted_peak
@@ -238,14 +243,14 @@ def prediction(config: Any) -> Row:
     except ImportError:
         return {}
     shape, work = shape_of(config), work_of(config)
-    machine = this_machine(config)  # last: on the CPU it counts the libraries that are loaded by then
+    machine = this_machine(config)  # last, because on a CPU it counts the libraries that are loaded
     peak = predicted_peak(shape, config, work, machine)
-    # The allocator's peak leaves out the CUDA context; a process's resident memory holds all there is.
+    # The peak of the allocator leaves out the CUDA context; the resident memory of a process includes everything.
     return {"predicted": peak - (machine.runtime if machine.kind == "cuda" else 0)}
 
 
 def run_trl(job: Job, rows: list[dict[str, str]]) -> Row:
-    """Steps of TRL's SDFTTrainer, its methods timed."""
+    """Steps of TRL's SDFTTrainer, with timers around its methods."""
     import datasets
     import peft
     from transformers import AutoTokenizer, TrainerCallback
@@ -332,7 +337,7 @@ def run_trl(job: Job, rows: list[dict[str, str]]) -> Row:
 
 
 def run_one(job: Job) -> Row:
-    """The row of a job done in this process; what cannot be done becomes its note."""
+    """The row of a job, run in this process. If it fails, the row holds a note."""
     from sdft.config import ModelConfig
     from sdft.model.loading import load_tokenizer
 

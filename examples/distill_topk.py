@@ -1,9 +1,10 @@
-"""On-policy distillation from a remote teacher, of which an inference server returns the top-k log-probabilities.
+"""On-policy distillation from a teacher on an inference server, which returns its top-k log-probabilities.
 
     python examples/distill_topk.py [--model STUDENT --teacher TEACHER] [--steps 60]
 
-`ask` stands for the request: here a second model answers it in this process, in the form of vLLM's `prompt_logprobs`.
-The printed loss is the mean reverse KL of a token, over its k named alternatives and all others as one (docs/topk.md).
+`ask` stands for the request to the server. Here a second model in this process replies, in the form of vLLM's
+`prompt_logprobs`. The printed loss is the mean reverse KL of a token over k + 1 events: the k tokens that the server
+returned, and all others together (docs/topk.md).
 """
 
 from typing import Any
@@ -17,7 +18,7 @@ K = 16
 
 @torch.no_grad()
 def ask(teacher: Any, text: list[int]) -> list[dict[int, float]]:
-    """For each token of the text but the first: what was most likely there, over the whole vocabulary."""
+    """For each token of the text after the first: the K likeliest tokens there, with their log-probabilities."""
     found = teacher(torch.tensor([text])).logits[0, :-1].log_softmax(-1).topk(K)  # (T - 1, K)
     return [dict(zip(*row, strict=True)) for row in zip(found.indices.tolist(), found.values.tolist(), strict=True)]
 
@@ -31,13 +32,13 @@ def main() -> None:
     torch.manual_seed(0)
     prompts = [chat_ids(tokenizer, record["prompt"]) for record in RECORDS]
     for step in range(args.steps):
-        answers = sample(student, tokenizer, prompts, args.max_new_tokens)
-        told = []  # one entry a token of the answers
-        for prompt, answer in zip(prompts, answers, strict=True):
-            told += ask(teacher, [*prompt.tolist(), *answer.tolist()])[len(prompt) - 1 :]
-        named = torch.tensor([list(entry) for entry in told])  # (N, K); servers that send fewer: pad with id -1
-        logprobs = torch.tensor([list(entry.values()) for entry in told])  # (N, K)
-        ids, rows = join(prompts, answers)  # (B, T)
+        completions = sample(student, tokenizer, prompts, args.max_new_tokens)
+        entries = []  # one for each completion token
+        for prompt, completion in zip(prompts, completions, strict=True):
+            entries += ask(teacher, [*prompt.tolist(), *completion.tolist()])[len(prompt) - 1 :]
+        named = torch.tensor([list(entry) for entry in entries])  # (N, K); if a server returns fewer, pad with id -1
+        logprobs = torch.tensor([list(entry.values()) for entry in entries])  # (N, K)
+        ids, rows = join(prompts, completions)  # (B, T)
         x = student.base_model(ids).last_hidden_state[rows]  # (N, H)
         loss = linear_topk_divergence(
             x, student.get_output_embeddings().weight, named, logprobs, divergence="reverse_kl"

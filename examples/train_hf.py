@@ -3,8 +3,8 @@
     python examples/train_hf.py [--model NAME] [--steps 40]
     torchrun --nproc-per-node 2 examples/train_hf.py    # without a GPU: ACCELERATE_USE_CPU=true torchrun ...
 
-`get_batch_samples` fetches a step's micro-batches. There the student answers, and the answers' tokens are counted over
-micro-batches and processes before the first backward: the loss, logged and differentiated, is the mean over them all.
+`get_batch_samples` fetches the micro-batches of a step. There the student completes the prompts, and the completion
+tokens are counted over micro-batches and processes, before the first backward pass. The loss is the mean over them all.
 """
 
 import copy
@@ -12,7 +12,7 @@ import tempfile
 from typing import Any
 
 import torch
-from common import RECORDS, answer, leave_group, load, parse
+from common import RECORDS, complete, leave_group, load, parse
 from sdft_kernels import linear_divergence
 from transformers import Trainer, TrainingArguments
 
@@ -25,21 +25,21 @@ class SelfDistillationTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         fetched, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        batches = [answer(self.model, self.processing_class, b["records"], self.max_new_tokens) for b in fetched]
+        batches = [complete(self.model, self.processing_class, b["records"], self.max_new_tokens) for b in fetched]
         tokens = sum(b["rows"].sum() for b in batches)
         return batches, self.accelerator.gather(tokens).sum()
 
     def compute_loss(
         self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        # Through the model's own forward, because DDP and FSDP act on that; of its logits one row is computed.
+        # The forward of the wrapped model, because DDP and FSDP act on it. It computes one row of logits, unused.
         out = model(inputs["input_ids"], output_hidden_states=True, logits_to_keep=1, use_cache=False)
         with torch.no_grad():
             seen = self.teacher.base_model(inputs["teacher_ids"]).last_hidden_state
         x, teacher_x = out.hidden_states[-1][inputs["rows"]], seen[inputs["teacher_rows"]]  # (N, H)
         head, teacher_head = (m.get_output_embeddings().weight for m in (self.model, self.teacher))  # (V, H)
         total = linear_divergence(x, head, teacher_x, teacher_head, divergence="reverse_kl", reduction="sum")
-        return total * self.accelerator.num_processes / num_items_in_batch  # the processes' gradients are averaged
+        return total * self.accelerator.num_processes / num_items_in_batch  # the Trainer averages over processes
 
 
 if __name__ == "__main__":

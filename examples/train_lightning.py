@@ -1,16 +1,16 @@
-"""Self-distillation (SDFT) as a LightningModule, with Lightning's own accumulation, clipping and processes.
+"""Self-distillation (SDFT) as a LightningModule. Lightning accumulates, clips and runs the processes.
 
     python examples/train_lightning.py [--model NAME] [--steps 40]    # after: pip install lightning
 
-Answers are sampled in `training_step`, which returns a sum; `on_before_optimizer_step`, which runs before clipping,
-divides the gradient by the tokens of all micro-batches and processes: exactly the mean, at any accumulation.
+`training_step` samples completions and returns a sum over their tokens. `on_before_optimizer_step`, which runs before
+clipping, divides the gradient by the tokens of all micro-batches and processes: the loss is the mean over them all.
 """
 
 import copy
 
 import lightning
 import torch
-from common import RECORDS, answer, leave_group, load, parse
+from common import RECORDS, complete, leave_group, load, parse
 from sdft_kernels import linear_divergence
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -22,10 +22,10 @@ class SelfDistillation(lightning.LightningModule):
         self.tokenizer, self.student = load(name)
         self.teacher = copy.deepcopy(self.student).eval().requires_grad_(False)
         self.lr, self.max_new_tokens = lr, max_new_tokens
-        self.so_far: Tensor | float = 0.0  # of this step: divergence, tokens. No buffer: DDP overwrites those
+        self.so_far: Tensor | float = 0.0  # this step's divergence and tokens; no buffer, which DDP would overwrite
 
     def training_step(self, records: list[dict[str, str]]) -> Tensor:
-        batch = answer(self.student, self.tokenizer, records, self.max_new_tokens)
+        batch = complete(self.student, self.tokenizer, records, self.max_new_tokens)
         x = self.student.base_model(batch["input_ids"]).last_hidden_state[batch["rows"]]  # (N, H)
         with torch.no_grad():
             teacher_x = self.teacher.base_model(batch["teacher_ids"]).last_hidden_state[batch["teacher_rows"]]  # (N, H)
@@ -36,7 +36,7 @@ class SelfDistillation(lightning.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         divergence, tokens = self.trainer.strategy.reduce(self.so_far, reduce_op="sum")
-        # Lightning divided by the micro-batches, and averaged over the processes: both are taken back.
+        # Lightning divided by the micro-batches and averaged over the processes: undo both.
         for p in self.student.parameters():
             if p.grad is not None:
                 p.grad.mul_(self.trainer.accumulate_grad_batches * self.trainer.world_size / tokens)

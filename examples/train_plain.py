@@ -1,20 +1,20 @@
-"""Self-distillation (SDFT) in a plain PyTorch loop: `linear_divergence` is the only line that is not PyTorch's own.
+"""Self-distillation (SDFT) in a plain PyTorch loop: `linear_divergence` is the only call that is not plain PyTorch.
 
     python examples/train_plain.py [--model NAME] [--steps 60]
 
-Each step the student answers a few prompts. The teacher, a moving average of the student that also sees a
-demonstration, says for every token of the answers what it would have said; the student moves towards it. The printed
-loss is the mean reverse KL of a token of the answers.
+In each step the student completes a few prompts. The teacher is a moving average of the student that also sees a
+demonstration. At every completion token it gives a distribution over the next token, and the student moves towards this
+distribution. The printed loss is the mean reverse KL of a completion token.
 """
 
 import copy
 
 import torch
-from common import RECORDS, answer, load, parse
+from common import RECORDS, complete, load, parse
 from sdft_kernels import linear_divergence
 from torch import Tensor
 
-EMA = 0.01  # the teacher's step towards the student
+EMA = 0.01  # how far the teacher moves towards the student in each step
 CLIP = 1.0
 
 
@@ -25,7 +25,7 @@ def main() -> None:
     optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, weight_decay=0.0)
     torch.manual_seed(0)
     for step in range(args.steps):
-        batch = answer(student, tokenizer, RECORDS, args.max_new_tokens)
+        batch = complete(student, tokenizer, RECORDS, args.max_new_tokens)
         loss = distance(student, teacher, batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), CLIP)
@@ -39,7 +39,7 @@ def main() -> None:
 
 
 def distance(student: torch.nn.Module, teacher: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Mean over the answers' N tokens, from hidden states alone: no logits, and none of the prompts' rows."""
+    """The mean over the N completion tokens, from hidden states: no logits are kept, and prompts cost nothing."""
     x = student.base_model(batch["input_ids"]).last_hidden_state[batch["rows"]]  # (N, H)
     with torch.no_grad():
         teacher_x = teacher.base_model(batch["teacher_ids"]).last_hidden_state[batch["teacher_rows"]]  # (N, H)

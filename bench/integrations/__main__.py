@@ -1,7 +1,7 @@
 """The numbers of docs/integrations.md, on the CPU: `python -m bench.integrations NAME`.
 
-liger       the classes of sdft_kernels.compat.liger and liger-kernel's: errors and memory
-trl         TRL's trainers with their own loss and with sdft.integrations.trl: memory and losses
+liger       the classes of sdft_kernels.compat.liger and of liger-kernel: errors and memory
+trl         TRL's trainers with TRL's loss and with sdft.integrations.trl: memory and losses
 examples    a step of examples/train_plain.py with and without logits: memory
 """
 

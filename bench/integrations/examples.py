@@ -2,10 +2,10 @@
 
     python -m bench.integrations examples
 
-SmolLM2-135M in fp32 on the CPU, the example as it is, with four answers of 256 (random) tokens; then once more with the
-loss replaced by `sdft_kernels.reference`, the dense one in plain PyTorch. Each in a process of its own. Printed are the
-peak of the resident set over loss and backward of the second step, when the optimizer's state is there, and how much of
-it came after the forwards.
+The unchanged example runs SmolLM2-135M in fp32 on the CPU, with four completions of 256 random tokens: first with the
+fused loss, then with `sdft_kernels.reference`, the dense loss in plain PyTorch, each in a fresh process. The program
+prints the peak of the resident set over loss and backward of the second step, when the optimizer has its state, and how
+much of the peak came after the forward passes.
 """
 
 import importlib
@@ -27,19 +27,19 @@ from sdft.model.sources import prepare_smollm2
 from ..measure import proc_bytes
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-ANSWER = 256
+COMPLETION = 256  # tokens
 LOSSES: dict[str, Callable[..., Any]] = {
     "fused": sdft_kernels.linear_divergence,
     "dense": linear_divergence_reference,
 }
 
 
-def random_answers(lm: Any, tokenizer: Any, prompts: list[Tensor], max_new_tokens: int) -> list[Tensor]:
+def random_completions(lm: Any, tokenizer: Any, prompts: list[Tensor], max_new_tokens: int) -> list[Tensor]:
     return [torch.randint(1000, 40000, (max_new_tokens,)) for _ in prompts]
 
 
 def child(name: str) -> None:
-    """Runs the example with this loss and prints two numbers of bytes."""
+    """Runs the example with this loss and prints bytes: the peak, and its growth after the forward passes."""
     resident = [0]
     loss = LOSSES[name]
 
@@ -54,16 +54,16 @@ def child(name: str) -> None:
 
     sys.path.insert(0, str(EXAMPLES))
     common: Any = importlib.import_module("common")
-    common.sample = random_answers
+    common.sample = random_completions
     sdft_kernels.linear_divergence = noted
     register_optimizer_step_pre_hook(stepping)
-    options = ["--model", str(prepare_smollm2()), "--steps", "2", "--max-new-tokens", str(ANSWER)]
+    options = ["--model", str(prepare_smollm2()), "--steps", "2", "--max-new-tokens", str(COMPLETION)]
     sys.argv = ["train_plain.py", *options]
     runpy.run_path(str(EXAMPLES / "train_plain.py"), run_name="__main__")
 
 
 def main(arguments: list[str]) -> None:
-    """Prints the numbers; with arguments, those of one process."""
+    """Prints the numbers. With arguments: the numbers of one process."""
     if arguments:
         child(arguments[0])
         return

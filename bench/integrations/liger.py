@@ -1,9 +1,9 @@
-"""The numbers of docs/integrations.md: `sdft_kernels.compat.liger` beside liger-kernel's chunked class, on the CPU.
+"""The numbers of docs/integrations.md: `sdft_kernels.compat.liger` and the chunked class of liger-kernel, on the CPU.
 
     python -m bench.integrations liger
 
 Errors are |a − b| / |b| against dense float64 of the same bf16 inputs. Memory is the growth of the peak resident set
-over loss and backward, in a process of its own a row, the gradients that are asked for included.
+over loss and backward, gradients included; each row is measured in a separate process.
 """
 
 import subprocess
@@ -18,14 +18,14 @@ from torch import Tensor
 
 from ..measure import Cpu
 
-ROWS, VOCAB, HIDDEN, NOISE = 64, 4096, 256, 0.05  # of the errors: a teacher near its student
-BIG = (1024, 49152, 576)  # of the memory: SmolLM2-135M's head
+ROWS, VOCAB, HIDDEN, NOISE = 64, 4096, 256, 0.05  # for the errors: the teacher is near the student
+BIG = (1024, 49152, 576)  # for the memory: the head of SmolLM2-135M
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def near(rows: int, vocab: int, hidden: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Student hidden states, the head of both, the teacher's hidden states."""
+    """The student's hidden states, the head of both sides, the teacher's hidden states."""
     gen = torch.Generator().manual_seed(0)
     x, w = torch.randn(rows, hidden, generator=gen), torch.randn(vocab, hidden, generator=gen) / hidden**0.5
     return x.to(dtype), w.to(dtype), (x + NOISE * torch.randn(rows, hidden, generator=gen)).to(dtype)
@@ -71,7 +71,7 @@ def errors() -> None:
 
 
 def padded() -> None:
-    """A student equal to its teacher, whose head has 64 rows more, impossible ones; all logits 5 lower."""
+    """A student equal to its teacher, whose head has 64 more rows, impossible ones; logits are 5 lower."""
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
     x, w, _ = near(ROWS, VOCAB, HIDDEN, torch.float32)
@@ -108,7 +108,7 @@ def memory(what: str) -> int:
 
 
 def main(arguments: list[str]) -> None:
-    """Prints the numbers; with arguments, those of one process."""
+    """Prints the numbers. With arguments: the numbers of one process."""
     if arguments:
         print(memory(arguments[0]))
         return

@@ -1,10 +1,10 @@
-"""The memory of TRL's trainers with their own loss and with `sdft.integrations.trl`: the table of docs/integrations.md.
+"""The memory of TRL's trainers with TRL's loss and with `sdft.integrations.trl`: the table of docs/integrations.md.
 
     python -m bench.integrations trl
 
 One micro-batch of 4 sequences, 64 prompt and 256 completion tokens each, on a random Llama of two layers with
-SmolLM2-135M's width, head and vocabulary, in fp32 on the CPU. Growth of the peak resident set over `compute_loss` and
-backward, gradients included, in a process of its own a row. The batch is the same on both sides.
+SmolLM2-135M's width, head and vocabulary, in fp32 on the CPU. Memory is the growth of the peak resident set over
+`compute_loss` and backward, gradients included; each row is measured in a separate process. Both sides get one batch.
 """
 
 import os
@@ -74,7 +74,7 @@ def trainer(name: str, side: str, settings: dict[str, Any], folder: str) -> Any:
 
 
 def batch(vocabulary: int, stale: bool) -> dict[str, Any]:
-    """What the four trainers' compute_loss reads, of random tokens."""
+    """Random tokens in the fields that compute_loss of the four trainers reads."""
     ids = torch.randint(3, vocabulary, (B, PROMPT + ANSWER))
     ones = torch.ones_like(ids)
     teacher = torch.cat([torch.randint(3, vocabulary, (B, PROMPT)), ids], dim=1)
@@ -95,13 +95,13 @@ def batch(vocabulary: int, stale: bool) -> dict[str, Any]:
 
 
 def extra_bytes(row: str, side: str) -> tuple[int, float]:
-    """Bytes of one loss with its backward, and the loss."""
+    """Bytes of one loss with its backward pass, and the value of the loss."""
     from ..trainers import random_qwen
 
     name, settings = ROWS[row]
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
-        # SmolLM2's sizes; Qwen2 differs from its Llama by three biases a layer.
+        # The sizes of SmolLM2. Qwen2 differs from SmolLM2's Llama by three biases in each layer.
         random_qwen(
             Path(folder), vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=2,
             num_attention_heads=9, num_key_value_heads=3,
@@ -122,7 +122,7 @@ def extra_bytes(row: str, side: str) -> tuple[int, float]:
 
 
 def main(arguments: list[str]) -> None:
-    """Prints the numbers; with arguments, those of one process."""
+    """Prints the numbers. With arguments: the numbers of one process."""
     if arguments:
         print(*extra_bytes(*arguments))
         return

@@ -1,13 +1,13 @@
-"""The proof on one GPU: `make gpu-proof`, at most 590 seconds, no network, nothing to choose.
+"""The proof on one GPU: `make gpu-proof`. It takes at most 590 seconds, no network and no options.
 
     python -m bench.proof                          everything, into bench/results/<device>.json, .md and pictures
     python -m bench.proof --only values,ours       some phases (see bench/proof/phases.py)
     python -m bench.proof --tiny                   the same program on the CPU, small, with Triton's interpreter
 
-Each phase runs in a process of its own and has a time budget; time that a phase leaves over belongs to the next ones.
-An item that raises is recorded with its traceback, an item that kills its process or the CUDA context is recorded too,
-and the rest of the phase runs in a new process. <device>.jsonl is written item by item, the other files after every
-phase: a run that is cut off leaves all that it measured. The exit status is 1 if a value is wrong or an item failed.
+Each phase runs in a separate process and has a time budget; time that a phase does not use goes to the next phases. If
+an item raises, its traceback is recorded. If an item kills its process or the CUDA context, this is recorded too, and
+the rest of the phase runs in a new process. <device>.jsonl is written after every item, the other files after every
+phase, so a run that is cut off keeps all results. The exit status is 1 if a value is wrong or an item failed.
 `python -m bench.proof.report FILE.json` writes the tables and pictures of a file again.
 """
 
@@ -27,7 +27,7 @@ from .run import ROOT, run_phase
 
 
 def deadlines(phases: list[Phase], begin: float, seconds: float) -> list[float]:
-    """The end of each phase, in time.monotonic(): in the shares of PHASES, `seconds` in all."""
+    """The end of each phase, in time.monotonic(): `seconds` in all, divided in the shares of PHASES."""
     share = (seconds - WRITING * min(1.0, seconds / WHOLE)) / sum(phase.seconds for phase in phases)
     ends, at = [], begin
     for phase in phases:
@@ -37,7 +37,7 @@ def deadlines(phases: list[Phase], begin: float, seconds: float) -> list[float]:
 
 
 def chosen(names: str) -> list[Phase]:
-    """The phases named, in their own order; all for an empty string."""
+    """The phases with these names, in the order of PHASES; all for an empty string."""
     wanted = [name for name in names.split(",") if name]
     known = [phase.name for phase in PHASES]
     for name in wanted:
@@ -52,8 +52,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, help="the folder of the results; bench/results, or runs/proof with --tiny")
     parser.add_argument("--only", default="", metavar="PHASES", help=", ".join(phase.name for phase in PHASES))
-    parser.add_argument("--seconds", type=float, default=WHOLE, help="of the whole program")
-    parser.add_argument("--tiny", action="store_true", help="on the CPU, in miniature")
+    parser.add_argument("--seconds", type=float, default=WHOLE, help="time of the whole program")
+    parser.add_argument("--tiny", action="store_true", help="on the CPU, with small sizes")
     return parser.parse_args(arguments)
 
 

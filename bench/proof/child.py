@@ -1,4 +1,4 @@
-"""The process of a phase: `python -m bench.proof.child JSON`, where JSON holds what `run.in_process` writes."""
+"""The process of a phase: `python -m bench.proof.child JSON`; `run.in_process` writes the JSON."""
 
 import gc
 import importlib
@@ -12,7 +12,7 @@ from .phase import LOST, OUT_OF_TIME, Item, Place, Row, Stream
 
 
 def work(phase: str, items: list[Item], place: Place, mine: range, stream: Stream) -> None:
-    """Runs the items of these numbers in this process. Exits with LOST if the GPU no longer answers."""
+    """Runs the items with these numbers in this process. Exits with LOST if the GPU no longer works."""
     for number, item in enumerate(items):
         if number not in mine:
             continue
@@ -34,7 +34,7 @@ def work(phase: str, items: list[Item], place: Place, mine: range, stream: Strea
 
 
 def device_answers() -> bool:
-    """False after an illegal access: then every CUDA call of the process fails."""
+    """False after an illegal memory access: then every CUDA call of the process fails."""
     import torch
 
     try:

@@ -1,7 +1,7 @@
-"""One call by kernel: time of each, and of each phase of the costs (bench/roofline.py) with its rates.
+"""One call by kernel: the time of each kernel, and of each phase of bench/costs.py with its rates.
 
 The products are told apart by their shapes, which the profiler records: (C, H)(H, V) makes logits, (V, C)(C, H) dW,
-(C, V)(V, H) dX. What other operators of torch launch is `copies`; the rest are the loss's own Triton kernels, `rows`.
+(C, V)(V, H) dX. Kernels of other torch operators are `copies`; the rest are the Triton kernels of the loss, `rows`.
 """
 
 from collections.abc import Iterable
@@ -81,7 +81,7 @@ def tiles(case: Case, place: Place, rows: list[Row]) -> None:
 
 
 def account(events: Iterable[Any], on_gpu: bool, vocab: int) -> tuple[dict[str, float], dict[str, tuple[int, float]]]:
-    """Milliseconds of each phase but `rows`, whose kernels torch does not launch; calls and milliseconds of kernels."""
+    """Milliseconds of each phase except `rows`, which torch does not launch; calls and milliseconds of kernels."""
     phases = dict.fromkeys(("logits", "rows", "dW", "dX", "copies"), 0.0)
     kernels: dict[str, tuple[int, float]] = {}
     for event in events:

@@ -1,4 +1,4 @@
-"""Where the proof runs: versions, what one product and one copy reach, and which packages are there."""
+"""The machine of the proof: versions, the rate of one product and of one copy, installed packages."""
 
 import importlib.metadata
 import importlib.util
@@ -14,7 +14,7 @@ from ..measure import Cpu, Cuda
 from ..report import describe
 from .phase import Item, Place, Row
 
-# What the phases import, ours and the peers'. A missing one becomes a note of its rows; `make wheels` brings most.
+# Packages that the phases import. If one is missing, its rows get a note; `make wheels` downloads most of them.
 MODULES = (
     "triton", "transformers", "huggingface_hub", "httpx", "peft", "accelerate", "safetensors", "datasets", "tomli_w",
     "trl", "liger_kernel", "fla", "matplotlib",
@@ -62,7 +62,7 @@ def rates(place: Place, rows: list[Row]) -> None:
 
 
 def median(clock: Cpu | Cuda, run: Callable[[], Any]) -> float:
-    """Milliseconds of a run, after warm-up; fewer runs on a CPU, where only the tiny program comes."""
+    """Milliseconds of a run, after warm-up; fewer runs on a CPU, which runs only the tiny program."""
     warm_up, repeats = (WARM_UP, REPEATS) if clock.name == "cuda" else (1, 3)
     for _ in range(warm_up):
         run()

@@ -1,6 +1,6 @@
-"""What moves to the CPU (teacher, optimizer, activations) and the trainer's run on this device: the same values.
+"""Offloading to the CPU (teacher, optimizer, activations), and runs of the trainer with it: the same values.
 
-Nothing may change but the place: every check compares with the same thing kept on the device.
+Offloading may change only the place: every check compares with the same tensors kept on the device.
 """
 
 import io
@@ -61,7 +61,7 @@ def apart(pairs: Any) -> float:
 
 
 def teacher(place: Place, dtype: torch.dtype) -> Iterator[Found]:
-    """EMA masters on the CPU average as those on the device do, through five updates and a saved state."""
+    """EMA masters on the CPU average like masters on the device, through five updates and a saved state."""
     from sdft.update.ema import AveragedTeacher
 
     model = llama(place, dtype)
@@ -102,7 +102,7 @@ def teacher_bytes(place: Place) -> Iterator[Found]:
 
 
 def teacher_beside_the_forward(place: Place) -> Iterator[Found]:
-    """Nothing waits between the update and the next forward, though the device is busy all along."""
+    """The host does not wait between the update and the next forward pass, although the device is busy throughout."""
     from sdft.update.ema import AveragedTeacher
 
     model = llama(place, torch.bfloat16)
@@ -110,7 +110,7 @@ def teacher_beside_the_forward(place: Place) -> Iterator[Found]:
     with torch.no_grad():
         for p in model.trainable().values():
             p.add_(0.01)
-        made.update()  # pinned memory is made in the first
+        made.update()  # the first update allocates pinned memory
         made.wait()
         want = model.hidden(ids)
     before = {name: t.clone() for name, t in made.masters.items()}
@@ -138,7 +138,7 @@ def teacher_beside_the_forward(place: Place) -> Iterator[Found]:
 
 
 def optimizer(place: Place, dtype: torch.dtype) -> Iterator[Found]:
-    """AdamW with its states on the CPU, six steps, through a file in the middle."""
+    """Six steps of AdamW with its states on the CPU, saved to a file and loaded in the middle."""
     from sdft.config import OptimConfig
     from sdft.update.optim import clip, make_optimizer
 
@@ -170,7 +170,7 @@ def optimizer(place: Place, dtype: torch.dtype) -> Iterator[Found]:
 
 
 def through_a_file(before: torch.optim.Optimizer, after: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """`after` with the state of `before`, as at a resume."""
+    """Give `after` the state of `before`, as a resume does."""
     file = io.BytesIO()
     torch.save(before.state_dict(), file)
     file.seek(0)
@@ -190,7 +190,7 @@ def activations(place: Place, checkpointing: bool) -> Iterator[Found]:
         enable_gradient_checkpointing(model)
     gradients, held = {}, {}
     for offload in (False, True):
-        for _ in range(2):  # the first warms up
+        for _ in range(2):  # the first is for warm-up
             model.lm.zero_grad(set_to_none=True)
             before = allocated(place)
             with saved_activations() if offload else nullcontext():
@@ -211,7 +211,7 @@ def allocated(place: Place) -> int:
 
 
 def eight_bits(place: Place, name: str) -> Iterator[Found]:
-    """bitsandbytes' AdamW: a run that goes through a file is the run that does not, bit for bit."""
+    """AdamW of bitsandbytes: a run that is saved and loaded equals an uninterrupted run, bit for bit."""
     from sdft.config import OptimConfig
     from sdft.update.optim import make_optimizer
 
@@ -232,7 +232,7 @@ def eight_bits(place: Place, name: str) -> Iterator[Found]:
 
 
 def whole_run(place: Place, rank: int) -> Iterator[Found]:
-    """Four steps of the trainer on the device, with everything offloaded beside it without; then both resume."""
+    """Four steps of the trainer on the device, with everything offloaded and with nothing; then both resume."""
     from sdft.config import Config, override
     from sdft.training.loop import train
     from sdft.training.metrics import read_metrics
@@ -252,10 +252,10 @@ def whole_run(place: Place, rank: int) -> Iterator[Found]:
             output = Path(folder, name)
             config = override(Config(), common | settings | {"train.output": str(output)})
             train(config)
-            train(override(config, {"train.resume": True}))  # at its end already: reads every state
+            train(override(config, {"train.resume": True}))  # at the end too: this reads every state
             lines.append(read_metrics(output))
     yield Found("steps that are missing", float(8 - sum(map(len, lines))), 0.0)
-    # One step's rounding apart; later steps sample other completions.
+    # They differ by the rounding of one step; later steps sample other completions.
     for key, bound in (("loss", 1e-3), ("grad_norm", 1e-2), ("teacher_tracked", 1e-2)):
         yield Found(f"first step: {key}", abs(lines[1][0][key] / lines[0][0][key] - 1), bound)
 

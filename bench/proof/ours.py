@@ -1,6 +1,6 @@
-"""The loss alone: every implementation by workspace, on the heads of four models, beside the bare products.
+"""The loss alone: every implementation by workspace, on the heads of four models, compared with the bare products.
 
-And as the trainer calls it: fp32 heads under bf16 autocast, with labels, token outputs and weights.
+Also as the trainer calls it: fp32 heads under bf16 autocast, with labels, token outputs and weights.
 """
 
 from functools import partial
@@ -20,7 +20,7 @@ from .values import CANDIDATES
 MIB = 2**20
 WORKSPACES: tuple[int | None, ...] = (None, 256 * MIB, 512 * MIB, 1024 * MIB, 2048 * MIB)  # None: the default
 TINY_WORKSPACES: tuple[int | None, ...] = (None, 2**14)
-OF_CANDIDATES = (None, 256 * MIB)  # the workspaces of what is not chosen by itself
+OF_CANDIDATES = (None, 256 * MIB)  # the workspaces of implementations that are not the default
 TOKENS = 16_384
 ROUNDS = 5
 

@@ -8,8 +8,11 @@ from .machine import device_for
 from .phase import Item, Place, Row
 
 ROUNDS = 10
-WITHOUT = ("sdft_kernels torch", "dense, compiled")  # no tensor cores on a GPU; half a minute of compiling a shape
-CHUNKED = ("Liger chunked",)  # compiles for a while too
+WITHOUT = (
+    "sdft_kernels torch",
+    "dense, compiled",
+)  # no tensor cores on a GPU; half a minute of compilation for each shape
+CHUNKED = ("Liger chunked",)  # compilation takes a while too
 
 
 def items(place: Place) -> list[Item]:

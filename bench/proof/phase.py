@@ -1,4 +1,4 @@
-"""What a phase is made of, and the stream: an item's rows are on the disk before the next item begins.
+"""The parts of a phase, and the stream of events: the rows of an item are on disk before the next item begins.
 
 The stream is a file of JSON lines, one event a line:
 
@@ -39,7 +39,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Item:
-    """One thing to run. `run` appends its rows as it makes them; what it raises becomes the item's error."""
+    """One thing to run. `run` appends each row as soon as it is measured. An exception becomes the item's error."""
 
     name: str
     run: Callable[[list[Row]], None]
@@ -61,7 +61,7 @@ class Stream:
             os.close(file)
 
     def read(self) -> list[Event]:
-        """All events; a last line that was cut off is left out."""
+        """All events, without a last line that was cut off."""
         found = []
         for line in self.path.read_text().splitlines() if self.path.exists() else []:
             try:

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 class Phase:
     """A part of the proof that has a process and a budget of time."""
 
-    name: str  # as --only takes it
-    seconds: float  # of WHOLE; what a phase leaves over belongs to those after it
+    name: str  # for --only
+    seconds: float  # of WHOLE; time that a phase does not use goes to the phases after it
     about: str  # the heading in the results
-    module: str  # whose `items(place)` is the list to run
-    processes: int = 1  # that run its items side by side: more than one where nothing is timed, and kernels compile
+    module: str  # its `items(place)` is the list to run
+    processes: int = 1  # that run the items in parallel; more than one if nothing is timed, because kernels compile
 
 
 PHASES = (
@@ -24,5 +24,5 @@ PHASES = (
     Phase("rollout", 40, "Rollout: tokens a second", "bench.proof.rollout"),
     Phase("offload", 40, "What moves to the CPU: the same values", "bench.proof.offload", 2),
 )
-WHOLE = 575.0  # seconds of the whole program; installing the wheels before it takes some, and the limit is 590
-WRITING = 20.0  # of these: pictures and tables at the end
+WHOLE = 575.0  # seconds of the whole program; the limit is 590, and the install of the wheels before it takes some
+WRITING = 20.0  # of these seconds, for pictures and tables at the end

@@ -6,14 +6,14 @@ from typing import Any
 
 from .phase import Row
 
-# Okabe and Ito's colours, told apart by colour-blind readers; the markers tell apart what shares a colour.
+# The colours of Okabe and Ito, which colour-blind readers can distinguish; markers separate lines of one colour.
 COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = "osD^vPX<>*hp"
 PHASES = ("rollout", "score", "loss", "backward", "update")  # of a training step
 
 
 def draw(path: Path, found: dict[str, Any]) -> list[Path]:
-    """path-ours.png, path-peers.png and path-steps.png, each if there is something in it; none without matplotlib."""
+    """path-ours.png, path-peers.png and path-steps.png, without empty pictures; none if matplotlib is missing."""
     try:
         import matplotlib
     except ImportError:
@@ -69,7 +69,9 @@ def beside_peers(axes: Any, rows: list[Row]) -> bool:
         )  # fmt: skip
     axes.set_xscale("log")
     ends = [math.log10(max(row["extra MB"], 1)) for row in rows]
-    axes.set_xlim(10 ** math.floor(min(ends)), 10 ** math.ceil(max(ends) + 0.01))  # whole decades: a tick at either end
+    axes.set_xlim(
+        10 ** math.floor(min(ends)), 10 ** math.ceil(max(ends) + 0.01)
+    )  # whole decades, so that there is a tick at both ends
     case = ", ".join(str(rows[0][key]) for key in keys)
     axes.set(xlabel=f"extra memory, MB ({case}; hollow: inexact)", ylabel="time of the bare products / time")
     axes.set_ylim(0, 1.05)

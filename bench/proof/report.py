@@ -153,8 +153,8 @@ def section(phase: str, found: Found) -> Iterator[str]:
 
 
 def check_lines(entries: list[dict[str, Any]]) -> Iterator[str]:
-    """One line a check: how many numbers, the largest of its bound, those that are wrong."""
-    yield from ("| check | numbers | largest, of its bound | wrong | s |", "|---|---:|---:|---|---:|")
+    """One line for each check: how many numbers, the largest share of a bound, the wrong numbers."""
+    yield from ("| check | numbers | largest share of a bound | wrong | s |", "|---|---:|---:|---|---:|")
     for entry in entries:
         rows = [row for row in entry["rows"] if "bound" in row and "right" in row]
         notes = [row["note"] for row in entry["rows"] if "note" in row]
@@ -162,9 +162,9 @@ def check_lines(entries: list[dict[str, Any]]) -> Iterator[str]:
             continue
         shares = [row["error"] / row["bound"] for row in rows if row["bound"]]
         wrong = [f"{row['what']} {row['error']:.1e} > {row['bound']:.1e}" for row in rows if not row["right"]]
-        told = "; ".join([*wrong, *notes, *(["see below"] if entry["error"] else [])])
+        remarks = "; ".join([*wrong, *notes, *(["see below"] if entry["error"] else [])])
         most = f"{max(shares):.0%}" if shares else ""
-        yield f"| {entry['item']} | {len(rows)} | {most} | {told} | {entry['seconds']:.1f} |"
+        yield f"| {entry['item']} | {len(rows)} | {most} | {remarks} | {entry['seconds']:.1f} |"
     yield ""
 
 
@@ -196,20 +196,20 @@ def step_table(rows: list[Row]) -> Iterator[str]:
 
 
 def line(found: Found, phase: str, seconds: float) -> str:
-    """One line for the terminal: what a phase came to."""
+    """One line for the terminal: the outcome of a phase."""
     entries = found["phases"].get(phase, [])
     rows = rows_of(found, phase)
     wrong = sum(row.get("right") is False for row in rows)
     failed = sum(entry["error"] not in (None, OUT_OF_TIME) for entry in entries)
     late = sum(entry["error"] == OUT_OF_TIME for entry in entries)
-    told = f"{len(entries)} items, {len(rows)} rows"
+    outcome = f"{len(entries)} items, {len(rows)} rows"
     for count, word in ((wrong, "WRONG"), (failed, "FAILED"), (late, "not run")):
-        told += f", {count} {word}" if count else ""
-    return f"{seconds:6.1f} s  {phase}: {told}"
+        outcome += f", {count} {word}" if count else ""
+    return f"{seconds:6.1f} s  {phase}: {outcome}"
 
 
 def faults(found: Found) -> list[str]:
-    """What is wrong or failed, a line each. What had no time, and what a note explains, is neither."""
+    """A line for each wrong value and failed item. Items without time, and rows with a note, are neither."""
     lines = []
     for phase, entries in found["phases"].items():
         for row in rows_of(found, phase):
@@ -222,7 +222,7 @@ def faults(found: Found) -> list[str]:
 
 
 def summary(found: Found) -> str:
-    """What matters most, short enough for the end of a terminal."""
+    """The most important results, short enough for the end of a terminal."""
     lines = faults(found)
     loss = [row for row in rows_of(found, "ours") + rows_of(found, "peers") if "of the floor" in row]
     for row in loss:
@@ -230,8 +230,8 @@ def summary(found: Found) -> str:
         share = f"{row['of the floor']:.0%} of the bare products{bound}, {row['extra MB'] or 0:.0f} MB"
         lines.append(f"{row['model']} {row['N']} {row['head']} {row['variant']}: {row['ms']:.3g} ms, {share}")
     for row in rows_of(found, "steps"):
-        told = f"{row['seconds']:.2f} s, {row['peak'] / 1e9:.2f} GB" if "seconds" in row else row.get("note", "")
-        lines.append(f"step {row['shape']} {row['contender']}: {told}")
+        result = f"{row['seconds']:.2f} s, {row['peak'] / 1e9:.2f} GB" if "seconds" in row else row.get("note", "")
+        lines.append(f"step {row['shape']} {row['contender']}: {result}")
     for row in rows_of(found, "rollout"):
         if "tokens/s" in row:
             lines.append(

@@ -1,4 +1,4 @@
-"""Tokens a second of our decoder and of transformers' generate, sampling at temperature 1; and that greedy agrees."""
+"""Tokens a second of our decoder and of transformers' generate, at temperature 1; greedy completions compared."""
 
 import time
 from collections.abc import Iterator
@@ -54,7 +54,7 @@ def ours(model: Any, prompts: list[list[int]], new: int, temperature: float) -> 
 
 
 def theirs(model: Any, prompts: list[list[int]], new: int, temperature: float) -> list[list[int]]:
-    """transformers' generate on the same left-padded batch, the stop tokens forbidden."""
+    """generate of transformers on the same left-padded batch, with the stop tokens forbidden."""
     width = max(map(len, prompts))
     ids = torch.tensor([[model.pad_id] * (width - len(p)) + p for p in prompts], device=model.device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
@@ -86,7 +86,7 @@ def speed(size: str, weights: str, count: int, place: Place, rows: list[Row]) ->
 
 
 def greedy(place: Place) -> Iterator[Found]:
-    """fp32 throughout: the share of tokens that differ, after the first difference too."""
+    """In fp32 throughout: the share of tokens that differ, including all tokens after the first difference."""
     model = load("tiny" if place.tiny else "0.5B", place, "float32", "float32")
     prompts = prompts_of(4, model.head().weight.shape[0])
     mine, other = (run(model, prompts, 4 if place.tiny else 16, 0.0) for run in (ours, theirs))

@@ -1,4 +1,4 @@
-"""Runs a phase in processes of its own, so that nothing it does can end the proof."""
+"""Runs a phase in separate processes, so that nothing in a phase can end the proof."""
 
 import contextlib
 import json
@@ -37,7 +37,9 @@ def run_part(phase: Phase, place: Place, stream: Stream, log: Path, part: int) -
         begun = [event["number"] for event in events if event["event"] == "begins"]
         cut = next((number for number in mine if number in begun and number not in done), None)
         rest = [number for number in mine if number not in done and number != cut]
-        if cut is None and rest and code not in (0, LOST, None):  # it ended before its first item, and would again
+        if (
+            cut is None and rest and code not in (0, LOST, None)
+        ):  # it ended before its first item, and a new process would too
             cut, rest = rest[0], rest[1:]
         if cut is not None:
             stream.write("skipped", phase=phase.name, item=names[cut], number=cut, error=ending(code, log))
@@ -63,7 +65,7 @@ def in_process(phase: Phase, place: Place, first: int, stream: Stream, log: Path
     command = [sys.executable, "-m", "bench.proof.child", json.dumps(told)]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     if place.device == "cpu":
-        environment["TRITON_INTERPRET"] = "1"  # Triton reads it when a kernel is defined
+        environment["TRITON_INTERPRET"] = "1"  # Triton reads the variable when a kernel is defined
     with log.open("a") as file:
         file.write(f"\n== {phase.name} from item {first}\n")
         file.flush()
@@ -74,7 +76,7 @@ def in_process(phase: Phase, place: Place, first: int, stream: Stream, log: Path
             return child.wait(max(1.0, place.left() + 1))
         except subprocess.TimeoutExpired:
             return None
-        finally:  # also if this process is told to end; the group holds what the phase started itself
+        finally:  # also if this process is terminated; the group includes processes that the phase started
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)
             child.wait()

@@ -1,6 +1,6 @@
-"""Whole training steps of ours and of TRL's SDFTTrainer on random models, with `sdft plan`'s prediction beside ours.
+"""Whole training steps of ours and of TRL's SDFTTrainer on random models; ours also with the prediction of `sdft plan`.
 
-bench/step.py says what is equal on both sides. Each contender runs in a process of its own.
+bench/step.py lists what is equal on both sides. Each contender runs in a separate process.
 """
 
 import contextlib

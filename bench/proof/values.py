@@ -1,7 +1,7 @@
-"""Values of every kernel against float64, and what a call may not do: the list of tests/test_gpu.py and of `gpu-proof`.
+"""Values of every kernel against float64, and forbidden waits and copies, for `gpu-proof` and test_gpu.py.
 
-A check yields what it found: errors relative to float64 of the same inputs, each with its bound. Large shapes are drawn
-from Triton's least convenient sizes (odd rows, tiles that are not full); `tiny` shrinks them for Triton's interpreter.
+A check yields its numbers: errors relative to float64 of the same inputs, each with a bound. Large shapes have the
+sizes that are hardest for Triton (odd rows, tiles that are not full); `tiny` shrinks them for Triton's interpreter.
 N tokens, V vocabulary, H hidden size.
 """
 
@@ -34,8 +34,8 @@ cross_entropy_reference: Any = reference.linear_cross_entropy_reference
 KINDS = ("reverse_kl", "forward_kl", "jsd")
 BOUNDS = {torch.float32: 5e-5, torch.bfloat16: 5e-3, torch.float16: 2e-3}  # of gradients
 VALUES = 1e-2  # of losses and per-token outputs; the dtype's rounding of the inputs is in both sides
-SCALER = 2.0**12  # fp16 gradients are subnormal without one
-CANDIDATES = tuple(impl for impl in IMPLS if impl not in ("triton", "torch"))  # not chosen by themselves
+SCALER = 2.0**12  # a loss scaler's factor, without which fp16 gradients are subnormal
+CANDIDATES = tuple(impl for impl in IMPLS if impl not in ("triton", "torch"))  # never the default
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,9 @@ class Check:
 
     name: str
     run: Callable[[Place], Iterator[Found]]
-    needs_gpu: bool = False  # it asks the CUDA runtime
+    needs_gpu: bool = False  # it calls the CUDA runtime
     gigabytes: float = 0.0  # of free GPU memory
-    module: str = ""  # that it needs and that may be missing
+    module: str = ""  # a package that it needs
 
     def __str__(self) -> str:
         return self.name
@@ -70,7 +70,7 @@ def items(place: Place) -> list[Item]:
 
 
 def recorded(check: Check, place: Place, rows: list[Row]) -> None:
-    """Appends a row for everything found."""
+    """Appends a row for every number of the check."""
     why = cannot(check, place)
     if why:
         rows.append({"what": check.name, "note": why})
@@ -92,7 +92,7 @@ def cannot(check: Check, place: Place) -> str:
 
 @contextlib.contextmanager
 def exact_products() -> Iterator[None]:
-    """No TF32: its rounding is not the loss's."""
+    """Turns TF32 off, because the loss does not round to it."""
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
     try:
@@ -175,7 +175,7 @@ def matches(place: Place, kind: str, dtype: torch.dtype, impl: str) -> Iterator[
 
 
 def near(place: Place, impl: str) -> Iterator[Found]:
-    """bf16, where self-distillation lives: a teacher so near that bf16 logits would be all rounding (KL about .003)."""
+    """bf16 with a teacher so near that bf16 logits would be all rounding (KL about .003), as in self-distillation."""
     for kind in KINDS:
         inputs = draw(place, 253, 5001, 128, torch.bfloat16, noise=0.05)
         yield from compare(kind, inputs, BOUNDS[torch.bfloat16], impl=impl, divergence=kind)
@@ -200,7 +200,7 @@ def options(place: Place, kind: str) -> Iterator[Found]:
                 token_weights=weights, loop={"compact": compact, "chunk_bytes": 2**14 if place.tiny else 2**21},
                 **chosen,
             )  # fmt: skip
-    x = inputs[0].detach().requires_grad_()  # one token has no loss; that the kernel runs is the point
+    x = inputs[0].detach().requires_grad_()  # one token has no loss; the check is that the kernel runs
     loss = linear_divergence(x, *inputs[1:], divergence=kind, impl="triton", vocab_size=1)
     yield Found("a vocabulary of one: loss", abs(loss.item()), 0.0)
     yield Found("a vocabulary of one: dX", torch.autograd.grad(loss, x)[0].abs().max().item(), 0.0)
@@ -234,7 +234,7 @@ def strides(place: Place, impl: str) -> Iterator[Found]:
 
 
 def autocast(place: Place, hidden: torch.dtype) -> Iterator[Found]:
-    """fp32 heads under bf16 autocast, as the trainer has them: float64 of the rounded operands is the truth."""
+    """fp32 heads under bf16 autocast, as in the trainer; the reference is float64 of the rounded operands."""
     x, w, teacher_x, teacher_w = draw(place, 253, 5001, 128, torch.float32)
     inputs = [x.to(hidden), w, teacher_x.to(hidden), teacher_w]
     for name, budget in (("whole", None), ("in chunks", 2**15 if place.tiny else 2**22)):
@@ -248,7 +248,7 @@ def autocast(place: Place, hidden: torch.dtype) -> Iterator[Found]:
 
 
 def narrow_operands(place: Place) -> Iterator[Found]:
-    """products="bfloat16": bf16 hidden states and fp32 heads outside autocast, as FSDP2's mixed precision has them."""
+    """products="bfloat16": bf16 hidden states and fp32 heads outside autocast, as under FSDP2's mixed precision."""
     x, w, teacher_x, teacher_w = draw(place, 253, 5001, 128, torch.float32)
     inputs = [x.bfloat16(), w, teacher_x.bfloat16(), teacher_w]
     rounded = [t.bfloat16() for t in inputs]
@@ -404,7 +404,7 @@ def strides_of_logits(place: Place) -> Iterator[Found]:
         yield Found(f"{name}: gradient", relative(grad, true), BOUNDS[torch.float32])
 
 
-# What a call may not do.
+# Forbidden waits and copies.
 
 
 def chosen(place: Place) -> Iterator[Found]:
@@ -451,7 +451,9 @@ def narrow_products(place: Place) -> Iterator[Found]:
         mm32(a, b, view, beta=1.0)
         yield Found(f"{short(dtype)}: twice", relative(view, 2 * exact), 1e-6)
         yield Found(f"{short(dtype)}: what lies beside the result", (out[:, 512:] - 7.0).abs().max().item(), 0.0)
-        mm32(b.t(), a.t(), torch.empty(512, 64, device="cuda"))  # as dW asks for it; cuBLAS may take a workspace once
+        mm32(
+            b.t(), a.t(), torch.empty(512, 64, device="cuda")
+        )  # as the product for dW; cuBLAS may allocate a workspace once
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         mm32(a, b, view)
@@ -461,7 +463,7 @@ def narrow_products(place: Place) -> Iterator[Found]:
 
 @contextlib.contextmanager
 def no_waiting() -> Iterator[None]:
-    """Raises where the host waits for the device."""
+    """Raises if the host waits for the device."""
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:

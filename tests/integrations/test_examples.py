@@ -1,8 +1,8 @@
-"""The examples of the loss in other people's loops, run as they are; their first steps against dense float64.
+"""The examples of the loss in other trainers' loops, run unchanged; their first steps against dense float64.
 
     python tests/integrations/test_examples.py EXAMPLE FILE
 
-is one process of a distributed run (its rank in the environment): it runs the example and saves what it recorded.
+is one process of a distributed run, with its rank in the environment. It runs the example and saves the record to FILE.
 """
 
 import contextlib
@@ -43,8 +43,8 @@ Weights = dict[str, Tensor]
 class Step:
     """One optimizer step of one process."""
 
-    weights: Weights  # the student's, when it answered
-    texts: list[tuple[list[int], list[int]]]  # prompt and answer
+    weights: Weights  # the student's, when it sampled
+    texts: list[tuple[list[int], list[int]]]  # prompt and completion
     grads: Weights = field(default_factory=dict)
 
 
@@ -56,7 +56,7 @@ class Run:
 
 
 def installed(example: str) -> None:
-    """Lightning is the one need that the dev extra leaves out (36 MB with what it pulls in)."""
+    """Skips, or fails in CI, if Lightning is missing: the dev extra leaves it out (36 MB with its dependencies)."""
     if example == "train_lightning" and importlib.util.find_spec("lightning") is None:
         message = "pip install --no-deps lightning lightning-utilities torchmetrics"
         (pytest.fail if os.environ.get("CI") else pytest.skip)(f"Lightning is not installed: {message}")
@@ -64,10 +64,10 @@ def installed(example: str) -> None:
 
 @contextlib.contextmanager
 def recording(run: Run) -> Iterator[None]:
-    """Notes what the examples load, sample, and have as gradients when they step.
+    """Records what the examples load and sample, and their gradients at each optimizer step.
 
-    Meanwhile no gradient is clipped, which would hide its size, and answers are cut: the tiny model hardly ever ends
-    one, and those of one length would hide a wrong mean.
+    Meanwhile no gradient is clipped, because clipping hides its size. Completions are cut to different lengths: the
+    tiny model hardly ever ends one, and completions of one length would hide a wrong mean.
     """
     common: Any = importlib.import_module("common")
     load, sample = common.load, common.sample
@@ -83,14 +83,14 @@ def recording(run: Run) -> Iterator[None]:
         return tokenizer, lm
 
     def noted_sample(lm: Any, tokenizer: Any, prompts: list[Tensor], *args: Any) -> list[Tensor]:
-        answers = [a[: next(lengths)] for a in sample(lm, tokenizer, prompts, *args)]
+        completions = [c[: next(lengths)] for c in sample(lm, tokenizer, prompts, *args)]
         if not open_step:
             open_step.append(Step({k: v.clone() for k, v in lm.state_dict().items()}, []))
-        open_step[0].texts += [(p.tolist(), a.tolist()) for p, a in zip(prompts, answers, strict=True)]
-        return answers
+        open_step[0].texts += [(p.tolist(), c.tolist()) for p, c in zip(prompts, completions, strict=True)]
+        return completions
 
     def stepped(*_: Any) -> None:
-        step = open_step.pop()  # fails where an example steps without having sampled since its last step
+        step = open_step.pop()  # fails if an example steps without having sampled since its last step
         step.grads = {name: p.grad.clone() for name, p in student[0].named_parameters()}
         run.steps.append(step)
 
@@ -125,7 +125,7 @@ def execute(example: str, *options: str) -> Run:
 
 @pytest.fixture(scope="module")
 def runs() -> Iterator[Callable[[str], Run]]:
-    """runs(example) is its run with its defaults."""
+    """runs(example): the run of an example with its defaults."""
 
     @functools.cache
     def run(example: str) -> Run:
@@ -138,7 +138,7 @@ def runs() -> Iterator[Callable[[str], Run]]:
 
 @contextlib.contextmanager
 def without_traces() -> Iterator[None]:
-    """Accelerate's state is one a process."""
+    """Resets Accelerate's state, which each process has once."""
     from accelerate.state import AcceleratorState, GradientState
 
     try:
@@ -155,9 +155,9 @@ def double(lm: Any, weights: Weights) -> Any:
     return lm
 
 
-def logits(lm: Any, prompt: list[int], answer: list[int]) -> Tensor:
-    """(len(answer), V): one text, nothing padded."""
-    return lm(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+def logits(lm: Any, prompt: list[int], completion: list[int]) -> Tensor:
+    """(len(completion), V): the logits that predict the completion, without padding."""
+    return lm(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
 
 
 def reverse_kl(s: Tensor, t: Tensor) -> Tensor:
@@ -166,7 +166,7 @@ def reverse_kl(s: Tensor, t: Tensor) -> Tensor:
 
 
 def context_of(tokenizer: Any) -> Callable[[list[int]], list[int]]:
-    """The teacher's prompt, demonstration included, that belongs to a student's prompt."""
+    """A function from a student's prompt to the teacher's prompt, which includes the demonstration."""
     common: Any = importlib.import_module("common")
 
     def ids(*messages: tuple[str, str]) -> list[int]:
@@ -186,18 +186,18 @@ def truth(example: str, models: list[tuple[Any, Any]], steps: list[Step], teache
     student = double(tiny, steps[0].weights)
     context = context_of(tokenizer) if example in SELF else lambda prompt: prompt
     total, tokens = torch.zeros((), dtype=torch.float64), 0
-    for prompt, answer in (text for step in steps for text in step.texts):
-        s = logits(student, prompt, answer)
+    for prompt, completion in (text for step in steps for text in step.texts):
+        s = logits(student, prompt, completion)
         with torch.no_grad():
-            t = logits(teacher, context(prompt), answer)
-        if example == "distill_external":  # 384 tokens mean something; both heads are longer
+            t = logits(teacher, context(prompt), completion)
+        if example == "distill_external":  # there are 384 tokens; both heads are longer
             total = total + reverse_kl(s[:, :384] / 0.9, t[:, :384] / 0.9)
         elif example == "distill_topk":
             top = t.log_softmax(-1).topk(16)
             total = total + topk_divergence_reference(s, top.indices, top.values, reduction="sum")
         else:
             total = total + reverse_kl(s, t)
-        tokens += len(answer)
+        tokens += len(completion)
     loss = total / tokens
     loss.backward()
     return loss.item(), {name: p.grad for name, p in student.named_parameters()}
@@ -234,14 +234,14 @@ def test_first_steps_are_those_of_dense_float64(example: str, runs: Callable[[st
 @pytest.mark.slow
 @pytest.mark.parametrize("example", ["train_hf", "train_accelerate", "train_lightning"])
 def test_two_processes_step_as_one(example: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both hold the gradient of the mean over both processes' tokens, of which they have different numbers."""
+    """Each process has the gradient of the mean over the tokens of both, which have different numbers of tokens."""
     installed(example)
     monkeypatch.syspath_prepend(ROOT / "examples")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-    world |= {"ACCELERATE_USE_CPU": "true"}  # without a GPU Accelerate forms no group of itself
+    world |= {"ACCELERATE_USE_CPU": "true"}  # without a GPU and this, Accelerate forms no group
     processes = [
         subprocess.Popen(
             [sys.executable, __file__, example, str(tmp_path / str(rank))],
@@ -256,7 +256,7 @@ def test_two_processes_step_as_one(example: str, tmp_path: Path, monkeypatch: py
     teacher = copy.deepcopy(models[0][1]).double()
     for number in range(2):
         steps = [Step(**rank["steps"][number]) for rank in ranks]
-        tokens = [sum(len(answer) for _, answer in step.texts) for step in steps]
+        tokens = [sum(len(completion) for _, completion in step.texts) for step in steps]
         loss, grads = truth(example, models, steps, teacher)
         if number == 0:
             assert tokens[0] != tokens[1]
@@ -281,8 +281,8 @@ def test_refuses_a_head_that_is_more_than_a_matrix(model_folder: Callable[[str],
         execute("train_plain", "--model", str(model_folder("gemma3")))
 
 
-def test_an_answer_ends_with_its_end_token() -> None:
-    """Of two texts of which one ends early; rows name the positions before each answer token, padding none."""
+def test_a_completion_ends_with_its_end_token() -> None:
+    """Two texts, one of which ends early. Rows mark the position before each completion token, and no padding."""
     with mock.patch.object(sys, "path", [str(ROOT / "examples"), *sys.path]), without_traces():
         common: Any = importlib.import_module("common")
         tokenizer, lm = common.load(None)
@@ -290,11 +290,11 @@ def test_an_answer_ends_with_its_end_token() -> None:
         made = torch.tensor([[0, 5, 6, 7, end, end], [5, 6, 8, end, 9, end]])  # a prompt of 1 and of 2 tokens
         prompts = [torch.tensor([5]), torch.tensor([5, 6])]
         with mock.patch.object(type(lm), "generate", return_value=made) as generate:
-            answers = common.sample(lm, tokenizer, prompts, 4)
+            completions = common.sample(lm, tokenizer, prompts, 4)
         assert generate.call_args.args[0].tolist() == [[0, 5], [5, 6]]
         assert generate.call_args.kwargs["attention_mask"].tolist() == [[0, 1], [1, 1]]
-        assert [a.tolist() for a in answers] == [[6, 7, end], [8, end]]
-        ids, rows = common.join(prompts, answers)
+        assert [c.tolist() for c in completions] == [[6, 7, end], [8, end]]
+        ids, rows = common.join(prompts, completions)
         assert ids.tolist() == [[5, 6, 7, end], [5, 6, 8, end]]
         assert rows.tolist() == [[True, True, True, False], [False, True, True, False]]
 
@@ -308,7 +308,7 @@ def main(example: str, file: str) -> None:
     sys.path.append(str(ROOT / "tests"))
     from ranks import check_threads
 
-    if example == "train_lightning":  # a GPU machine's `devices="auto"` is two here
+    if example == "train_lightning":  # two CPU processes in place of `devices="auto"`
         import lightning
 
         lightning.Trainer = functools.partial(lightning.Trainer, accelerator="cpu", devices=2)
