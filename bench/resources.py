@@ -71,19 +71,23 @@ class Variant:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-def row_variant(target: str, kind: str, logits: str, grad: str | None, vocab: int = 2**20, **on: bool) -> Variant:
+def row_variant(
+    target: str, kind: str, logits: str, grad: str | None, vocab: int = 2**20, aligned: bool = True, **on: bool
+) -> Variant:
     """The kernel of rows of `vocab` logits, by default too long to stay on chip; `on` switches its flags."""
     limits, heavy = DEVICES[target].limits, any(on.get(name) for name in ("S_BIAS", "T_BIAS", "S_CAP", "T_CAP"))
     narrowest = 4 if {logits, grad} <= {"fp32", None} and not on.get("S_BIAS") else 2
-    on_chip = None if heavy else tuning.on_chip_tile(limits, vocab, kind, narrowest)
-    tile = on_chip or tuning.row_tile(limits, vocab, heavy, narrowest)
+    each = tuning.VECTOR_BYTES // narrowest if aligned else 1
+    on_chip = None if heavy else tuning.on_chip_tile(limits, vocab, kind, each)
+    tile = on_chip or tuning.row_tile(limits, vocab, heavy, each)
     flags = ("TOKENS", "LABELS", "WEIGHTS", "INDEX", "GATHER", "S_BIAS", "T_BIAS", "S_CAP", "T_CAP")
     constants = {name: on.get(name, False) for name in flags} | tile.constants()
     constants |= {"KIND": row_math.KINDS[kind], "GRAD": grad is not None, "ROUND": False}
     if on_chip is None:
         constants["NARROW"] = grad not in (None, logits)
     types = dict.fromkeys(("s_ptr", "t_ptr"), f"*{logits}!") | {"d_ptr": "*fp32!"}
-    types |= dict.fromkeys(("s_stride", "t_stride", "g_stride", "V"), "i32!") | {"lo": "i32"}
+    types |= dict.fromkeys(("s_stride", "t_stride", "g_stride"), "i32!" if aligned else "i32")
+    types |= {"V": "i32!", "lo": "i32"}
     types |= dict.fromkeys(("s_inner", "s_outer", "t_inner", "t_outer", "beta", "factor", "g_max"), "fp32")
     optional = {
         "g_ptr": (grad is not None, f"*{grad}!"),
@@ -131,6 +135,9 @@ def variants(target: str) -> dict[str, Variant]:
         "rows reverse_kl fp16, everything on": row_variant(target, "reverse_kl", "fp32", "fp16", **everything),
         "rows reverse_kl, values only": row_variant(target, "reverse_kl", "fp32", None, **trainer),
         "ready logits reverse_kl bf16": row_variant(target, "reverse_kl", "bf16", "bf16", GATHER=True, **trainer),
+        "ready logits reverse_kl, values only, not aligned": row_variant(
+            target, "reverse_kl", "bf16", None, aligned=False, GATHER=True, **trainer
+        ),
         "scale": Variant(row_kernels.scale_kernel, scale, {"BLOCK": 4096}, {"num_warps": 8, "enable_fp_fusion": True}),
     }
 

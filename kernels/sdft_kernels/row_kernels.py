@@ -27,7 +27,7 @@ from .row_math import (
     store_zeros,
 )
 from .row_on_chip import on_chip_kernel
-from .tuning import limits_of, on_chip_tile, row_tile
+from .tuning import VECTOR_BYTES, limits_of, on_chip_tile, row_tile
 
 FP16_MAX = 65504.0
 
@@ -215,9 +215,9 @@ def launch_rows(
     heavy = (
         any(b is not None for b in bias) or options.student.softcap is not None or options.teacher.softcap is not None
     )
-    narrowest = min(tensor.element_size() for tensor in (s, t, g, *bias) if tensor is not None)
-    tile = row_tile(limits_of(s.device), options.vocab, heavy, narrowest)
-    on_chip = None if heavy else on_chip_tile(limits_of(s.device), options.vocab, options.kind, narrowest)
+    each = max(entries_at_once(tensor) for tensor in (s, t, g, *bias) if tensor is not None)
+    tile = row_tile(limits_of(s.device), options.vocab, heavy, each)
+    on_chip = None if heavy else on_chip_tile(limits_of(s.device), options.vocab, options.kind, each)
     s_inner, s_outer = inner_outer(options.student)
     t_inner, t_outer = inner_outer(options.teacher)
     s_entropy, t_entropy, s_logprob, t_logprob = outputs.rest
@@ -241,6 +241,12 @@ def launch_rows(
     else:
         narrow = g is not None and g.dtype != s.dtype
         row_kernel[(rows,)](*arguments, **flags, NARROW=narrow, **tile.constants(), **tile.options)
+
+
+def entries_at_once(tensor: Tensor) -> int:
+    """Entries of one access of a thread: 16 bytes if every row starts on a 16-byte boundary as far as Triton sees."""
+    aligned = tensor.data_ptr() % VECTOR_BYTES == 0 and (tensor.dim() == 1 or tensor.stride(0) % 16 == 0)
+    return VECTOR_BYTES // tensor.element_size() if aligned else 1
 
 
 def inner_outer(act: Activation) -> tuple[float, float]:

@@ -76,6 +76,7 @@ WHOLE_GPU = 132  # multiprocessors of an H100 SXM; an H20 has 78, an H100 PCIe 1
 # Reductions across a cluster: Triton 3.6 and 3.7 stop with a compiler error.
 CLUSTERS_SINCE = (3, 8)
 HEAVY_REGISTERS = 80  # of a thread, for 24 warps a multiprocessor; left to itself ptxas 12.9 takes 64 and spills
+UNALIGNED_REGISTERS = 112  # for 16 warps; an address for every entry
 VECTOR_BYTES = 16  # of the widest access of a thread
 
 
@@ -93,25 +94,25 @@ def limits_of(device: torch.device) -> Limits:
     return Limits(found.warp_size, largest if clusters else 1)
 
 
-def row_tile(limits: Limits, vocab: int, heavy: bool, item_bytes: int) -> RowTile:
+def row_tile(limits: Limits, vocab: int, heavy: bool, each: int) -> RowTile:
     """For rows of `vocab` logits; no tile is longer than the row needs.
 
-    `item_bytes` is an entry's size in the narrowest tensor read or written: Triton gives a thread 16 bytes of that
-    one, and tiles laid out otherwise would have to be exchanged between threads.
+    `each` is the most entries that one access of a thread has in any tensor read or written: Triton lays all tiles out
+    for that one, and statistics kept for another layout would be exchanged between threads.
     """
     row = ROW_BLOCKS[limits.warp_size]
     block, warps = row.block, row.heavy_warps if heavy else row.warps
     need = max(32, 1 << (vocab - 1).bit_length())
     if need < block:
         block, warps = need, max(1, min(warps, need // 256))
-    each = VECTOR_BYTES // item_bytes
+    each = min(each, block)
     options: dict[str, int | bool] = {"num_warps": warps, "enable_fp_fusion": True}
-    if heavy and limits.warp_size == 32:  # an option of NVIDIA's compiler alone
-        options["maxnreg"] = HEAVY_REGISTERS
+    if limits.warp_size == 32 and (heavy or each == 1):  # an option of NVIDIA's compiler alone
+        options["maxnreg"] = HEAVY_REGISTERS if heavy else UNALIGNED_REGISTERS
     return RowTile(block, min(warps * limits.warp_size, block // each), each, options)
 
 
-def on_chip_tile(limits: Limits, vocab: int, kind: str, item_bytes: int) -> OnChipTile | None:
+def on_chip_tile(limits: Limits, vocab: int, kind: str, each: int) -> OnChipTile | None:
     """How a cluster holds a row of `vocab` logits, or None where there are no clusters or the row does not fit."""
     if vocab < SMALLEST_ON_CHIP:
         return None
@@ -122,5 +123,5 @@ def on_chip_tile(limits: Limits, vocab: int, kind: str, item_bytes: int) -> OnCh
         if way.blocks <= limits.cluster and pieces <= way.pieces:
             options: dict[str, int | bool] = {"num_ctas": way.blocks, "num_warps": way.warps, "enable_fp_fusion": True}
             options["maxnreg"] = ON_CHIP_REGISTERS
-            return OnChipTile(block, pieces, way.blocks, threads, VECTOR_BYTES // item_bytes, options)
+            return OnChipTile(block, pieces, way.blocks, threads, each, options)
     return None

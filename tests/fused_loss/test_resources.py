@@ -30,7 +30,7 @@ def compile_rows(folder: Path, *arguments: str) -> list[Row]:
 
 @pytest.fixture(scope="module")
 def few(tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
-    two = "values only|rows reverse_kl fp32"
+    two = "rows reverse_kl, values only|rows reverse_kl fp32"
     return compile_rows(tmp_path_factory.mktemp("resources"), "--targets", "sm_90", "--kernels", two)
 
 
@@ -50,6 +50,8 @@ def check_spills(rows: list[Row]) -> None:
 def check_accesses(rows: list[Row]) -> None:
     """16 bytes, but for single numbers: the row's index, its weight, its label, the label's logits and biases."""
     for row in rows:
+        if "not aligned" in row["kernel"]:
+            continue
         assert row["wide loads"] >= 1, label(row)
         assert row["loads"] - row["wide loads"] <= 8, label(row)
         assert row["wide stores"] >= 1 or "values only" in row["kernel"], label(row)

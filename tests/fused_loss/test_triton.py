@@ -596,10 +596,10 @@ def test_what_stays_on_chip() -> None:
         (32000, "reverse_kl", 8), (49152, "reverse_kl", 8), (128256, "forward_kl", 16), (151936, "reverse_kl", 16),
         (151936, "jsd", None), (262144, "reverse_kl", None), (8192, "reverse_kl", None),
     ):  # fmt: skip
-        tile = tuning.on_chip_tile(hopper, vocab, kind, 2)
+        tile = tuning.on_chip_tile(hopper, vocab, kind, 8)
         assert (tile and tile.blocks) == blocks, (vocab, kind)
         assert tile is None or tile.block * tile.pieces >= vocab
-        assert tuning.on_chip_tile(ampere, vocab, kind, 2) is None
+        assert tuning.on_chip_tile(ampere, vocab, kind, 8) is None
 
 
 @settings(max_examples=25, deadline=None)
@@ -670,7 +670,7 @@ for flags in ({}, {"INDEX": True, "WEIGHTS": True}, {"INDEX": True, "GATHER": Tr
     print(R.compiled(variant, R.DEVICES["sm_90"].target).asm["ttir"])
     print("----")
 variant = R.row_variant("sm_90", "jsd", "fp32", "bf16", LABELS=True, TOKENS=True)
-tile = R.tuning.row_tile(R.DEVICES["sm_90"].limits, 1, False, 4)
+tile = R.tuning.row_tile(R.DEVICES["sm_90"].limits, 1, False, 8)
 variant.constants.update(V=1, BLOCK=tile.block, THREADS=tile.threads, EACH=tile.each)
 R.compiled(variant, R.DEVICES["sm_90"].target)
 print("one token compiles")
