@@ -15,9 +15,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from ..cases import Case, Problem
 from ..peers import ours
+from .check import CANDIDATES
 from .machine import device_for, median
 from .phase import Item, Place, Row
-from .values import CANDIDATES
 
 TOKENS = 16_384
 TILES = ((1024, 4), (2048, 4), (2048, 8), (4096, 8), (8192, 16))  # entries of the vocabulary, warps

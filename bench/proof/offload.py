@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .check import Check, Found, recorded
 from .phase import Item, Place
 from .steps import random_model
-from .values import Check, Found, recorded
 
 OFFLOAD = {"teacher.offload": True, "optim.offload": True, "model.activation_offload": True}
 

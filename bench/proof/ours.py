@@ -13,9 +13,9 @@ from ..cases import BIG, Case
 from ..measure import Row as Measured
 from ..measure import run_case
 from ..peers import Loss, Variant, ours
+from .check import CANDIDATES
 from .machine import device_for
 from .phase import Item, Place, Row
-from .values import CANDIDATES
 
 MIB = 2**20
 WORKSPACES: tuple[int | None, ...] = (None, 256 * MIB, 512 * MIB, 1024 * MIB, 2048 * MIB)  # None: the default

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from ..trainers import NO_TOKEN
+from .check import Check, Found, recorded, relative
 from .phase import Item, Place, Row
 from .steps import random_model
-from .values import Check, Found, recorded, relative
 
 PROMPT = 64  # tokens of the longest prompt; the shortest has half
 NEW = 128

@@ -12,11 +12,12 @@ import torch
 from torch.autograd import DeviceType
 
 from bench.proof import __main__ as proof
+from bench.proof import check as checking
 from bench.proof import kernels, offload, phases, report, rollout, values
+from bench.proof.check import Check
 from bench.proof.phase import OUT_OF_TIME, Place, Row, Stream
 from bench.proof.phases import PHASES, Phase
 from bench.proof.run import run_phase
-from bench.proof.values import Check
 
 TINY = Place("cpu", tiny=True)
 QUICK = "machine,kernels"
@@ -86,12 +87,12 @@ def test_checks_in_miniature(check: Check, tmp_path_factory: pytest.TempPathFact
 
 def test_a_wrong_value_and_nan_are_faults() -> None:
     def wrong(place: Place) -> Any:
-        yield values.Found("small", 1e-6, 1e-3)
-        yield values.Found("large", 0.5, 1e-3)
-        yield values.Found("nan", float("nan"), 1e-3)
+        yield checking.Found("small", 1e-6, 1e-3)
+        yield checking.Found("large", 0.5, 1e-3)
+        yield checking.Found("nan", float("nan"), 1e-3)
 
     rows: list[Row] = []
-    values.recorded(Check("a check", wrong), TINY, rows)
+    checking.recorded(Check("a check", wrong), TINY, rows)
     found = report.collect(
         [{"event": "ends", "phase": "values", "item": "a check", "number": 0, "rows": rows, "error": None}]
     )

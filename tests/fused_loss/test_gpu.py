@@ -5,9 +5,10 @@ import time
 import pytest
 import torch
 
+from bench.proof import check as checking
 from bench.proof import offload, rollout, values
+from bench.proof.check import Check
 from bench.proof.phase import Place
-from bench.proof.values import Check
 
 pytestmark = [
     pytest.mark.gpu,
@@ -22,9 +23,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 
 @pytest.mark.parametrize("check", [*values.CHECKS, *rollout.CHECKS, *offload.CHECKS], ids=str)
 def test_on_a_gpu(check: Check, place: Place) -> None:
-    if why := values.cannot(check, place):
+    if why := checking.cannot(check, place):
         pytest.skip(why)
-    with values.exact_products():
+    with checking.exact_products():
         found = list(check.run(place))
     assert found
     assert [one for one in found if not one.right] == []
