@@ -1,8 +1,8 @@
 """The fused divergence loss of self-distillation: no logits kept; Triton on a GPU, torch elsewhere.
 
 `linear_divergence` takes hidden states and heads; `divergence` takes ready logits; `linear_topk_divergence` and
-`topk_divergence` take a teacher's top-k log-probabilities; `linear_cross_entropy` takes labels; `reference` holds the
-dense truth that all are tested against. `python -m sdft_kernels` says what runs on this machine, and tests it.
+`topk_divergence` take a teacher's top-k log-probabilities; `linear_cross_entropy` takes labels; `reference` holds
+the dense losses that all are compared with. `python -m sdft_kernels` prints what runs on this machine, and tests it.
 """
 
 from .checks import TokenStats

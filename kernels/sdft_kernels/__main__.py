@@ -1,6 +1,6 @@
 """`python -m sdft_kernels`: what runs on this machine and why, then values and gradients against float64.
 
-Exit status 0 if all is right, 1 if anything is not.
+The exit status is 0 if every value is right, else 1.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def devices() -> list[torch.device]:
 
 
 def reason(device: torch.device) -> str:
-    """The implementation that impl=None takes there for fp32 and narrower, and why, in words."""
+    """The implementation that impl=None chooses on the device for fp32 and narrower, and why, in words."""
     impl = choose_impl(None, torch.float32, device)
     if impl == "triton":
         return "triton: a GPU, and Triton is installed (float64 inputs take torch)"
@@ -47,7 +47,7 @@ def reason(device: torch.device) -> str:
 
 
 def report() -> None:
-    """What is installed here, and what would run."""
+    """Print what is installed here, and what would run."""
     triton = importlib.metadata.version("triton") if HAVE_TRITON else "not installed"
     print(f"sdft_kernels {__version__}, torch {torch.__version__}, triton {triton}")
     print(f"python {platform.python_version()} on {platform.system()} {platform.machine()}")
@@ -60,14 +60,14 @@ def report() -> None:
 
 
 def cases(dtype: torch.dtype, device: torch.device, impl: Impl) -> Iterator[Case]:
-    """One of each function, for each divergence; on a GPU over a long vocabulary too."""
+    """A case of each function for each divergence; on a GPU over a long vocabulary too."""
     yield from cases_over(VOCAB, dtype, device, impl)
     if impl == "triton" and device.type == "cuda":
         yield from cases_over(LONG_VOCAB, dtype, device, impl)
 
 
 def cases_over(vocab: int, dtype: torch.dtype, device: torch.device, impl: Impl) -> Iterator[Case]:
-    """One of each function, for each divergence, over `vocab` tokens."""
+    """A case of each function for each divergence, over `vocab` tokens."""
     gen = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -96,7 +96,7 @@ def cases_over(vocab: int, dtype: torch.dtype, device: torch.device, impl: Impl)
             lambda s, o=options: divergence_reference(s, exact_t, **o),
             [s],
         )
-        if impl == "torch":  # it has no other
+        if impl == "torch":  # it has no other implementation
             yield (
                 f"linear_topk_divergence {name}",
                 lambda x, w, o=options: linear_topk_divergence(x, w, ids, logprobs.float(), **o),
@@ -113,7 +113,7 @@ def cases_over(vocab: int, dtype: torch.dtype, device: torch.device, impl: Impl)
 
 
 def errors(ours: Callable[..., Any], truth: Callable[..., Any], inputs: list[Tensor]) -> tuple[float, float]:
-    """Relative error of the value, and the worst of the gradients'."""
+    """The relative error of the value, and the largest relative error of a gradient."""
     mine = [t.detach().requires_grad_() for t in inputs]
     exact = [t.detach().double().requires_grad_() for t in inputs]
     value, want = ours(*mine), truth(*exact)
@@ -139,7 +139,7 @@ def self_test() -> int:
                     count += 1
                     try:
                         value, grad = errors(ours, truth, inputs)
-                    except Exception as error:  # whatever a driver or compiler raises, the others are still tested
+                    except Exception as error:  # after an error of a driver or compiler, the other cases still run
                         failed += 1
                         print(f"FAILED {where}: {type(error).__name__}: {error}")
                         continue
@@ -158,7 +158,7 @@ def self_test() -> int:
 def main(arguments: list[str] | None = None) -> int:
     """Print the report, run the self-test; the exit status."""
     argparse.ArgumentParser(prog="python -m sdft_kernels", description=(__doc__ or "").strip()).parse_args(arguments)
-    torch.backends.cuda.matmul.allow_tf32 = False  # its rounding is not the loss's
+    torch.backends.cuda.matmul.allow_tf32 = False  # the loss does not round to TF32
     report()
     failed = self_test()
     print("self-test passed" if failed == 0 else f"self-test FAILED: {failed} cases")

@@ -1,4 +1,4 @@
-"""One call of the loss as the implementations see it: its tensors, the gradients wanted, and what it leaves.
+"""One call of the loss as the implementations see it: its tensors, the gradients wanted, and its results.
 
 N tokens, V vocabulary, H hidden size; _s the student's, _t the teacher's.
 """
@@ -26,7 +26,7 @@ class Inputs:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What sums and outputs are in: fp64 if any matrix is, else fp32."""
+        """The dtype of sums and outputs: fp64 if any matrix is fp64, else fp32."""
         return compute_dtype(self.x, self.w, self.teacher_x, self.teacher_w)
 
     @property
@@ -80,10 +80,10 @@ class Rows(Protocol):
         """Bytes of workspace that do not grow with the chunk, for a call of `rows` tokens."""
 
     def run(self, logits: Sequence[Tensor], lo: int, hi: int, weights: Tensor | None, factor: float) -> Tensor:
-        """Rows lo:hi of those that count: values to the outputs, and the gradient (C, V) times weights and factor.
+        """Work on rows lo:hi of the rows that count: values to the outputs; the gradient times weights and factor.
 
-        logits: (C, V or more) raw logits of each side, destroyed. The result lies in the memory of the student's; it
-        means nothing if no gradient is wanted.
+        logits: (C, V or more) raw logits of each side, destroyed. The result is (C, V) in the memory of the
+        student's logits; it has no meaning if no gradient is wanted.
         """
 
 
@@ -122,16 +122,16 @@ class Gradients:
         return dx, dw, dbias
 
     def made(self) -> list[Tensor]:
-        """Those that there are."""
+        """The gradients that are not None."""
         return [grad for grad in (self.dx, self.dw, self.dbias) if grad is not None]
 
 
 def unsharded(tensor: Any) -> Any:
-    """A DTensor (a parameter under FSDP2) whole, as a plain tensor; anything else as it is.
+    """A DTensor (a parameter under FSDP2) gathered into a plain tensor; anything else unchanged.
 
-    The gradient goes back averaged over the ranks of its mesh, as FSDP2 and DDP give it, and sharded again. Where the
-    ranks computed the same (tensor parallelism) the average is that same gradient. `full_tensor()` alone would keep
-    of each rank's own gradient that rank's rows.
+    The gradient is averaged over the ranks of the mesh, as under FSDP2 and DDP, and sharded again. If all ranks
+    computed the same (tensor parallelism), the average is the same gradient. With `full_tensor()` alone, each rank
+    would keep only its rows of the gradient that it computed itself.
     """
     if not is_sharded(tensor):
         return tensor
@@ -146,13 +146,13 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
 
 
 def autocast_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype | None:
-    """What autocast would round the operands of a product in `dtype` to there; None where it leaves them alone."""
+    """The dtype that autocast rounds operands of a product in `dtype` to on the device; None if it does not."""
     kind = device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) and dtype != torch.float64 else None
 
 
 def product_rounding(asked: Products | None, device: torch.device, dtype: torch.dtype) -> torch.dtype | None:
-    """What the operands of products in `dtype` are rounded to: as asked, or as autocast says; None if they are not."""
+    """The dtype that operands of products in `dtype` are rounded to: as asked, or by autocast; None if they are not."""
     if asked is None:
         return autocast_dtype(device, dtype)
     check_choice("products", asked, PRODUCTS)
@@ -162,7 +162,7 @@ def product_rounding(asked: Products | None, device: torch.device, dtype: torch.
 
 
 def grad_dtype(tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """A gradient is in its tensor's dtype, but fp16 would underflow here, before a loss scaler's factor arrives."""
+    """The dtype of a gradient: its tensor's, but not fp16, which would underflow before a loss scaler's factor."""
     return dtype if tensor.dtype == torch.float16 else tensor.dtype
 
 

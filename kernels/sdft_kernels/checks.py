@@ -1,7 +1,7 @@
-"""What a caller may ask for: the options, their validation, and the per-token outputs.
+"""The options of a call, their validation, and the per-token outputs.
 
-Every message names the field, the value that was given and the way out. Nothing here reads a tensor's
-values, so that no check makes the host wait for a device.
+Every message names the field, the given value and the fix. Nothing here reads the values of a tensor, so no check makes
+the host wait for a device.
 """
 
 import importlib.util
@@ -29,14 +29,14 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class TokenStats(NamedTuple):
-    """Per-token outputs, all (N,), detached, fp32 (fp64 for fp64 inputs); zeros where the weight is zero."""
+    """Per-token outputs, all (N,), detached, fp32 (fp64 for fp64 inputs); zeros if the weight is zero."""
 
     divergence: Tensor  # D_n, not multiplied by the token's weight
     student_entropy: Tensor
     teacher_entropy: Tensor
     student_logprob: Tensor | None  # of labels[n]; None without labels
     teacher_logprob: Tensor | None
-    top1_agree: Tensor  # bool: they share a most likely token
+    top1_agree: Tensor  # bool: both sides share a most likely token
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,8 @@ class Options:
         inner = self.student.scale / self.student.temperature
         return inner * (self.beta - 1.0) if self.kind == "jsd" else inner
 
-    # The types of flat's values, for an operator's schema. They are few: at every call with a gradient torch reads the
-    # schema once for each argument, all of it. That took 107 µs for 26 arguments and takes 47 µs for 17.
+    # The types of flat's values, for an operator's schema. They are few, because at every call with a gradient torch
+    # reads the whole schema once for each argument: 107 µs for 26 arguments, 47 µs for 17.
     SCHEMA: ClassVar[str] = "SymInt vocab, SymInt? chunk_bytes, float[] numbers, str words"
 
     def flat(self) -> tuple[int, int | None, list[float], str]:
@@ -106,7 +106,7 @@ def check_choice(field: str, value: object, valid: tuple[str, ...]) -> None:
 
 
 def check_positive(field: str, value: float | None, *, none_is_off: bool = False) -> None:
-    """Raise ValueError unless value is a finite number above zero (or None, where None is allowed)."""
+    """Raise ValueError unless value is a finite number above zero (or None, if None is allowed)."""
     if value is None and none_is_off:
         return
     hint = " or None for none" if none_is_off else ""
@@ -177,7 +177,7 @@ def make_options(
 
 
 def is_sharded(value: object) -> bool:
-    """Whether value is a DTensor. Its module takes a second to import, of which a caller without one has no use."""
+    """Whether value is a DTensor. Does not import its module, which would take a second, without need."""
     if value is None or type(value) in (Tensor, torch.nn.Parameter) or not torch.distributed.is_available():
         return False
     from torch.distributed.tensor import DTensor
@@ -290,7 +290,7 @@ def _share_memory(a: Tensor, b: Tensor) -> bool:
 
 
 def _range(tensor: Tensor) -> tuple[int, int]:
-    """The addresses of the first byte of a tensor and of the first byte behind it."""
+    """The addresses of the first byte of a tensor and of the first byte after it."""
     entries = 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
     return tensor.data_ptr(), tensor.data_ptr() + tensor.itemsize * entries
 
@@ -310,8 +310,8 @@ def check_vocab(vocab_size: int | None, student: int, teacher: int) -> int:
 def choose_impl(impl: str | None, dtype: torch.dtype, device: torch.device) -> str:
     """The implementation to run: Triton on a GPU and torch elsewhere, or the one asked for.
 
-    Raises ValueError for one that does not exist or does not fit the dtype, RuntimeError for one that cannot
-    run here: an explicit choice is refused, never replaced.
+    Raises ValueError if the implementation does not exist or does not fit the dtype, and RuntimeError if it cannot run
+    here: an explicit choice is never replaced by another.
     """
     if impl is None:
         return "triton" if device.type == "cuda" and dtype != torch.float64 and HAVE_TRITON else "torch"

@@ -1,4 +1,4 @@
-"""What every loop shares: sizes, row selection, and per-row outputs.
+"""Shared by every loop: sizes, row selection, and per-row outputs.
 
 N rows of a call, C of them per chunk, R per block, V vocabulary.
 """
@@ -11,9 +11,9 @@ from torch import Tensor
 from .checks import Options, TokenStats
 from .workspace import default_workspace, device_memory
 
-CACHE_BYTES = 3 * 2**19  # of one block per CPU thread, logits and scratch: what stays in a core's 2 MiB
+CACHE_BYTES = 3 * 2**19  # logits and scratch of one block per CPU thread: they stay in a core's 2 MiB of cache
 ALL_ROWS = 2**62
-BLOCK_BYTES = 64 * 2**20  # of scratch elsewhere, where many small launches would cost more than the traffic
+BLOCK_BYTES = 64 * 2**20  # of scratch on other devices, on which many small launches would cost more than the traffic
 
 
 def power_of_two_below(value: int) -> int:
@@ -41,7 +41,7 @@ def block_rows(options: Options, sides: int, planes: int, dtype: torch.dtype, de
 def live_rows(weights: Tensor | None) -> Tensor | None:
     """Indices of the rows with a nonzero weight, or None for all of them.
 
-    Counting them makes the host wait for the weights: the price of skipping their rows in every GEMM.
+    Counting them makes the host wait for the weights; in return no product computes the other rows.
     """
     if weights is None:
         return None
@@ -63,7 +63,7 @@ def put(out: Tensor, index: Tensor | None, lo: int, hi: int, value: Tensor) -> N
 
 
 def clear_untouched(into: Tensor | None, rows: int, vocab: int, keep: Tensor | None) -> None:
-    """Zero what no chunk writes: padded columns, and rows of weight zero."""
+    """Set to zero what no chunk writes: padded columns, and rows of weight zero."""
     if into is None:
         return
     into[:, vocab:].zero_()

@@ -1,4 +1,4 @@
-"""`linear_cross_entropy`: hidden states, head and labels to loss, the (N, V) logits never whole.
+"""`linear_cross_entropy`: hidden states, head and labels to loss, without a whole (N, V) tensor of logits.
 
 File order: the work on rows, the operator (opaque to torch.compile) with its autograd, the public function, the Module.
 N tokens, V vocabulary, H hidden size, R rows of a block.
@@ -152,8 +152,8 @@ def linear_cross_entropy(
 ) -> Tensor | tuple[Tensor, LabelStats]:
     """Cross-entropy −log p(label) of the labels by the model's next-token distributions p, from hidden states.
 
-    Logits are those of `linear_divergence`: fp32 (fp64 if x or w is), a chunk of rows at a time. Runs on any device
-    through torch.
+    Logits are computed as in `linear_divergence`: fp32 (fp64 if x or w is), a chunk of rows at a time. Runs on any
+    device through torch.
 
     Args:
         x: (N, H) hidden states, fp32, bf16, fp16 or fp64. Flatten batch and time first. Row n predicts labels[n].
@@ -163,7 +163,7 @@ def linear_cross_entropy(
         temperature, softcap, scale: of the logits, as in `linear_divergence`.
         token_weights: (N,) floating, None for ones. Rows of weight zero count nothing, whatever they hold.
         by_probability: multiply each token's loss with p(label), a constant for the gradient: Dynamic Fine-Tuning
-            (Wu et al. 2025, arXiv 2508.05629). The gradient of a token is then the one of −p(label).
+            (Wu et al. 2025, arXiv 2508.05629). The gradient of a token is then the gradient of −p(label).
         ignore_index: rows with this label have weight zero; None if there are none.
         reduction: "mean" Σ w_n l_n / Σ w_n (0 if no row has weight), "sum" Σ w_n l_n, or "none", the (N,) values
             w_n l_n. "none" runs the loop a second time in the backward.
@@ -195,7 +195,7 @@ def linear_cross_entropy(
     if ignore_index is not None and type(ignore_index) is not int:
         raise ValueError(f"ignore_index={ignore_index!r} is not an integer: give the label to ignore, or None for none")
     options = make_options(
-        divergence="forward_kl",  # what a cross-entropy is, from a teacher that is sure of the label
+        divergence="forward_kl",  # a cross-entropy is the forward KL from a teacher that is sure of the label
         beta=0.5,
         temperature=temperature,
         reduction=reduction,

@@ -1,4 +1,4 @@
-"""`divergence`: the same loss for those who already hold the logits of both sides.
+"""`divergence`: the same loss for callers who already hold the logits of both sides.
 
 File order: the operator (opaque to torch.compile) with its autograd, its in-place twin, the public function,
 the Module.
@@ -110,7 +110,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 
 def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    """As linear_divergence's: scale what the forward made, once; run again for "none" and a second backward."""
+    """As in linear_divergence: scale the gradient of the forward, once; run again for "none" and a second backward."""
     nothing = (None,) * (5 + len(ctx.plain))
     if grad is None:  # an undefined gradient: nothing depends on the loss
         return nothing
@@ -202,17 +202,17 @@ def divergence(
 
     Args:
         student_logits: (N, V_s) fp32, bf16, fp16 or fp64; any softcap or scale is already in them.
-        teacher_logits: (N, V_t), left as they are. −inf for a token that is forbidden.
+        teacher_logits: (N, V_t), not changed. −inf forbids a token.
         inplace: True lets the forward overwrite student_logits with its gradient, which saves one (N, V)
             tensor. Nothing else may read the logits afterwards; autograd refuses the backward of an
-            operation that saved them. Every logit needs memory of its own: expanded logits are refused, and logits
-            that share memory with the teacher's. Not with reduction="none", which needs them again, nor under
-            torch.compile.
+            operation that saved them. Logits that share memory with each other (expanded ones) or with the
+            teacher's are refused. Not with reduction="none", which needs the logits again, nor under torch.compile.
         chunk_bytes: fp32 workspace of impl="torch"; the default is as in `linear_divergence`. Triton works on the
             logits themselves.
 
-    The other arguments, the return value and the errors are those of `linear_divergence`. The gradient has
-    the dtype of the logits: rounding logits to bf16 before this call already costs exactness (design section 3).
+    The other arguments, the return value and the errors are as for `linear_divergence`. The gradient has the dtype of
+    the logits. Logits that are rounded to bf16 before this call have already lost exactness (docs/kernels.md, "Why fp32
+    logits").
     """
     check_matrix("student_logits", student_logits)
     here = ("student_logits", student_logits)

@@ -1,4 +1,4 @@
-"""`linear_divergence`: hidden states and heads to loss, the (N, V) logits never whole.
+"""`linear_divergence`: hidden states and heads to loss, without a whole (N, V) tensor of logits.
 
 File order: the operator (opaque to torch.compile) with its autograd, the public function, the Module.
 """
@@ -68,7 +68,7 @@ def _forward(
 ) -> tuple[Tensor, ...]:
     """The loss, six per-token outputs, and dX, dW, db; what was not asked for has no elements.
 
-    For reduction="none" the gradients come only with `upstream`, because those of single rows are known then.
+    For reduction="none" the gradients come only with `upstream`, which holds the upstream gradient of each row.
     """
     options = Options.from_flat(*plain)
     labels = labels if options.return_tokens else None
@@ -149,7 +149,7 @@ def linear_divergence(
     """Divergence between the student's and the teacher's next-token distributions, from hidden states.
 
     Logits are z = softcap·tanh(scale·(h Wᵀ + b) / softcap) / temperature on each side, in fp32 (fp64 if an
-    input is fp64), chunk by chunk. Math and names: design section 2.
+    input is fp64), chunk by chunk. docs/kernels.md explains the loop, reference.py has the formulas.
 
     Args:
         x: (N, H_s) student hidden states, fp32, bf16, fp16 or fp64. Flatten batch and time first.
@@ -175,17 +175,17 @@ def linear_divergence(
         chunk_bytes: workspace for logits, upcast weights and scratch; as many tokens go into a chunk as fit (at
             least one). None is a 64th of a GPU's memory (1.25 GiB of 80 GiB), 256 MiB on a CPU. No more is taken than
             the tokens need.
-        compact: gather rows of weight zero away before any GEMM. Finding them makes the host wait for token_weights,
-            and nothing else in here makes it wait; False computes them for nothing instead. Without token_weights
-            there is nothing to find.
+        compact: gather rows of weight zero away before any GEMM. To find them, the host waits for token_weights; it
+            waits for nothing else. False computes these rows for nothing instead. Without token_weights there is
+            nothing to find.
         products: "bfloat16" rounds the operands of the products to bf16 outside autocast as well: for bf16 hidden
-            states and an fp32 head, as FSDP2's mixed precision has them. Sums and results stay fp32. None: operands
+            states and an fp32 head, as under FSDP2's mixed precision. Sums and results stay fp32. None: operands
             have the dtype of the inputs, or of autocast.
         impl: "triton" (GPU), "torch" (anywhere), or None: Triton on a GPU, else torch.
 
     Returns:
         The loss, () or (N,) for "none", fp32 (fp64 if an input is fp64); with return_tokens also TokenStats.
-        Gradients flow to those of x, w and bias that require them, accumulated over chunks in fp32 and
+        Gradients flow to x, w and bias if they require them, accumulated over chunks in fp32 and
         returned in the tensor's dtype.
 
     Raises:

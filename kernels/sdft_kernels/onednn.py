@@ -1,8 +1,8 @@
 """oneDNN's switch for products of fp32 matrices on a CPU: in bf16 for our bf16 calls, and fp32 for our fp32 calls.
 
 torch has the switch once per process. A bf16 call turns it on, and until the call ends the operands of every other
-thread's fp32 products may be rounded to bf16. Our calls respect that: an fp32 call waits until no bf16 call runs, and
-the other way round. Other code of the same process does not wait. A child that is forked during a bf16 call starts
+thread's fp32 products may be rounded to bf16. So our fp32 calls wait until no bf16 call runs, and our bf16 calls wait
+until no fp32 call runs. Other code of the same process does not wait. A child that is forked during a bf16 call starts
 with the switch off.
 """
 
@@ -20,7 +20,7 @@ def has_bf16_products() -> bool:
     """Whether `products(bf16=True)` pays: a CPU with AVX-512, through oneDNN.
 
     With AMX, oneDNN multiplies bf16 tiles. Without AMX it multiplies in fp32; on an AMD EPYC it took half of the time
-    that MKL took, which torch uses for fp32 products.
+    of MKL, which torch uses for fp32 products.
     """
     return (
         torch.backends.mkldnn.is_available()
@@ -30,7 +30,7 @@ def has_bf16_products() -> bool:
 
 
 class _Switch:
-    """How many calls of either kind run; `before` is what the switch was before the first bf16 call."""
+    """How many calls of either kind run; `before` is the value of the switch before the first bf16 call."""
 
     def __init__(self) -> None:
         self.condition = threading.Condition()
@@ -43,7 +43,7 @@ class _Switch:
             first = bf16 and not self.running[True]
             if first:
                 self.before = _precision()
-            self.running[bf16] += 1  # before the switch is on, so that a fork in between finds what to undo
+            self.running[bf16] += 1  # before the switch is on, so that a child forked in between turns it back
             if first:
                 _set_precision("bf16")
 

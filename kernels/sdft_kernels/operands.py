@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 FP16_SHIFT = 2.0**10  # fp16 gradients are stored this much larger: most of them would be subnormal
-LOGITS_COLUMNS = 1024  # of an fp32 product at a time on the CPU: 6% faster than all of the vocabulary at once
+LOGITS_COLUMNS = 1024  # of an fp32 product at a time on the CPU: 6% faster than the whole vocabulary at once
 
 
 def has_narrow_products(device: torch.device, operand: torch.dtype) -> bool:
@@ -25,14 +25,14 @@ def has_narrow_products(device: torch.device, operand: torch.dtype) -> bool:
 
 
 def prefers_narrow(device: torch.device) -> bool:
-    """Whether operands are narrow on the device if it can multiply them, see operand_dtype: a GPU."""
+    """Whether the device takes narrow operands if it can multiply them (see operand_dtype): a GPU does."""
     return device.type == "cuda"
 
 
 def operand_dtype(product: torch.dtype, result: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype of a GPU's operands whose values are rounded to `product`: the result's if it cannot be narrow.
+    """The dtype of operands whose values are rounded to `product`: the result's if a GPU has no such narrow product.
 
-    On a CPU, where Triton's interpreter stands in for a GPU, they are narrow, and mm32 widens them.
+    On a CPU (Triton's interpreter in place of a GPU) they are narrow, and mm32 widens them.
     """
     return result if device.type == "cuda" and not has_narrow_products(device, product) else product
 
@@ -45,7 +45,7 @@ def mm32(a: Tensor, b: Tensor, out: Tensor, beta: float = 0.0, alpha: float = 1.
         else:
             torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, alpha=alpha, out=out)
         return
-    # No such product elsewhere: narrow operands are widened, which is exact, slower, and needs their memory twice.
+    # No such product: narrow operands are widened, which is exact and slower, and takes their memory twice.
     torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=beta, alpha=alpha, out=out)
 
 

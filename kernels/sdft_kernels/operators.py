@@ -1,4 +1,4 @@
-"""What the operators share: registration, the boundary of a call, per-token outputs as flat tensors, the backward."""
+"""Shared by the operators: registration, entry to a call, per-token outputs as flat tensors, the backward."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -25,8 +25,8 @@ def register(
     """Make forward the operator `name` ("sdft::..."), opaque to torch.compile, with its shapes and its autograd.
 
     `public` is the name that errors give the operator; None is the part of `name` after "::". The result is called
-    like `forward`. torch.library.custom_op would do the same, and import torch._dynamo at the first call: two seconds
-    and 150 MB of which an eager caller has no use.
+    like `forward`. torch.library.custom_op would do the same, but import torch._dynamo at the first call: two seconds
+    and 150 MB, useless to an eager caller.
     """
     namespace, op = name.split("::")
     public = public or op
@@ -57,7 +57,7 @@ def linear_operator(
     Arguments: x, w, bias, `tensors` of the schema, upstream (dLoss: None in the forward, () or (N,) if a backward
     runs the loop again), three flags (which of dX, dW and db to make), the dtype that operands are rounded to or None,
     `plain` values of the schema, and Options.flat(). Results: the loss, `stats` per-token outputs (N,), dX, dW and db;
-    what is not there has no elements. describe(options, *the tensors but upstream) gives the dtype of the values, and
+    an absent result has no elements. describe(options, *the tensors but upstream) gives the dtype of the values, and
     the dtype of each per-token output or None.
     """
     count = 4 + tensors.count("Tensor")  # with x, w, bias and upstream
@@ -87,7 +87,7 @@ def linear_operator(
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.plain = inputs[count:]
-        ctx.set_materialize_grads(False)  # zeros for the outputs without a gradient would be as large as they are
+        ctx.set_materialize_grads(False)  # otherwise outputs without a gradient would get zeros of their size
         ctx.mark_non_differentiable(*output[1:])
         ctx.save_for_backward(*inputs[: count - 1], *output[-3:])
         ctx.spent = False
@@ -112,8 +112,8 @@ def linear_operator(
 def at_boundary(forward: Callable[..., Any]) -> Callable[..., Any]:
     """forward with every vector contiguous, on the device of its first tensor.
 
-    Kernels take vectors as pointers, and vectors are small. Triton launches on the current device, whatever device the
-    tensors are on.
+    Kernels take vectors as pointers, and vectors are small. Triton launches on the current device, even if the
+    tensors are on another.
     """
 
     @wraps(forward)
@@ -125,7 +125,7 @@ def at_boundary(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Make the tensor's GPU the current device. A fake tensor names a GPU also where CUDA is not initialised."""
+    """Make the tensor's GPU the current device. A fake tensor may name a GPU although CUDA is not initialised."""
     real = tensor.device.type == "cuda" and torch.cuda.is_initialized()
     return torch.cuda.device(tensor.device) if real else nullcontext()
 
@@ -145,7 +145,7 @@ def backward_of(public: str, backward: Callable[..., Any]) -> Callable[..., Any]
 
 
 def first_order(public: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """function, which has a backward and no other derivative: forward mode and torch.func are refused by name."""
+    """function, which has a backward and no other derivative: forward mode and torch.func raise with its name."""
 
     @wraps(function)
     def call(*args: Any) -> Any:
@@ -159,7 +159,7 @@ def first_order(public: str, function: Callable[..., Any]) -> Callable[..., Any]
         try:
             return function(*args)
         except RuntimeError as error:
-            if "functorch transforms" in str(error):  # torch's own words name neither the loss nor the way out
+            if "functorch transforms" in str(error):  # torch's message names neither the loss nor the fix
                 raise RuntimeError(no_transform(public)) from error
             raise
 
@@ -200,10 +200,10 @@ def token_stats(values: list[Tensor], labels: bool) -> TokenStats:
 
 
 def scale_grad(made: Tensor, factor: Tensor, impl: str) -> Tensor:
-    """made·factor, in made's own memory and without the host looking at the factor on a GPU.
+    """made·factor in the memory of made; on a GPU the host does not read the factor.
 
-    Almost always the factor is 1 and there is nothing to do. Written through .data, so that autograd's
-    check for overwritten tensors does not stop a second backward, which does not read them.
+    The factor is almost always 1, and then nothing is written. The write goes through .data, so that autograd's check
+    for overwritten tensors does not stop a second backward, which does not read them.
     """
     if type(made) is not Tensor:  # torch.compile is tracing
         return made * factor
@@ -221,17 +221,17 @@ def scale_grad(made: Tensor, factor: Tensor, impl: str) -> Tensor:
 def hand_over(
     ctx: Any,
     grad: Tensor,  # dLoss
-    tensors: Sequence[Any],  # the call's, those first that may get a gradient
+    tensors: Sequence[Any],  # of the call; first those that may get a gradient
     made: Sequence[Tensor],  # by the forward
     wanted: Sequence[bool],
     again: Callable[[], Sequence[Tensor]],
     impl: str = "torch",
     rerun: bool = False,
 ) -> list[Tensor | None]:
-    """The gradients that the forward made, scaled and in their tensors' dtypes, once; ctx.spent says whether they are.
+    """The gradients that the forward made, scaled and in their tensors' dtypes, once; then ctx.spent is True.
 
-    With `rerun` (reduction="none") and in a second backward (retain_graph=True) the loop runs again: rows' upstream
-    gradients were not known before, and the buffers belong to the caller now.
+    With `rerun` (reduction="none") and in a second backward (retain_graph=True) the loop runs again: the upstream
+    gradients of rows were not known before, or the buffers belong to the caller now.
     """
     if rerun or ctx.spent:
         made = again()

@@ -1,7 +1,7 @@
 """Hidden states and heads: the logits of a chunk by one product a side, and their gradient by two more.
 
-The products have fp32 results (fp64 for fp64 inputs). Their operands are narrow (bf16, fp16) on a device that
-multiplies them with such a result, and widened elsewhere.
+The products have fp32 results (fp64 for fp64 inputs). Their operands are narrow (bf16, fp16) if the device has such a
+product, and widened otherwise.
 
 N tokens of a call, C of them in a chunk, V vocabulary, H hidden size; _s the student's, _t the teacher's.
 """

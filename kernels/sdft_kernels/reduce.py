@@ -1,4 +1,4 @@
-"""From per-row divergences and token weights to the loss, shared by both public functions."""
+"""From the values of rows and the token weights to the loss."""
 
 import torch
 from torch import Tensor
@@ -22,12 +22,12 @@ def scale_rows(
 
 def row_scales(
     token_weights: Tensor | None,  # (N,)
-    upstream: Tensor | None,  # () or (N,): dLoss where it is known already
+    upstream: Tensor | None,  # () or (N,): dLoss if it is known already
     options: Options,
     rows: int,
     dtype: torch.dtype,  # of the values
 ) -> Scales:
-    """What a loop takes: the rows that count, and scale_rows times upstream."""
+    """The scales for a loop: the rows that count, and scale_rows times upstream."""
     keep = live_rows(token_weights) if options.compact else None
     weights, uniform = scale_rows(token_weights, options.reduction, rows, dtype)
     if upstream is not None:
@@ -36,9 +36,9 @@ def row_scales(
 
 
 def share_of_sum(weights: Tensor) -> Tensor:
-    """w / Σ w, or 0 if the sum is 0, without the host looking at it.
+    """w / Σ w, or 0 if the sum is 0, without a read on the host.
 
-    Weights are divided by the largest first, so that their sum neither overflows nor has an inverse that does.
+    Weights are first divided by the largest, so that neither their sum nor its inverse overflows.
     """
     if weights.numel() == 0:
         return weights
@@ -50,6 +50,6 @@ def share_of_sum(weights: Tensor) -> Tensor:
 
 def finish(divergence: Tensor, scales: Scales, reduction: Reduction) -> Tensor:
     """(N,) divergences -> the loss: () or, for "none", (N,); meaningless if the scales hold an upstream gradient."""
-    # A row of weight 0 has divergence 0 here: it was never computed, so no inf·0 can arise.
+    # A row of weight 0 was never computed, so its divergence is 0 here and inf·0 cannot arise.
     values = divergence * (scales.uniform if scales.weights is None else scales.weights.to(divergence.dtype))
     return values if reduction == "none" else values.sum()

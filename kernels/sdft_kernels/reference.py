@@ -1,6 +1,7 @@
-"""The dense truth: plain autograd PyTorch that keeps every logit, for tests and benchmarks.
+"""The reference for tests and benchmarks: dense PyTorch with autograd, which keeps every logit.
 
-Any floating dtype; run it in float64 to judge the fused forms. Same options, same semantics, no chunks.
+It takes any floating dtype; in float64 it is the reference for the fused losses. Same options, same semantics, no
+chunks.
 """
 
 import torch
@@ -196,8 +197,8 @@ def weighted(log_p: Tensor, f: Tensor) -> Tensor:
 
 
 def row_divergence(log_p: Tensor, log_q: Tensor, options: Options) -> Tensor:
-    """(N,) divergences as design section 2 writes them."""
-    both = log_p.isneginf() & log_q.isneginf()  # agreed: −inf − −inf must not become NaN, nor its gradient
+    """The divergences (N,): Σ p·log(p/q), Σ q·log(q/p), or β·Σ q·log(q/m) + (1 − β)·Σ p·log(p/m)."""
+    both = log_p.isneginf() & log_q.isneginf()  # both −inf: neither the difference nor its gradient may become NaN
     log_p, log_q = log_p.masked_fill(both, 0.0), log_q.masked_fill(both, 0.0)
     p_mask, q_mask = log_p.masked_fill(both, -torch.inf), log_q.masked_fill(both, -torch.inf)
     if options.kind == "reverse_kl":

@@ -80,7 +80,7 @@ def row_kernel(
     T_CAP: tl.constexpr, NARROW: tl.constexpr, ROUND: tl.constexpr,
     BLOCK: tl.constexpr, THREADS: tl.constexpr, EACH: tl.constexpr,  # a tile, its threads, one access of a thread
 ):  # fmt: skip
-    """Everything of one row. Token n = index[lo + program] or lo + program; GATHER: the logits lie at n too."""
+    """All work on one row. Token n = index[lo + program] or lo + program; GATHER: the logits lie at n too."""
     here = tl.program_id(0).to(tl.int64)
     n = lo + here
     if INDEX:
@@ -178,7 +178,7 @@ def row_kernel(
 
 @triton.jit
 def scale_kernel(x_ptr, factor_ptr, count, BLOCK: tl.constexpr):
-    """x *= factor over `count` entries, read and written only where the factor is not 1."""
+    """x *= factor over `count` entries; nothing is read or written if the factor is 1."""
     factor = tl.load(factor_ptr).to(tl.float32)
     if factor != 1.0:
         first = tl.program_id(0).to(tl.int64) * BLOCK
@@ -189,7 +189,7 @@ def scale_kernel(x_ptr, factor_ptr, count, BLOCK: tl.constexpr):
 
 
 def scale_(x: Tensor, factor: Tensor) -> Tensor:
-    """x (contiguous) times the one number in factor, in place; almost always that is 1, and nothing is moved."""
+    """x (contiguous) times the one number in factor, in place; almost always the factor is 1, and nothing is moved."""
     grid = (max(1, min(1024, triton.cdiv(x.numel(), 4096))),)
     scale_kernel[grid](x, factor, x.numel(), BLOCK=4096, num_warps=8, enable_fp_fusion=True)
     return x

@@ -1,9 +1,9 @@
 """Triton: the math of a row of logits, in three steps: statistics, merge, gradient.
 
-The statistics of any set of a row's entries are eight numbers, and those of two sets merge into those of their
-union: sets may be the entries of one thread, of one block of threads, or of one part of the vocabulary. Math and
-names: design section 2. Everything counts from a side's maximum: sums of s − t would lose the digits of a common
-offset. Exponentials are powers of two, the unit that the hardware computes.
+The statistics of any set of a row's entries are eight numbers. The statistics of two sets merge into the statistics of
+their union; a set may be the entries of one thread, of one block of threads, or of one part of the vocabulary.
+Formulas: reference.py. Every logit is taken relative to the maximum of its side, because sums of s − t would lose the
+digits of a common offset. Exponentials are powers of two, the unit that the hardware computes.
 
     m    the maximum                        z    Σ e^(· − m)
     b    Σ e^(· − m)·(· − m), for entropies (0 unless TOKENS)
@@ -30,7 +30,7 @@ def exp(x):
 
 @triton.jit
 def tanh(x):
-    """tanh from exp, and from its series where 1 − exp would cancel."""
+    """tanh from exp, or from its series if 1 − exp would cancel."""
     e = exp(-2.0 * tl.abs(x))
     far = (1.0 - e) / (1.0 + e)
     y = x * x
@@ -83,7 +83,7 @@ def finite_or_zero(m):
 
 @triton.jit
 def weighted(weight, f):
-    """weight·f, and 0 where the weight is 0 whatever f is."""
+    """weight·f; 0 if the weight is 0, whatever f is."""
     return tl.where(weight == 0.0, 0.0, weight * f)
 
 
@@ -137,7 +137,7 @@ def add_tile(s, t, m_s, z_s, b_s, m_t, z_t, b_t, a, top, KIND: tl.constexpr, TOK
         b_t = weighted(r_t, b_t - z_t * up_t)
         here = lane_max(tl.where(t == across(new_t, BLOCK, CTAS, THREADS, EACH), s, -float("inf")), CTAS, THREADS, EACH)
         top = tl.where(new_t > m_t, here, tl.maximum(top, here))
-    # One side after the other: fewer values wait in registers.
+    # One side after the other, so that fewer values stay in registers.
     x_s = s - across(base_s, BLOCK, CTAS, THREADS, EACH)
     x_t = t - across(base_t, BLOCK, CTAS, THREADS, EACH)
     e_t = exp(x_t)
@@ -157,9 +157,9 @@ def add_tile(s, t, m_s, z_s, b_s, m_t, z_t, b_t, a, top, KIND: tl.constexpr, TOK
 
 @triton.jit
 def merge(m_s, z_s, b_s, m_t, z_t, b_t, a, top, KIND: tl.constexpr, TOKENS: tl.constexpr):
-    """Merge step: the statistics (T,) of T disjoint sets of a row's entries -> those of all, single numbers.
+    """Merge step: the statistics (T,) of T disjoint sets of a row's entries -> single numbers, the statistics of all.
 
-    An infinite sum whose terms have underflowed beside another set's is gone.
+    An infinite sum is lost if its terms underflow relative to another set.
     """
     new_s = tl.max(m_s, 0)
     new_t = tl.max(m_t, 0)
@@ -190,13 +190,13 @@ def log_mixture(u, beta):
 
 @triton.jit
 def log_ratio(x_s, x_t, log_z_s, log_z_t):
-    """u = log q − log p, clamped where e^u would overflow; x_t − x_s is exact where the two are near."""
+    """u = log q − log p, clamped so that e^u does not overflow; x_t − x_s is exact if the two are near."""
     return tl.minimum(tl.maximum((x_t - x_s) - (log_z_t - log_z_s), -MAX_RATIO), MAX_RATIO)
 
 
 @triton.jit
 def jsd_terms(x_s, x_t, z_s, z_t, beta):
-    """Of every entry, p·log(m/p) and q·log(q/m); their sums over the row are what the JSD needs."""
+    """p·log(m/p) and q·log(q/m) of every entry; the JSD needs their sums over the row."""
     u = log_ratio(x_s, x_t, tl.log(z_s), tl.log(z_t))
     mix = log_mixture(u, beta)
     return weighted(exp(x_s) / z_s, mix), weighted(exp(x_t) / z_t, u - mix)
@@ -219,7 +219,7 @@ def divergence(z_s, z_t, a, k_p, k_q, beta, KIND: tl.constexpr):
 
 @triton.jit
 def gradient(x_s, x_t, z_s, z_t, center, beta, KIND: tl.constexpr):
-    """Gradient step: dD/ds of a tile (jsd: over −(1 − β)), from logits that count from their maxima."""
+    """Gradient step: dD/ds of a tile (jsd: over −(1 − β)), from logits relative to their maxima."""
     e_s = exp(x_s)
     if KIND == FORWARD:
         g = e_s * (1.0 / z_s) - exp(x_t) * (1.0 / z_t)
@@ -231,7 +231,7 @@ def gradient(x_s, x_t, z_s, z_t, center, beta, KIND: tl.constexpr):
 
 @triton.jit
 def finish_gradient(g, s, outer, row_factor, infinite, g_max, CAP: tl.constexpr, ROUND: tl.constexpr):
-    """The softcap's chain rule, the row's factor, and what a stored gradient must fulfil."""
+    """The softcap's chain rule, the row's factor, and the limits of a stored gradient."""
     g *= row_factor
     if CAP:
         slope = s / outer
@@ -245,7 +245,7 @@ def finish_gradient(g, s, outer, row_factor, infinite, g_max, CAP: tl.constexpr,
 
 @triton.jit
 def round_to_bf16(g):
-    """To the nearest bf16, still as fp32: Triton's interpreter cuts where a GPU rounds."""
+    """Round to the nearest bf16, still as fp32: Triton's interpreter truncates, a GPU rounds."""
     bits = g.to(tl.uint32, bitcast=True)
     bits += 0x7FFF + ((bits >> 16) & 1)
     return (bits & 0xFFFF0000).to(tl.float32, bitcast=True)

@@ -1,9 +1,9 @@
 """Triton: the divergence of rows of logits, each read once and kept on chip until its gradient is written.
 
-A cluster of thread blocks holds a row in its registers and exchanges sums through the shared memory of the cluster:
-10 bytes move an entry (fp32 logits, bf16 gradient) where row_kernel moves 18. Not yet run on a GPU: read from its
-machine code, a reduction leaves every block's part in shared memory, passes a barrier of the cluster, reads the other
-blocks' parts, and passes another.
+A cluster of thread blocks holds a row in its registers and exchanges sums through the shared memory of the cluster: it
+moves 10 bytes an entry (fp32 logits, bf16 gradient), row_kernel 18. It has not yet run on a GPU. By its machine code, a
+reduction writes every block's part to shared memory, passes a barrier of the cluster, reads the other blocks' parts,
+and passes another barrier.
 """
 
 import triton
@@ -38,10 +38,10 @@ def on_chip_kernel(
     BLOCK: tl.constexpr, PIECES: tl.constexpr,  # PIECES·BLOCK >= V
     CTAS: tl.constexpr, THREADS: tl.constexpr, EACH: tl.constexpr,  # thread blocks, the threads of each, one access
 ):  # fmt: skip
-    """Everything of one row.
+    """All work on one row.
 
-    The reductions wait for every logit of the row, so the gradient may lie in the logits' memory. A row is a few tiles
-    and not one, so that the intermediate values of one tile are gone before the next needs registers.
+    The reductions wait for every logit of the row, so the gradient may lie in the logits' memory. A row is divided into
+    a few tiles, so that the intermediate values of one tile are gone before the next tile needs registers.
     """
     here = tl.program_id(0).to(tl.int64)
     n = lo + here
@@ -93,7 +93,7 @@ def on_chip_kernel(
         tl.store(s_entropy_ptr + n, tl.log(z_s) - b_s / z_s)
         tl.store(t_entropy_ptr + n, tl.log(z_t) - b_t / z_t)
         tl.store(agree_ptr + n, tl.where(top >= m_s, 1, 0).to(tl.int8))
-        if LABELS:  # found among the logits held here: another block's gradient may have overwritten it in memory
+        if LABELS:  # taken from the logits on chip, because another block's gradient may have overwritten it in memory
             label = tl.load(label_ptr + n)
             s_label, t_label = low, low
             for i in tl.static_range(PIECES):

@@ -6,8 +6,8 @@ part is normalised by its own log-sum-exps, and a KL merges by its chain rule: t
 parts' KLs plus the KL of the parts' masses.
 
 Shapes: R rows of the block, V vocabulary (of the part), K parts. `s` holds the student's final logits on entry and
-dD/ds at the end; `t` holds the teacher's and is destroyed. Source: design section 2; the paper prints the gradient of
-the reverse KL without the factor p, the one here has it.
+dD/ds at the end; `t` holds the teacher's and is destroyed. Formulas: reference.py. The paper (arXiv 2601.19897) prints
+the gradient of the reverse KL without the factor p; here it has the factor.
 """
 
 import math
@@ -21,7 +21,7 @@ from .checks import Activation, DivergenceName, Options
 
 T = TypeVar("T")
 
-# Blocks that (R, V) scratch holds, apart from the two of logits; the fewer, the more rows fit in cache.
+# Blocks (R, V) of scratch, besides the two of logits. With fewer blocks, more rows fit in cache.
 SCRATCH = {"reverse_kl": 0, "forward_kl": 1, "jsd": 2}
 
 # e^u overflows fp32 past u = 88. Clamping u at ±80 is exact: past ±80 the smaller probability is below e^-80 of the
@@ -41,7 +41,7 @@ class RowStats(NamedTuple):
 
 
 class TokenSums(NamedTuple):
-    """What the per-token outputs need of a part, (R,) each; p and q are normalised within the part."""
+    """A part's numbers for the per-token outputs, (R,) each; p and q are normalised within the part."""
 
     entropy: Tensor  # of p
     teacher_entropy: Tensor  # of q
@@ -53,7 +53,7 @@ class TokenSums(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """What one part of the vocabulary adds to its rows, (R,) each; p and q are normalised within the part."""
+    """The statistics of one part of the vocabulary, (R,) each; p and q are normalised within the part."""
 
     mean: Tensor | None  # of log p − log q under p (reverse KL), of log q − log p under q (forward KL); None for JSD
     mass: Tensor | None  # Σ p or Σ q, over which the mean is taken: 1 up to the rounding of the log-sum-exp
@@ -64,7 +64,7 @@ class Statistics(NamedTuple):
 
 
 class Mixture(NamedTuple):
-    """What one part adds to the JSD, (R,) each; p and q are normalised over the whole vocabulary."""
+    """The sums of one part for the JSD, (R,) each; p and q are normalised over the whole vocabulary."""
 
     student: Tensor  # Σ p·log(m/p)
     student_mass: Tensor  # Σ p
@@ -114,8 +114,8 @@ def expectation(p: Tensor, f: Tensor, out: Tensor) -> tuple[Tensor, Tensor, bool
     """(p·f in out, Σ p·f by row, whether all are surely finite); an entry with p = 0 counts 0 whatever f is."""
     product = torch.mul(p, f, out=out)
     total = product.sum(1)  # a BLAS dot per row costs 5 times both passes, in thread barriers
-    # Cleaning costs two more passes. On the CPU one number shows whether it is needed; on a GPU the host would wait
-    # for that number.
+    # Cleaning costs two more passes. On a CPU one number shows whether it is needed. On a GPU the host would wait for
+    # that number.
     finite = p.device.type == "cpu" and math.isfinite(total.sum().item())
     if not finite:
         total = product.masked_fill_(p == 0, 0.0).sum(1)
@@ -177,10 +177,10 @@ def statistics_(
 
 
 def mean_of(total: Tensor, mass: Tensor) -> Tensor:
-    """Σ p·f / Σ p: the mean of f under p as it is, whose sum is 1 + ε and not 1.
+    """Σ p·f / Σ p: the mean of f under p, whose sum is 1 + ε and not 1.
 
-    ε is the rounding of the long sum in the log-sum-exp, 1e-5 at V = 262k. In a gradient p·(f − mean) the mean must
-    be the one under this p: off by ε·D, at D = 28 the error would be larger than all others together.
+    ε is the rounding of the long sum in the log-sum-exp, 1e-5 at V = 262k. In a gradient p·(f − mean), the mean must be
+    taken under the same p. Otherwise it is off by ε·D, which at D = 28 is more than all other errors together.
     """
     return total / mass
 
@@ -220,7 +220,7 @@ def mixture_(
     part: Statistics | None = None,
     whole: Statistics | None = None,
 ) -> Mixture:
-    """What a part adds to the JSD once the whole is known; without `part` and `whole` the vocabulary is whole.
+    """The sums of a part for the JSD, after the merge; without `part` and `whole` the vocabulary is whole.
 
     p and p·log(m/p) are left in s and scratch[1]. With u = log q − log p and l = log(1 − β + β·e^u): log(p/m) = −l,
     exactly 0 at u = 0, and log(q/m) = u − l. expm1 and log1p would keep more digits below |u| = 1e-4 and take 2.5
@@ -263,7 +263,7 @@ def gradient_(
     if kind == "reverse_kl":
         log_w = None
         mean = value
-        if part is not None:  # its own log p − log q is the whole's less log w − log v
+        if part is not None:  # log p − log q of the part is log p − log q of the whole less log w − log v
             log_w, log_v = shares(part, whole)
             mean = torch.where(log_w == -math.inf, 0.0, value - log_w + log_v)
         center(t, s, mean, out=s)
@@ -285,7 +285,7 @@ def center(product: Tensor, p: Tensor, mean: Tensor, out: Tensor) -> Tensor:
 
 
 def drop_infinite_(grad: Tensor, value: Tensor) -> None:
-    """An infinite divergence has no useful gradient: its row's becomes 0, and the value stays infinite."""
+    """Set the gradient of rows with an infinite divergence to 0, since it is useless; the value stays infinite."""
     grad.masked_fill_((value == math.inf).unsqueeze(1), 0.0)
 
 
@@ -293,7 +293,7 @@ def drop_infinite_(grad: Tensor, value: Tensor) -> None:
 
 
 def merge(parts: Sequence[Statistics], kind: DivergenceName) -> Statistics:
-    """The statistics of the union of parts, all made with a `start`. Any grouping gives the same up to rounding."""
+    """The statistics of the union of parts, all made with a `start`. Any grouping gives the same, up to rounding."""
     log_sums, log_w = merged_logs([present(part.log_sum) for part in parts])
     teacher_log_sums, log_v = merged_logs([present(part.teacher_log_sum) for part in parts])
     mean = mass = None
@@ -370,6 +370,6 @@ def row_stats(options: Options, whole: Statistics, mixture: Mixture | None) -> R
 
 
 def present(value: T | None) -> T:
-    """value, which the caller has made sure is there."""
+    """value, which is not None: the caller has checked it."""
     assert value is not None, "statistics of a whole vocabulary cannot be merged: give statistics_ a start"
     return value

@@ -1,7 +1,7 @@
 """Divergence from a teacher known only by its top-k log-probabilities, as an inference server returns them.
 
 Both distributions become k + 1 events: the k tokens that the teacher named, and all the others together (the tail).
-Which form to take, and what goes wrong without the tail: docs/topk.md.
+docs/topk.md explains which form to take, and why the tail must not be left out.
 
 File order: the operator, the public functions; the work on rows is in topk_rows.py.
 N tokens, V vocabulary, H hidden size, k named tokens a row.
@@ -79,7 +79,7 @@ def _forward(
             run_logits([x], options, rows, made.dx, scales, dtype)
         else:
             made = run_linear(Inputs(x, w, bias), options, rows, grads, scales, rounding)
-        stats = [x.new_empty(0) for _ in range(4)]  # each its own: an operator's outputs may not alias
+        stats = [x.new_empty(0) for _ in range(4)]  # four tensors, because an operator's outputs may not alias
         if options.return_tokens:
             mass = teacher.mass.clamp(0.0, 1.0)
             mass = mass if token_weights is None else mass.masked_fill(token_weights == 0, 0.0)
@@ -166,19 +166,19 @@ def linear_topk_divergence(
         x: (N, H) student hidden states, fp32, bf16, fp16 or fp64. Flatten batch and time first.
         w: (V, H) student head; it and the bias may be DTensors, as in `linear_divergence`.
         teacher_ids: (N, k) int64 or int32. Entries outside 0..vocab_size−1 (−1 by convention), and those whose
-            log-probability is −inf, are not there: their mass is the tail's. If an id is given twice in a row,
-            the first entry counts. Values are never refused, because looking at them would make the host wait.
+            log-probability is −inf, do not count: their mass belongs to the tail. If an id is given twice in a row,
+            the first entry counts. Values are never refused, because a check would make the host wait.
         teacher_logprobs: (N, k) floating: logs of probabilities over the *whole* vocabulary, as servers return
             them, in any order, and at the `temperature` of this call (docs/topk.md).
         divergence, beta: as in `linear_divergence`, over the k + 1 (or k) events.
         tail: "bucket": everything not named is one event; its gradient spreads over its tokens in proportion
             to the student's p. "renormalise": both sides restricted to the named tokens; the other logits get no
-            gradient, and mass that the student holds there is not seen.
+            gradient, and the mass that the student gives them has no effect.
         tail_floor: in [0, 1), for "bucket": the least mass that the teacher's tail is taken to have. Rounding of
             log-probabilities leaves about 1e-7 of it unknown, and 0 would make reverse KL infinite.
-        bias: (V,), floating. −inf forbids a token. A student that forbids a token that the teacher gives mass has
-            infinite forward KL; under "renormalise" one that forbids all named tokens has any of them infinite.
-            Such a row keeps the value; its gradient is 0.
+        bias: (V,), floating. −inf forbids a token. If the student forbids a token that the teacher gives mass, forward
+            KL is infinite; under "renormalise", if it forbids all named tokens, every divergence is infinite. Such a
+            row keeps the value; its gradient is 0.
         temperature, softcap, scale: of the student's logits, as in `linear_divergence`.
         token_weights, labels, reduction, vocab_size, chunk_bytes, products: as in `linear_divergence`.
         return_tokens: also return TopkStats.
@@ -257,12 +257,12 @@ def topk_divergence(
     return_tokens: bool = False,
     chunk_bytes: int | None = None,
 ) -> Tensor | tuple[Tensor, TopkStats]:
-    """`linear_topk_divergence` for those who already hold the student's logits.
+    """`linear_topk_divergence` for callers who already hold the student's logits.
 
     Args:
-        student_logits: (N, V) fp32, bf16, fp16 or fp64, left as they are; any softcap or scale is already in them.
+        student_logits: (N, V) fp32, bf16, fp16 or fp64, not changed; any softcap or scale is already in them.
 
-    The other arguments, the return value and the errors are those of `linear_topk_divergence`; the gradient has
+    The other arguments, the return value and the errors are as for `linear_topk_divergence`; the gradient has
     the dtype of the logits.
     """
     check_matrix("student_logits", student_logits)

@@ -32,7 +32,7 @@ class Teacher(NamedTuple):
 
 
 def read_teacher(ids: Tensor, logprobs: Tensor, vocab: int, dtype: torch.dtype) -> Teacher:
-    """Clean one call's (N, k) ids and log-probabilities, without the host looking at them."""
+    """Clean one call's (N, k) ids and log-probabilities, without a read on the host."""
     ids = ids.long()
     logprobs = logprobs.to(torch.promote_types(logprobs.dtype, torch.float32))
     named = (ids >= 0) & (ids < vocab) & (logprobs != -math.inf)

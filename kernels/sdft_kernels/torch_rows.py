@@ -90,7 +90,7 @@ class TorchRows:
 
 
 def looks_infinite(value: Tensor) -> bool:
-    """Whether some entry may be infinite. Only a CPU looks: elsewhere that would make the host wait."""
+    """Whether some entry may be infinite. On a GPU always True, because a look would make the host wait."""
     return value.device.type != "cpu" or not math.isfinite(value.sum().item())
 
 

@@ -1,4 +1,4 @@
-"""The Triton loss of ready logits: row_kernel on the caller's own tensors, no copy, no chunks."""
+"""The Triton loss of ready logits: row_kernel on the tensors of the caller, no copy, no chunks."""
 
 import torch
 from torch import Tensor

@@ -1,6 +1,6 @@
-"""Block sizes and warps of every Triton kernel, from what a device has: the whole of our autotuning.
+"""Block sizes and warps of every Triton kernel, by the properties of the device. There is no other tuning.
 
-Chosen by compiled resources (bench/resources.py: no spills, registers that leave enough warps per
+They were chosen by compiled resources (bench/resources.py: no spills, registers that leave enough warps per
 multiprocessor), NOT YET by time on a GPU: `make gpu-proof` times other tiles.
 """
 
@@ -12,14 +12,14 @@ import triton
 
 
 class Limits(NamedTuple):
-    """What of a device a tile depends on."""
+    """The properties of a device that a tile depends on."""
 
     warp_size: int  # threads
     cluster: int  # the most thread blocks that exchange data on chip; 1 without clusters
 
 
 class RowBlocks(NamedTuple):
-    """Of row_kernel: vocabulary entries per tile, and warps per row."""
+    """For row_kernel: vocabulary entries per tile, and warps per row."""
 
     block: int
     warps: int
@@ -82,20 +82,20 @@ VECTOR_BYTES = 16  # of the widest access of a thread
 
 @cache
 def limits_of(device: torch.device) -> Limits:
-    """The limits of a device; those of NVIDIA's before Hopper for the interpreter, which has none."""
+    """The limits of a device; for the interpreter those of an NVIDIA GPU before Hopper."""
     if device.type != "cuda":
         return INTERPRETER
     found = torch.cuda.get_device_properties(device)
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    # Hopper and the large Blackwell; RTX 50 has clusters of one block only. A cluster lies in one group of
-    # multiprocessors, and groups of at least 16 are sure only where few multiprocessors are switched off.
+    # Hopper and large Blackwell GPUs; RTX 50 has clusters of one block only. A cluster lies in one group of
+    # multiprocessors, and groups of at least 16 are sure only if few multiprocessors are switched off.
     clusters = torch.version.hip is None and found.major in (9, 10) and version >= CLUSTERS_SINCE
     largest = 16 if found.multi_processor_count >= WHOLE_GPU else 8
     return Limits(found.warp_size, largest if clusters else 1)
 
 
 def row_tile(limits: Limits, vocab: int, heavy: bool, each: int) -> RowTile:
-    """For rows of `vocab` logits; no tile is longer than the row needs.
+    """The tile for rows of `vocab` logits; no tile is longer than the row needs.
 
     `each` is the most entries that one access of a thread has in any tensor read or written: Triton lays all tiles out
     for that one, and statistics kept for another layout would be exchanged between threads.
@@ -113,7 +113,7 @@ def row_tile(limits: Limits, vocab: int, heavy: bool, each: int) -> RowTile:
 
 
 def on_chip_tile(limits: Limits, vocab: int, kind: str, each: int) -> OnChipTile | None:
-    """How a cluster holds a row of `vocab` logits, or None where there are no clusters or the row does not fit."""
+    """How a cluster holds a row of `vocab` logits, or None if there are no clusters or the row does not fit."""
     if vocab < SMALLEST_ON_CHIP:
         return None
     for way in JSD_ON_CHIP if kind == "jsd" else KL_ON_CHIP:

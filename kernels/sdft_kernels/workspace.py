@@ -58,11 +58,11 @@ def plan_workspace(
     """Divide `budget` bytes between casts of heads, `other` fixed bytes, and chunks of the `rows` tokens.
 
     row_bytes: of one token in a chunk (logits of all sides, hidden states, dX). casts: bytes of each head in the dtype
-    of its products, if that is not the head's own, the student's first. tile: bytes of a tile; None is an eighth of the
+    of its products, if the head has another dtype, the student's first. tile: bytes of a tile; None is an eighth of the
     budget.
 
-    A head is cast once a call if there is room and that moves the fewest bytes: it leaves fewer tokens to a chunk.
-    Otherwise every product of every chunk casts the head again, a tile at a time.
+    A head is cast once a call if there is room and that moves the fewest bytes (a kept cast leaves fewer tokens to a
+    chunk). Otherwise every product of every chunk casts the head again, a tile at a time.
     """
     tile = budget // 8 if tile is None else min(tile, budget // 8)
     plans = []

@@ -3,8 +3,7 @@
     import sdft_kernels.compat.liger as liger
     from sdft_kernels.compat.liger import LigerJSD
 
-Written against liger-kernel 0.8.5, which is neither imported nor needed. Common to all four classes, apart from their
-docstrings:
+Written for liger-kernel 0.8.5, which is neither imported nor needed. All four classes have in common:
 
 - The student is the trained side. β = 0 is forward KL, KL(teacher‖student), β = 1 reverse KL, and between them
   the loss is β·KL(teacher‖m) + (1−β)·KL(student‖m) with m = β·teacher + (1−β)·student: in all of Liger's
@@ -52,10 +51,10 @@ class LigerFusedLinearJSDLoss(nn.Module):
     ignore_index: hard is −log p(label) of the student over its V_s tokens at temperature 1, soft the divergence
     with both sides' logits divided by temperature.
 
-    Where the heads have different numbers of rows, soft compares the first min(V_s, V_t) tokens; Liger gives the
+    If the heads have different numbers of rows, soft compares the first min(V_s, V_t) tokens; Liger gives the
     missing student tokens the logit 0, which is no small probability, and fails for V_t < V_s. A frozen head has no
     dW (Liger computes it). Logits are fp32 for bf16 inputs too (Liger's are bf16). soft and hard, if returned,
-    carry their gradients (Liger drops those of a loss made from them). A part of weight 0 is not computed, or
+    carry their gradients (Liger drops the gradients of a loss made from them). A part of weight 0 is not computed, or
     has no gradient if it is returned. The hard part runs the loop a second time and projects the student again.
 
     Args:
@@ -145,8 +144,8 @@ class LigerFusedLinearJSD(nn.Module):
 
     The mean over the tokens whose label is not ignore_index, or over all of them without labels. Heads with
     different numbers of rows compare their first min(V_s, V_t) tokens (Liger's kernel reads past the end of a row).
-    As in Liger a frozen head has no dW. That of a bf16 head is summed in fp32 and rounded once (Liger's rounds every
-    chunk's sum unless accum_dtype is wider).
+    As in Liger a frozen head has no dW. dW of a bf16 head is summed in fp32 and rounded once (Liger rounds the sum
+    after every chunk unless accum_dtype is wider).
 
     Args:
         jsd_beta: in [0, 1], 0 forward KL, 1 reverse KL.
@@ -194,7 +193,7 @@ class LigerFusedLinearJSD(nn.Module):
 class LigerJSD(nn.Module):
     """`liger_kernel.transformers.LigerJSD`: the divergence of log-probabilities that you already hold.
 
-    As in Liger the gradient is that with respect to the log-probabilities themselves, so a `log_softmax` before it
+    As in Liger the gradient is taken with respect to the log-probabilities themselves, so a `log_softmax` before it
     works, and nothing is normalised here. Nothing of the size (N, V) is kept between forward and backward (Liger
     makes the gradient in the forward, even if none is needed, and an fp32 (N, V) of loss entries). A token of
     probability 0 counts 0, where Liger's 0·(−inf) is NaN; a row of infinite divergence keeps the value and gets
@@ -235,7 +234,7 @@ class LigerKLDIVLoss(nn.KLDivLoss):
 
     Args:
         eps: at least 0; the least probability whose logarithm is taken.
-        size_average, reduce, reduction, log_target: those of torch.nn.KLDivLoss.
+        size_average, reduce, reduction, log_target: as in torch.nn.KLDivLoss.
     """
 
     def __init__(self, eps: float = 1e-10, *args: Any, **kwargs: Any):
@@ -296,7 +295,7 @@ def _check_options(beta: float, ignore_index: int, temperature: float = 1.0, nam
 
 
 def _check_hidden(field: str, value: object, like: tuple[str, Tensor] | None = None) -> None:
-    """Refuse what is no floating tensor of at least two dimensions."""
+    """Raise ValueError unless value is a floating tensor of at least two dimensions."""
     check_matrix(field, value.flatten(0, -2) if isinstance(value, Tensor) and value.ndim > 2 else value, like)
 
 
@@ -319,7 +318,7 @@ def _check_pair(field: str, student: Tensor, other: str, teacher: Tensor) -> Non
 
 
 def _flat_labels(field: str, labels: Tensor, student: Tensor) -> Tensor:
-    """(N,) labels of student's rows."""
+    """Labels (N,) of the student's rows."""
     check_plain(field, labels)
     rows = student.shape[:-1]
     if labels.shape not in (rows, (rows.numel(),)):

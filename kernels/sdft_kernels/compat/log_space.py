@@ -1,7 +1,7 @@
 """Divergences of ready log-probabilities, a block of rows at a time.
 
 The log-probabilities themselves are the variables here: nothing is normalised, and the gradient is with
-respect to each of them, as a loss that stands behind a `log_softmax` needs it. `divergence` takes logits
+respect to each of them, as a loss after a `log_softmax` needs it. `divergence` takes logits
 and saves that log_softmax. N rows, V vocabulary, R rows of a block; plain torch on every device.
 """
 
