@@ -205,7 +205,7 @@ ModelSource = str | Path | ModelConfig | LoadedModel
 
 
 def load_model(model: ModelSource, chat_template: str = "", *, needs_chat: bool = True) -> LoadedModel:
-    """Loads a model and its tokenizer; a loaded model is returned as it is.
+    """Loads a model and its tokenizer; a loaded model is returned unchanged.
 
     chat_template: a Jinja file that becomes the chat template. needs_chat: refuse a model without a chat template.
     Raises SdftError if the model does not load.

@@ -23,7 +23,7 @@ CACHED_KERNELS = 64  # that oneDNN keeps; the distinct products of one step are 
 # How often freed blocks are returned in a forward pass, the last time after its last block, and in its backward pass,
 # the first time before it. Memory that was returned must be faulted in again.
 RETURNS = (2, 6)
-# oneDNN's own cache, and the cache of PyTorch's layer above it (ideep), each of whose entries holds a product too.
+# The cache of oneDNN, and the cache of PyTorch's layer above it (ideep), each of whose entries holds a product too.
 CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 WIDEN_UP_TO = 640  # tokens; measured for heads of 64: at 582 fp32's backward takes 0.8 of bf16's time, at 1024 1.3
 

@@ -103,7 +103,7 @@ def weighted_cross_entropy_loss(
     """sum_n w_n stop_gradient(p(label_n)) (-log p(label_n)), 0-dim float32, and token values (DFT).
 
     The weights w sum to 1 over the step, as for SFT, and the probabilities are not normalised: a step of unlikely
-    tokens is a small one (Wu et al. 2025, arXiv 2508.05629). The gradient is that of -sum_n w_n p(label_n).
+    tokens is a small one (Wu et al. 2025, arXiv 2508.05629). It is the gradient of -sum_n w_n p(label_n).
     """
     loss, tokens = _label_loss(hidden, head, labels, weights, config, by_probability=True)
     return loss, TokenLoss(tokens.loss, student_logprob=tokens.logprob)

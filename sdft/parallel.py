@@ -30,7 +30,7 @@ def is_main() -> bool:
 
 
 def share(items: Sequence[T]) -> Sequence[T]:
-    """This rank's items of a list that is the same on all ranks: every world-size-th, from the rank's own number."""
+    """This rank's items of a list that is the same on all ranks: every world-size-th, from the number of the rank."""
     return items[rank() :: world_size()] if world_size() > 1 else items
 
 
@@ -56,7 +56,7 @@ def any_rank(flag: bool, device: torch.device) -> bool:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor that may be a DTensor (parts on several ranks); a plain tensor as it is."""
+    """All of a tensor that may be a DTensor (parts on several ranks); a plain tensor unchanged."""
     if world_size() == 1:
         return tensor
     from torch.distributed.tensor import DTensor

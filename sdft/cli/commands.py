@@ -148,7 +148,7 @@ def study_command(args: list[str]) -> None:
         text = results.table(found)
         (found.output / "table.md").write_text(text)
         print(f"\n{text}")
-    print(f"Report: {report.write_report(found)} and report.html beside it")
+    print(f"Report: {report.write_report(found)} and report.html in the same folder")
 
 
 def plan_of_study(a: StudyArgs, found: "Study") -> str:

@@ -426,7 +426,7 @@ def train_rules(c: "Config") -> None:
 
 @rule
 def keep_best_rules(c: "Config") -> None:
-    """Raises SdftError if there is no evaluation that tells which checkpoint is the best."""
+    """Raises SdftError if there is no evaluation to choose the best checkpoint by."""
     best, names = c.train.keep_best, ", ".join(c.eval.sets)
     known = ("", "mean", *c.eval.sets)
     require(best in known, c, "train.keep_best", f"is none of eval.sets: {names or 'there are none'}")

@@ -1,6 +1,6 @@
 """What every table of settings can do: check each value where it is made, and name what is wrong.
 
-Nothing here knows a single setting; the settings are in `sections`.
+No setting is named here; the settings are in `sections`.
 """
 
 import difflib

@@ -3,7 +3,7 @@
     {"prompt": "dim the radio in the attic", "demonstration": "CALL radio.down(room=attic)"}
 
 - `prompt` (one user turn) or `messages` (chat turns that end with a user turn).
-- `demonstration`: a string, or a list of demonstrations. Each demonstration is an answer to the record's own request,
+- `demonstration`: a string, or a list of demonstrations. Each demonstration is a response to the request of the record,
   or a pair {"prompt": ..., "response": ...} that shows another request answered. Training and `sdft check` need one,
   unless teacher.context is none.
 - `answer` (optional): what an evaluation accepts, a string or a list; default: the demonstrations.

@@ -217,7 +217,7 @@ DEMO_QUESTIONS = QUESTIONS[:3]
 DEMO_TESTS = NEW_QUESTIONS[:2]
 DEMO_STYLES = {
     "terse": "{capital}",  # the form of many data sets; a chat model does not answer in it
-    "sentence": "The capital of {country} is {capital}.",  # the model's own form
+    "sentence": "The capital of {country} is {capital}.",  # the form in which the model answers
 }
 
 

@@ -180,7 +180,7 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
 def make_lm(model: LanguageModel, tokenizer: Any, batch_tokens: int, batch_size: int) -> Any:
     """lm_eval's HFLM on the model in memory, with likelihoods by `log_likelihoods`.
 
-    HFLM's own likelihoods need the logits of every token of a batch, (texts, tokens, vocabulary), in the dtype of the
+    The likelihoods of HFLM need the logits of every token of a batch, (texts, tokens, vocabulary), in the dtype of the
     matrix products. `log_likelihoods` needs the logits of the scored tokens only, a few rows at a time, and has them in
     fp32: logits that are rounded to bf16 move a likelihood by as much as two choices differ. Tokenization, the chat
     template, generation and its stop texts are HFLM's.
@@ -203,7 +203,7 @@ def make_lm(model: LanguageModel, tokenizer: Any, batch_tokens: int, batch_size:
 
 @contextlib.contextmanager
 def _quiet_about_the_model() -> Iterator[None]:
-    """Within it, HFLM does not warn that it was given a model instead of a name."""
+    """A context in which HFLM does not warn that it got a model instead of a name."""
     logger = logging.getLogger("lm_eval.models.huggingface")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""Less memory for what a forward pass saves: computed again, or kept on the CPU."""
+"""Less memory for the activations that a forward pass saves: computed again, or kept on the CPU."""
 
 import torch
 from torch import Tensor, nn
@@ -7,17 +7,17 @@ from sdft.model.language_model import LanguageModel
 
 
 def enable_gradient_checkpointing(model: LanguageModel) -> None:
-    """Recompute layers in the backward pass."""
+    """Makes the backward pass compute the layers again."""
     model.inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if hasattr(model.lm, "enable_input_require_grads"):
-        model.inner.enable_input_require_grads()  # frozen embeddings otherwise cut the graph
+        model.inner.enable_input_require_grads()  # otherwise frozen embeddings cut the graph
 
 
 class saved_activations(torch.autograd.graph.save_on_cpu):  # noqa: N801  # named as the context it extends
-    """Within it, what a forward saves for its backward goes to pinned CPU memory, and comes back when needed.
+    """A context that moves what a forward pass saves to pinned CPU memory, and back when the backward pass needs it.
 
-    Weights stay where they are: PyTorch's save_on_cpu would take them along, once for every layer that uses them.
-    With gradient checkpointing only the layers' inputs go.
+    Weights are not moved; PyTorch's save_on_cpu would copy them, once for every layer that uses them. With gradient
+    checkpointing only the inputs of the layers are moved.
     """
 
     def __init__(self) -> None:

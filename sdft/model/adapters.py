@@ -1,4 +1,4 @@
-"""A LoRA adapter as model.name: its config, its base model, and what lora.earlier makes of it. Reads no weights."""
+"""A LoRA adapter as model.name: its config, its base model, and whether lora.earlier fits it. Reads no weights."""
 
 import contextlib
 from pathlib import Path
@@ -7,11 +7,11 @@ from typing import Any
 from sdft.config import LoraConfig
 from sdft.errors import SdftError
 
-MERGED_BASE = "base"  # folder inside an adapter's folder: base weights that are in no other place
+MERGED_BASE = "base"  # folder inside an adapter's folder, for base weights that no other folder has
 
 
 def read_config(name: str) -> Any:
-    """The peft.LoraConfig of an adapter folder or hub name; None where `name` is no adapter.
+    """The peft.LoraConfig of an adapter folder or hub name; None if `name` is no adapter.
 
     Raises SdftError for an adapter of another kind than LoRA.
     """
@@ -19,8 +19,8 @@ def read_config(name: str) -> Any:
 
     found = None
     if not Path(name).expanduser().is_dir() and name.count("/") != 1:
-        return None  # adapters on the hub have an owner: nothing is asked there about a file, or a name of our own
-    with contextlib.suppress(OSError, ValueError):  # such a hub name is unheard of: loading it says so
+        return None  # adapters on the hub have an owner; the hub is not asked about files or smollm2-135m
+    with contextlib.suppress(OSError, ValueError):  # the hub has no such name; loading raises the error
         found = find_adapter_config_file(name)
     if found is None:
         return None
@@ -32,15 +32,15 @@ def read_config(name: str) -> Any:
         raise SdftError(f"model.name = {name!r}: its adapter_config.json cannot be read ({error})") from error
     if config.peft_type != peft.PeftType.LORA:
         kind = str(getattr(config.peft_type, "value", config.peft_type))
-        raise SdftError(f"model.name = {name!r} is an adapter of kind {kind}; sdft knows LoRA adapters")
+        raise SdftError(f"model.name = {name!r} is an adapter of kind {kind}; sdft takes LoRA adapters")
     return config
 
 
 def base_of(name: str, config: Any) -> str:
-    """Where an adapter's base model is: in the adapter's own folder, or what its config names."""
-    own = Path(name) / MERGED_BASE
-    if own.is_dir():
-        return str(own)
+    """The base model of an adapter: in the adapter's folder, or named by its config."""
+    inside = Path(name) / MERGED_BASE
+    if inside.is_dir():
+        return str(inside)
     base = config.base_model_name_or_path
     if not base:
         raise SdftError(f"model.name = {name!r}: its adapter_config.json names no base_model_name_or_path; add it")
@@ -60,9 +60,9 @@ def find_file(name: str, file: str) -> str | None:
 
 
 def check_earlier(name: str, earlier: Any, config: LoraConfig) -> None:
-    """Raises SdftError where `lora.earlier` does not say what becomes of model.name.
+    """Raises SdftError if `lora.earlier` does not fit model.name.
 
-    earlier: `read_config` of it.
+    earlier: `read_config` of model.name.
     """
     if earlier is None:
         if config.earlier:
@@ -72,11 +72,11 @@ def check_earlier(name: str, earlier: Any, config: LoraConfig) -> None:
         return
     if not config.earlier:
         raise SdftError(
-            f"model.name = {name!r} is a LoRA adapter; say by lora.earlier what becomes of it: 'merge' folds it into "
+            f"model.name = {name!r} is a LoRA adapter; set lora.earlier: 'merge' folds it into "
             "the base weights, 'stack' trains a new adapter on top and saves both as one, 'continue' trains it further"
         )
     if earlier.bias != "none" and config.earlier != "merge":
-        raise SdftError(f"model.name = {name!r} has trained biases beside its factors; set lora.earlier = 'merge'")
+        raise SdftError(f"model.name = {name!r} has trained biases as well as factors; set lora.earlier = 'merge'")
     if config.earlier == "stack" and (earlier.use_dora or earlier.modules_to_save):
         what = "is a DoRA adapter" if earlier.use_dora else f"holds whole modules ({earlier.modules_to_save})"
         raise SdftError(

@@ -1,7 +1,7 @@
 """Attention over sequences that lie end to end in one row, with nothing computed between them.
 
-flash-attn takes the sequences' bounds as they are. Elsewhere PyTorch's own attention runs once for each sequence:
-no mask of T x T entries exists, and nothing is spent on what such a mask would hide.
+flash-attn takes the bounds of the sequences. Without flash-attn, PyTorch's attention runs once for each sequence: there
+is no mask of T x T entries, and nothing is computed that such a mask would hide.
 """
 
 import itertools
@@ -14,11 +14,11 @@ from torch import Tensor
 from sdft.device import has_mixed_attention, mixed_attention
 from sdft.model.lean import autocast_dtype
 
-NAME = "sdft_packed"  # sdpa, but for packed rows
+NAME = "sdft_packed"  # as sdpa, and for packed rows
 
 
 def register() -> None:
-    """Makes NAME known to transformers, with sdpa's masks for rows that are padded."""
+    """Registers NAME with transformers, with sdpa's masks for padded rows."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
@@ -27,10 +27,10 @@ def register() -> None:
 
 
 def packed_arguments(lengths: Sequence[int], device: torch.device, implementation: str) -> dict[str, Any]:
-    """What a transformers backbone takes beside input_ids (1, T), so that sequences of these lengths stay apart."""
+    """Arguments of a transformers backbone besides input_ids (1, T) that keep sequences of these lengths apart."""
     positions = torch.tensor([[p for n in lengths for p in range(n)]], device=device)  # (1, T)
     if implementation == NAME:
-        # A mask of four dimensions is passed through as it is: transformers would build one of T x T otherwise.
+        # transformers passes a mask of four dimensions through; otherwise it would build a mask of T x T.
         unused = torch.zeros(1, 1, 1, 1, device=device)
         return {"position_ids": positions, "attention_mask": unused, "lengths": tuple(lengths)}
     bounds = torch.tensor([0, *itertools.accumulate(lengths)], device=device, dtype=torch.int32)  # (B + 1,)

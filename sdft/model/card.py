@@ -8,7 +8,7 @@ from sdft.config import Config, describe, to_toml
 
 
 def model_card(config: Config, digest: str, records: int, steps: int, result: dict[str, float]) -> str:
-    """Markdown with the front matter Hugging Face reads; config, data hash, versions, metrics."""
+    """Markdown with the front matter that Hugging Face reads; config, data hash, versions, metrics."""
     adapter = config.lora.rank or config.lora.earlier == "continue"
     packages = ("torch", "transformers", *(("peft",) if adapter else ()))
     versions = f"sdft {__version__}, " + ", ".join(f"{name} {version(name)}" for name in packages)

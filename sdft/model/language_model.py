@@ -1,6 +1,6 @@
 """A causal language model in two halves: the backbone (token ids -> hidden states) and the head (-> logits).
 
-The trainer never calls them together, because the logits of all positions are what must not exist.
+The trainer never calls them together, because the logits of all positions must never exist.
 
 Legend: B rows of ids, T tokens of a row, N tokens that reach the head, H hidden size, V vocabulary.
 """
@@ -19,7 +19,7 @@ from sdft.model import attention
 
 @dataclass(frozen=True)
 class Head:
-    """What turns hidden states (N, H) into logits: softcap * tanh(scale * (h W^T + b) / softcap)."""
+    """The function from hidden states (N, H) to logits: softcap * tanh(scale * (h W^T + b) / softcap)."""
 
     weight: Tensor  # (V, H)
     bias: Tensor | None  # (V,)
@@ -43,7 +43,7 @@ def _to(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 @dataclass
 class LanguageModel:
-    """A causal LM with what the trainer needs to know of it."""
+    """A causal LM, and the properties of it that the trainer needs."""
 
     lm: Any  # PreTrainedModel, or a PeftModel around one
     device: torch.device
@@ -59,15 +59,15 @@ class LanguageModel:
         return self.lm.get_base_model() if hasattr(self.lm, "get_base_model") else self.lm
 
     def head(self) -> Head:
-        """The head as it is now; its tensors are the model's own."""
+        """The present head; its tensors are those of the model, not copies."""
         return read_head(self.inner)
 
     def hidden(self, input_ids: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
         """Last hidden states after the final norm: (B, T) int64 -> (B, T, H).
 
-        lengths: of the sequences that lie end to end in the one row of input_ids (B = 1); they do not see each other.
-        Without, each row is a sequence, padded on the right. That needs no mask: a causal model's real tokens never
-        see what follows them.
+        lengths: tokens of the sequences that lie end to end in the one row of input_ids (B = 1); they do not see each
+        other. None: each row is a sequence, padded on the right. This needs no mask, because a token of a causal model
+        does not see later tokens.
         """
         packed: dict[str, Any] = {}
         if lengths is not None:
@@ -79,7 +79,7 @@ class LanguageModel:
     def autocast(self) -> Iterator[None]:
         """Matrix products in the compute dtype. One context per forward: its cache of cast weights must not
         outlive an update or the teacher's turn in the same module."""
-        # Adapters are fp32 also where the weights they belong to are bf16.
+        # Adapters are fp32 even if their base weights are bf16.
         needed = self.compute_dtype != torch.float32 and any(
             p.is_floating_point() and p.dtype != self.compute_dtype for p in self.lm.parameters()
         )
@@ -88,7 +88,7 @@ class LanguageModel:
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Within it, the model is in eval mode."""
+        """A context in which the model is in eval mode."""
         training = self.lm.training
         self.lm.eval()
         try:
@@ -114,11 +114,11 @@ def backbone(lm: Any) -> nn.Module:
 
 
 def read_head(lm: Any) -> Head:
-    """The head of a causal LM; soft-capping (Gemma) and logit scaling (Cohere, Granite) as its config says."""
+    """The head of a causal LM; with the soft cap (Gemma) and the scale of logits (Cohere, Granite) of its config."""
     head, config = lm.get_output_embeddings(), lm.config.get_text_config()
     if not isinstance(getattr(head, "weight", None), Tensor):
         raise SdftError(f"model {type(lm).__name__} has no linear head with a weight; sdft needs one")
-    if hasattr(head, "base_layer"):  # its weight is the frozen one: the adapter would have no part in the loss
+    if hasattr(head, "base_layer"):  # its weight is the frozen base weight, so the loss would ignore the adapter
         raise SdftError(
             f"model {type(lm).__name__} has a LoRA adapter on its head, which the fused loss cannot see; "
             "merge it first: sdft merge"
@@ -133,9 +133,9 @@ def read_head(lm: Any) -> Head:
 
 @torch.no_grad()
 def check_head(model: LanguageModel) -> None:
-    """Raises SdftError where backbone and head do not add up to the model's own logits.
+    """Raises SdftError if backbone and head do not give the logits of the model.
 
-    Models differ in what they do between hidden states and logits; four tokens tell whether `read_head` knows.
+    Models differ between hidden states and logits; the logits of four tokens show whether `read_head` fits the model.
     """
     with model.evaluating():
         got = model.head().logits(model.hidden(_few_ids(model))[0]).float()  # (4, V)

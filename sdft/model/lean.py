@@ -1,6 +1,6 @@
-"""Norms, MLPs and linear layers for Llama-like blocks that keep less for the backward pass than those of transformers.
+"""Norms, MLPs and linear layers for Llama-like blocks, which keep less for the backward pass than in transformers.
 
-The values are the same to rounding. In full fine-tuning a block of SmolLM2 keeps 34 KB a token with the modules of
+The values are the same up to rounding. In full fine-tuning a block of SmolLM2 keeps 34 KB a token with the modules of
 transformers and 20 KB with these, what attention keeps included (docs/memory.md):
 
 - A norm keeps its input, which the residual stream has anyway, and one statistic a token, not the normalised values.
@@ -38,7 +38,7 @@ def install(lm: nn.Module) -> None:
 
 
 def share_inputs(lm: nn.Module) -> None:
-    """Keeps peft from casting inputs to the fp32 of LoRA's factors, where autocast casts them back: a copy a layer.
+    """Keeps peft from casting inputs to the fp32 of LoRA's factors. Autocast casts them back: a copy for each layer.
 
     DoRA is left alone: it takes the norms of its weights in the dtype of its input.
     """

@@ -18,7 +18,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def load_tokenizer(config: ModelConfig) -> tuple[Any, tuple[int, ...]]:
-    """The tokenizer and the ids that end an answer; loads no weights."""
+    """The tokenizer, and the ids that end a completion; loads no weights."""
     from transformers import AutoTokenizer, GenerationConfig
 
     base, extra, adapter = find_base(config.name)
@@ -40,15 +40,17 @@ def load_tokenizer(config: ModelConfig) -> tuple[Any, tuple[int, ...]]:
 
 
 def load(config: ModelConfig, tokenizer: Any, stop_ids: tuple[int, ...]) -> LanguageModel:
-    """Loads the weights (safetensors or GGUF only; no remote code unless asked), with the adapter where it is one,
-    and checks the head."""
+    """Loads the weights, with the adapter if the name is one, and checks the head.
+
+    Files are safetensors or GGUF. Code from the hub runs only if model.trust_remote_code is set.
+    """
     model = load_unchecked(config, tokenizer, stop_ids)
     check_head(model)
     return model
 
 
 def load_unchecked(config: ModelConfig, tokenizer: Any, stop_ids: tuple[int, ...]) -> LanguageModel:
-    """`load`, also of a model whose head the fused loss could not take."""
+    """`load` without the check of the head: for models that the fused loss cannot take."""
     from transformers import AutoModelForCausalLM
 
     name, extra, adapter = find_base(config.name)
@@ -80,7 +82,7 @@ def load_unchecked(config: ModelConfig, tokenizer: Any, stop_ids: tuple[int, ...
     lean.install(lm)
     if config.quantize == "none":
         lm.to(device)
-    else:  # the weights were put there while loading
+    else:  # loading has put the weights on the device
         keep_unpacked(lm)
     if adapter is not None:
         lm = lora.load(lm, adapter, device)
@@ -90,7 +92,7 @@ def load_unchecked(config: ModelConfig, tokenizer: Any, stop_ids: tuple[int, ...
 
 
 def quantization(compute: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """from_pretrained's arguments for QLoRA (Dettmers et al. 2023): NF4 with double quantization, head left alone."""
+    """from_pretrained's arguments for QLoRA (Dettmers et al. 2023): NF4 with double quantization, without the head."""
     if importlib.util.find_spec("bitsandbytes") is None:
         raise SdftError(
             "model.quantize = '4bit' needs bitsandbytes, which is not installed; run: pip install bitsandbytes"
@@ -119,7 +121,7 @@ def keep_unpacked(lm: nn.Module) -> None:
 
 
 def disable_dropout(lm: nn.Module) -> None:
-    """Sets the model's own dropout to 0: noise on the student alone would be a divergence nobody meant."""
+    """Sets the dropout of the model to 0, because noise on the student alone would count as divergence."""
     for module in lm.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -128,7 +130,7 @@ def disable_dropout(lm: nn.Module) -> None:
 
 
 def check_context(model: "LanguageModel", prompt: int, new: int) -> None:
-    """Raises SdftError where the longest prompt and an answer do not fit the model's positions."""
+    """Raises SdftError if the longest prompt and a completion do not fit the model's positions."""
     limit = getattr(model.inner.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and prompt + new > limit:
         raise SdftError(
@@ -138,7 +140,7 @@ def check_context(model: "LanguageModel", prompt: int, new: int) -> None:
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is CUDA where there is one, the CPU otherwise."""
+    """`auto` is CUDA if there is a GPU, else the CPU."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -150,7 +152,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_compute_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
-    """bfloat16 where it is native (a CPU with AMX or AVX512-BF16 dot products, an Ampere GPU or later)."""
+    """`auto` is bfloat16 if the device has it (a CPU with AMX or AVX512-BF16, an Ampere GPU or later)."""
     if config.compute_dtype != "auto":
         return DTYPES[config.compute_dtype]
     if config.weights_dtype == "bfloat16":
@@ -159,7 +161,7 @@ def pick_compute_dtype(config: ModelConfig, device: torch.device) -> torch.dtype
 
 
 def pick_attention(config: ModelConfig, device: torch.device, compute: torch.dtype) -> str:
-    """flash_attention_2 only where it can run; asked for by name elsewhere, it raises."""
+    """`auto` is flash_attention_2 only if it can run. By name, it raises SdftError if it cannot."""
     usable = importlib.util.find_spec("flash_attn") is not None and device.type == "cuda"
     if config.attention == "flash_attention_2" and not usable:
         raise SdftError("model.attention = 'flash_attention_2' needs CUDA and the package flash-attn; set 'sdpa'")

@@ -22,7 +22,7 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 def set_up_lora(model: LanguageModel, config: LoraConfig, seed: int) -> None:
-    """Makes the model train what `lora` asks for, and says what becomes of an earlier adapter."""
+    """Adds or continues adapters by the settings `lora`; prints what happens to an earlier adapter."""
     if config.earlier:
         done = {
             "merge": f"is merged into the base weights ({str(model.weights_dtype).removeprefix('torch.')})",
@@ -69,7 +69,7 @@ def load(lm: nn.Module, name: str, device: torch.device) -> Any:
 def add(lm: Any, config: LoraConfig, seed: int) -> Any:
     """Wraps the model in a fresh LoRA adapter, which alone trains, in fp32; on an adapter, it is stacked on it.
 
-    Raises SdftError for targets or whole modules that are not there or that the fused loss could not see.
+    Raises SdftError for targets or whole modules that do not exist, or that the fused loss would ignore.
     """
     import peft
 
@@ -187,7 +187,7 @@ def is_fresh(lm: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def switched_off(lm: Any) -> Iterator[None]:
-    """Within it, the adapter that trains is off (an earlier one under it stays on), and nothing counts as trainable."""
+    """A context in which the adapter that trains is off (an earlier one stays on), and nothing counts as trainable."""
     if not is_stack(lm):
         with lm.disable_adapter():
             yield
@@ -201,7 +201,7 @@ def switched_off(lm: Any) -> Iterator[None]:
 
 @torch.no_grad()
 def merge_adapter(model: LanguageModel) -> None:
-    """Folds the model's adapter into its weights; raises SdftError where that gives another model."""
+    """Adds the model's adapter to its weights. Raises SdftError if the result is another model."""
     want = few_logits(model)
     model.lm = merge(model.lm)
     exact = model.weights_dtype == model.compute_dtype == torch.float32

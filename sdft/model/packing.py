@@ -8,9 +8,9 @@ from sdft.model.language_model import LanguageModel
 
 
 def enable_packing(model: LanguageModel, setting: str) -> None:
-    """Lets sequences lie end to end, where a probe finds that the model keeps them apart.
+    """Lets sequences lie end to end if a probe finds that the model keeps them apart.
 
-    setting: train.packing. Raises SdftError for `on` where it cannot be.
+    setting: train.packing. Raises SdftError for `on` if the model does not.
     """
     if setting == "off":
         return
@@ -39,7 +39,7 @@ def attention_name(model: LanguageModel) -> str:
 
 @torch.no_grad()
 def _probe_packing(model: LanguageModel) -> str:
-    """Why packing would change the hidden states; empty where it does not."""
+    """Why packing would change the hidden states; empty if it does not."""
     lengths = (5, 9, 3)
     rows = model.inner.get_input_embeddings().weight.shape[0]
     ids = [[(17 * i + 7 * n + 3) % rows for i in range(n)] for n in lengths]
@@ -48,8 +48,9 @@ def _probe_packing(model: LanguageModel) -> str:
         with model.evaluating():
             packed = model.hidden(row, lengths)[0].float()  # (T, H)
             alone = torch.cat([model.hidden(torch.tensor([x], device=model.device))[0] for x in ids]).float()  # (T, H)
-    except Exception as error:  # a model that does not know these arguments raises what its authors chose
+    except Exception as error:  # a model without these arguments may raise any error
         return first_line(error)
-    # bf16 alone is good for about 1%; a sequence that sees its neighbour, or counts on from it, is off by tens.
+    # bf16 alone gives errors of about 1%. If a sequence sees another one, or continues its positions, errors are tens
+    # of percent.
     gap = ((packed - alone).norm() / alone.norm()).item()
     return "" if gap < 0.05 else f"its hidden states change by {gap:.0%}"

@@ -22,8 +22,8 @@ from sdft.model.sources import find_base
 def save(model: LanguageModel, tokenizer: Any, folder: Path, final: Path | None = None) -> None:
     """A folder that from_pretrained loads: the whole model, or the peft adapter, and the tokenizer.
 
-    An adapter on weights that are nowhere else (lora.earlier = merge) gets its base model beside it, in folder/base.
-    final: where the folder will be found if it is written aside first.
+    If the base weights are in no other folder (lora.earlier = merge), folder/base holds the base model of the adapter.
+    final: the later place of the folder, if it is written aside first.
     """
     if not hasattr(model.lm, "peft_config"):
         model.lm.save_pretrained(folder)
@@ -83,7 +83,7 @@ def _save_stack(lm: Any, folder: Path) -> None:
 
 
 def base_weights(lm: nn.Module) -> dict[str, Tensor]:
-    """The state dict of the model without its adapters, by its own names; the tensors are the model's."""
+    """The state dict of the model without its adapters, by the names of the plain model; the tensors are not copies."""
     weights = {}
     for name, tensor in lm.state_dict().items():
         if ".lora_" not in name and ".modules_to_save." not in name:
@@ -94,7 +94,7 @@ def base_weights(lm: nn.Module) -> dict[str, Tensor]:
 def merge_folder(name: str, folder: Path, dtype: str) -> None:
     """Writes the LoRA adapter `name`, merged into its base in fp32, as a plain Hugging Face model in `dtype`.
 
-    Raises SdftError where `folder` exists or `name` is no adapter; the folder is complete or not there.
+    Raises SdftError if `folder` exists or `name` is no adapter. The folder is complete or not there.
     """
     if folder.exists():
         raise SdftError(f"{folder} exists; give a new folder")

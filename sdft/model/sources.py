@@ -16,13 +16,13 @@ SMOLLM2 = "smollm2-135m"
 
 
 def cache_dir() -> Path:
-    """Where converted models are kept: $SDFT_CACHE, or sdft under the user's cache folder."""
+    """The folder for converted models: $SDFT_CACHE, or sdft in the user's cache folder."""
     base = os.environ.get("XDG_CACHE_HOME", "~/.cache")
     return Path(os.environ.get("SDFT_CACHE", f"{base}/sdft")).expanduser()
 
 
 def resolve(name: str) -> tuple[str, dict[str, str]]:
-    """What from_pretrained takes for `name`: a folder or hub name, and gguf_file= where it is one."""
+    """The arguments of from_pretrained for `name`: a folder or hub name, and gguf_file= if it is a GGUF file."""
     if name == SMOLLM2:
         return str(prepare_smollm2()), {}
     path = Path(name).expanduser()
@@ -31,14 +31,14 @@ def resolve(name: str) -> tuple[str, dict[str, str]]:
             raise SdftError(f"model.name = {name!r}: no such GGUF file")
         return str(path.parent), {"gguf_file": path.name}
     if path.is_dir():
-        return str(path.absolute()), {}  # an adapter remembers its base by this
+        return str(path.absolute()), {}  # an adapter keeps this path as the name of its base
     if path.is_file() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise SdftError(f"model.name = {name!r}: no such folder; give a model folder, a .gguf file or a hub name")
     return name, {}
 
 
 def find_base(name: str) -> tuple[str, dict[str, str], str | None]:
-    """`resolve` for the base weights, and the adapter (folder or hub name) where `name` is one."""
+    """`resolve` for the base weights, and the adapter (folder or hub name) if `name` is one."""
     found, extra = resolve(name)
     adapter = None if extra else adapters.read_config(found)
     if adapter is None:
@@ -54,7 +54,7 @@ def find_base(name: str) -> tuple[str, dict[str, str], str | None]:
 
 
 def check_earlier(config: ModelConfig, lora: LoraConfig) -> None:
-    """Raises SdftError, before any weight is loaded, where `lora.earlier` does not fit what model.name is."""
+    """Raises SdftError, before any weight is loaded, if `lora.earlier` does not fit model.name."""
     name, extra = resolve(config.name)
     adapters.check_earlier(config.name, None if extra else adapters.read_config(name), lora)
 
@@ -96,8 +96,8 @@ def convert_gguf(source: Path, folder: Path) -> None:
 
 
 def drop_quantization(lm: Any) -> None:
-    # A model read from GGUF is plain float tensors, yet still carries the file's quantization config, and
-    # save_pretrained refuses it for that.
+    # A model from a GGUF file has plain float tensors, but keeps the quantization config of the file. save_pretrained
+    # refuses such a model.
     if getattr(lm.config, "quantization_config", None) is not None:
         del lm.config.quantization_config
     lm.hf_quantizer = None

@@ -17,7 +17,7 @@ REMEDIES: tuple[tuple[dict[str, Any], str], ...] = (
     ({"teacher.offload": True}, "EMA masters in CPU memory; with bfloat16 weights it halves the teacher"),
     ({"optim.offload": True}, "moments in CPU memory: a slower update"),
     ({"lora.rank": 16}, "trains adapters instead of all weights"),
-    ({"lora.rank": 16, "model.quantize": "4bit"}, "adapters beside weights in 4 bits, by bitsandbytes (QLoRA)"),
+    ({"lora.rank": 16, "model.quantize": "4bit"}, "adapters on weights in 4 bits, by bitsandbytes (QLoRA)"),
 )
 
 

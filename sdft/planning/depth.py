@@ -95,7 +95,7 @@ class SimulatedModel:
         return self._prompts[tokens]
 
     def _deep(self, found: Sequence[Peaks]) -> Peaks:
-        """Peaks of the whole model from those of the shallow ones."""
+        """Peaks of the whole model, from the peaks of the shallow ones."""
         if len(found) == 1:
             return found[0]
         low, high = self.depths

@@ -1,4 +1,4 @@
-"""What a run holds beside the tensors of a micro-batch: weights, teacher, moments, gradients, workspace, KV cache.
+"""What a run holds besides the tensors of a micro-batch: weights, teacher, moments, gradients, workspace, KV cache.
 
 Everything is in bytes. docs/memory.md explains every term. Legend: N completion tokens, H hidden size, V vocabulary.
 """

@@ -29,7 +29,7 @@ class Event:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Within it, every storage that an operator makes counts once, until nothing refers to it any more.
+    """A context in which every storage that an operator makes counts once, until nothing refers to it any more.
 
     Gradients, saved tensors and temporaries all count; tensors that existed before do not. Fake and real tensors count
     alike. `now` is the sum, `peak` its maximum since the last `take_peak`.

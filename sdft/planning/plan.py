@@ -74,7 +74,7 @@ class Costs:
         self.held = Held(shape, config, machine, self.model.counts)
 
     def step(self, work: Work) -> dict[str, Terms]:
-        """The phases of a step, cut into micro-batches as the config says."""
+        """The phases of a step, cut into micro-batches as in the config."""
         passes = passes_of(work, self.config.train.micro_batch_tokens, self.packed)
         # The peaks grow with the tokens, so the micro-batches with the most of them are enough.
         heaviest = {max(passes, key=lambda one: (one.student, one.rows)), max(passes, key=lambda one: one.teacher)}

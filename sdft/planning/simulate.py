@@ -86,7 +86,7 @@ class Simulation:
     def micro_batch(self, one: Pass) -> tuple[Peaks, Peaks]:
         """The peaks of a micro-batch, beyond the weights and what a run always holds.
 
-        First those of a step's first micro-batch, then those of a later one, which adds its gradients to earlier ones.
+        First the peaks of a step's first micro-batch, then of a later one, which adds its gradients to earlier ones.
         Phases: teacher, student, loss, backward.
         """
         with self.mode, LiveBytes([*self.model.lm.parameters(), *self.model.lm.buffers()]) as live:
@@ -309,5 +309,5 @@ def _attend(
 def _attend_on_cpu(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
-    """The trainer's attention, which has a rule of its own for the CPU."""
+    """The trainer's attention, which differs on the CPU."""
     return attend(module, query, key, value, None, **options)

@@ -36,7 +36,7 @@ class BatchDecoder(Protocol):
 def decoder(model: LanguageModel, longest: int) -> Iterator[Callable[[int, int], BatchDecoder]]:
     """start(B, tokens) begins a batch of at most so many tokens a row, none of them more than `longest`.
 
-    Within the context the model's weights must stay as they are: linear layers are laid out for decoding once. They are
+    Within the context the model's weights must not change: linear layers are laid out for decoding once. They are
     cast to the compute dtype (autocast would cast the frozen ones, LoRA's base, at every use); a plain LoRA adapter is
     added to its weight, which saves two products of three; and on the CPU weights lie in oneDNN's blocks, without which
     a product with a few rows reads its weight at half the speed of memory. On a GPU whose weights have the compute
@@ -205,7 +205,7 @@ class LibraryDecoder:
 
 @contextlib.contextmanager
 def decoding_weights(model: LanguageModel) -> Iterator[None]:
-    """Within it, layers that are prepared for decoding stand in the places of the model's linear layers."""
+    """A context in which layers that are prepared for decoding replace the model's linear layers."""
     # The embedding sets the dtype of the residual stream, and the head is read by sampling.decoding_head.
     kept = (model.inner.get_input_embeddings().weight, model.head().weight)
     replaced: list[tuple[nn.Module, str, nn.Module]] = []
@@ -225,7 +225,7 @@ def decoding_weights(model: LanguageModel) -> Iterator[None]:
 
 
 class _PreparedLinear(lean.LeanLinear):
-    """x W^T + b by `prepared_linear`; its own weight and bias are those of the layer, for code that reads them."""
+    """x W^T + b by `prepared_linear`; weight and bias are the layer's, for code that reads them."""
 
     def __init__(self, layer: Any, weight: Tensor, dtype: torch.dtype) -> None:
         super().__init__(layer)

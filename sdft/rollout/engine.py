@@ -40,5 +40,5 @@ class Engine(Protocol):
         ...
 
     def sync(self, weights: Weights = own_weights) -> None:
-        """From now on, completions are by these weights, as they are when `generate` is called."""
+        """From now on, completions are by the values that these weights have when `generate` is called."""
         ...

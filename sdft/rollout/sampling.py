@@ -55,7 +55,7 @@ class ModelEngine:
 
 @contextlib.contextmanager
 def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
-    """Within it, torch draws from `seed`; afterwards its generators are as they were. None changes nothing."""
+    """A context in which torch draws from `seed`; afterwards its generators are as before. None changes nothing."""
     if seed is None:
         yield
         return

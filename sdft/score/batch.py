@@ -1,7 +1,7 @@
 """Prompts and completions -> token ids and the rows that predict completion tokens.
 
 Legend: B sequences, T tokens of a row of ids, N completion tokens of the batch.
-Sequences lie end to end in one row of ids (packed), or each in a row of its own, padded to the longest. Row n of
+Sequences lie end to end in one row of ids (packed), or each in a separate row, padded to the longest. Row n of
 the student's and of the teacher's batch predicts the same token, so the two sides line up whatever the lengths of
 their prompts.
 """
@@ -84,7 +84,7 @@ def micro_batches(lengths: Sequence[int], budget: int, packed: bool) -> list[lis
     """Indices of sequences in groups whose forward pass computes at most `budget` tokens (0: one group).
 
     lengths: tokens of each sequence. packed: laid end to end; otherwise each is padded to its group's longest.
-    Like lengths come together, shortest first; a sequence over the budget gets a group of its own.
+    Like lengths come together, shortest first; a sequence over the budget gets a separate group.
     """
     groups: list[list[int]] = [[]]
     total = 0

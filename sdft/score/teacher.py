@@ -45,7 +45,7 @@ class Teacher:
 
     @contextlib.contextmanager
     def weights(self) -> Iterator[None]:
-        """Within it, the model has the teacher's weights. No backward pass of the student may run in it."""
+        """A context in which the model has the teacher's weights. No backward pass of the student may run in it."""
         if self.adapter_off:
             with lora.switched_off(self.model.lm):
                 yield
@@ -89,7 +89,7 @@ class Teacher:
 
 
 def base_teacher(model: LanguageModel, other: Mapping[str, Tensor] | None = None) -> Teacher:
-    """A teacher with the student's weights as they are in memory now, or with `other_weights`."""
+    """A teacher with the student's present weights, or with `other_weights`."""
     if other is not None:
         return Teacher(model, "base", {k: t.to(model.device).contiguous() for k, t in other.items()})
     if lora.is_fresh(model.lm):
@@ -100,14 +100,14 @@ def base_teacher(model: LanguageModel, other: Mapping[str, Tensor] | None = None
 
 @contextlib.contextmanager
 def exchanged(lm: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Within it, the module's parameters of these names have these values, in the dtype of the parameters.
+    """A context in which the module's parameters of these names have these values, in the dtype of the parameters.
 
     Other Parameter objects stand in the module, also in every place that shares one (a tied head); nothing is copied
-    unless a dtype differs. The module's own objects come back as they were: their data, their gradients, and what an
+    unless a dtype differs. The module's objects come back unchanged: their data, their gradients, and what an
     optimizer or a graph holds of them are never touched. This is the one place where weights change places.
 
-    Raises SdftError for sharded parameters: FSDP gathers the shards that it knows, whatever the module holds, so the
-    module would compute with its own weights.
+    Raises SdftError for sharded parameters: FSDP gathers its shards, whatever the module holds, so the module
+    would compute with its original weights.
     """
     names = {id(p): name for name, p in lm.named_parameters() if name in tensors}
     places: list[tuple[nn.Module, str, nn.Parameter]] = [
@@ -173,7 +173,7 @@ def other_weights(config: Config, model: LanguageModel) -> dict[str, Tensor]:
 
 def _load_other(config: Config, load: Callable[[ModelConfig], Any]) -> Any:
     """load() by the model's settings with the teacher's name; errors name the right setting."""
-    # On the CPU: the device has no room for a second model beside the teacher's tensors.
+    # On the CPU, because the device has no room for a second model and the teacher's tensors.
     try:
         return load(replace(config.model, name=config.teacher.model, device="cpu", attention="auto"))
     except SdftError as error:

@@ -11,7 +11,7 @@ from sdft.study.found import Found, Row, stage_metrics
 from sdft.study.render import Block, Picture, Text
 from sdft.study.spec import Cell, stage_configs
 
-CLEAR = 3  # up to so many methods, the way of every learning rate is drawn; for more methods only that of the best rate
+CLEAR = 3  # up to so many methods, every learning rate has its path; for more methods only the best rate has one
 POINTS = 30  # of a training curve; each is the mean over a block of steps
 
 

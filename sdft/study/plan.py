@@ -34,7 +34,7 @@ class Sizes:
     """Sizes of the data. If `prompt` is 0, all sizes are read from the data."""
 
     prompt: int = 0  # tokens of every student prompt
-    teacher_prompt: int = 0  # tokens of every teacher prompt; 0: those of the student's prompt and of a completion
+    teacher_prompt: int = 0  # tokens of every teacher prompt; 0: the sum of student prompt and completion
     records: int = 0  # records of every training file
 
 

@@ -90,7 +90,7 @@ def _environment(written: Callable[[str], str]) -> Environment:
 
 
 def markdown_text(text: str) -> Markup:
-    """Plain text that Markdown shows as it is, on one line: no markup, no HTML, no links, no columns."""
+    """Text that Markdown shows unchanged, on one line: no markup, no HTML, no links, no columns."""
     text = html.escape(one_line(text), quote=False)
     text = re.sub(r"([\\`*_\[\]|~$#])", r"\\\1", text)
     return Markup(text.replace("://", "&#58;//").replace("www.", "www&#46;"))

@@ -122,7 +122,7 @@ def run_cell(study: Study, cell: Cell, progress: Progress) -> None:
             settings = results.stage_settings(study, cell, number)
             failed = {"error": str(error), "settings": settings}
             results.write(stage_folder(study, cell, number), failed, results.FAILED)
-            print(f"{cell.name} ends here, the study goes on: {error}", flush=True)
+            print(f"{cell.name} ends here, the study continues: {error}", flush=True)
             return
         progress.add(cell, time.perf_counter() - began)
 

@@ -171,7 +171,7 @@ def _task(row: dict[str, Any], where: str) -> Task:
 
 
 def _methods(name: str, row: dict[str, Any], shared: dict[str, Any], where: str) -> Iterator[Method]:
-    """A method for every point of the grid. The method's own grid replaces the same keys of the study's grid."""
+    """A method for every point of the grid. The grid of a method replaces the same keys of the study's grid."""
     where, row = f"{where}: methods.{name}", dict(row)
     own = row.pop("learning_rates", shared["learning_rates"])
     grid = _grid(shared["grid"], f"{where}: grid") | _grid(row.pop("grid", {}), f"{where}: grid")
@@ -288,8 +288,8 @@ def stage_folder(study: Study, cell: Cell, number: int) -> Path:
 def stage_configs(study: Study, cell: Cell, number: int, start: str) -> list[Config]:
     """The config of every run of a stage; the first run starts from the model `start`.
 
-    A later setting replaces an earlier one, in this order: the preset, the study's settings, the task's, those of the
-    method's phase, those of the grid, and those that the study sets itself (FIXED).
+    A later setting replaces an earlier one, in this order: the preset, the settings of the study, of the
+    task, of the method's phase, of the grid, and the settings that the study always sets (FIXED).
     """
     task, folder = study.tasks[number], stage_folder(study, cell, number)
     own = {f"{task.name}-{name}": path for name, path in task.eval.items()}

@@ -7,7 +7,7 @@ be kept. Tensors are safetensors; the optimizer's state is loaded with weights_o
         weights.safetensors    every parameter that trains, by its name in the model
         teacher.safetensors    the tensors of the teacher; the file is missing for sft and dft
         optimizer.pt           moments and step counts
-        state.json             step, and the facts of the run that `train.resume` compares or goes on with
+        state.json             step, and the facts of the run that `train.resume` compares or restores
         manifest.json          format, and size and sha256 of every other file
 """
 
@@ -82,7 +82,7 @@ def save_checkpoint(
     except Exception as error:  # safetensors and torch.save each raise an error of another kind for a full disk
         shutil.rmtree(partial, ignore_errors=True)
         before = latest(output)
-        left = f"--resume goes on from {before.name}, which is untouched" if before else "there is no earlier one"
+        left = f"--resume continues from {before.name}, which is untouched" if before else "there is no earlier one"
         raise SdftError(f"checkpoint {final}: not written: {files.why(error)}; {left}") from error
     return final
 
@@ -107,7 +107,7 @@ def read_state(folder: Path) -> dict[str, Any]:
         others = [other for other in reversed(checkpoints(folder.parents[1])) if other != folder]
         whole = next((step_of(other) for other in others if not damage(other)), None)
         advice = (
-            f"--resume --train.resume-step {whole} goes on from the newest whole one"
+            f"--resume --train.resume-step {whole} continues from the newest whole one"
             if whole is not None
             else "no other one is whole: start another run"
         )

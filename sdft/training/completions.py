@@ -40,7 +40,7 @@ def halve_rollout(run: Run) -> str:
 
 
 def sample_before_training(run: Run, output: Path) -> dict[str, Any]:
-    """rollout.source = offline: gives every example its completions, by the teacher as it is at the start.
+    """rollout.source = offline: gives every example its completions, by the teacher at the start.
 
     Returns the line for metrics.jsonl. The model must still be as it was loaded, which is the teacher at the start
     unless teacher.model names another.

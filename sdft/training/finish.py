@@ -23,7 +23,7 @@ def finish(run: Run, output: Path) -> Path:
         if final.exists():  # from an earlier end of this run, with the same weights
             files.remove(final, output)
         files.publish(partial, final)
-    except Exception as error:  # safetensors raises an error of its own kind for a full disk
+    except Exception as error:  # safetensors raises its own kind of error for a full disk
         shutil.rmtree(partial, ignore_errors=True)
         raise SdftError(
             f"{final}: not written: {files.why(error)}; the newest checkpoint is whole: --resume writes it"

@@ -50,7 +50,7 @@ def accuracy_on(config: Config, result: dict[str, float]) -> float:
 def is_best(run: Run, step: int) -> bool:
     """Whether the newest evaluation, after `step` steps, is the best so far; if so, notes it in the run.
 
-    It is if it has a higher accuracy than every earlier one since the first step. With eval.guard, only evaluations
+    It is the best if its accuracy is above every earlier one since the first step. With eval.guard, only evaluations
     within the guard's limit count; without train.keep_best, the newest of these is the best.
     """
     if not best_on(run.config) or run.stopped:

@@ -31,7 +31,7 @@ class NonFiniteError(FruitlessError):
 
 @dataclass(frozen=True)
 class Update:
-    """What became of a step's gradients. All values are those of the whole step, the same on every rank."""
+    """The outcome of an update. All values are of the whole step, and the same on every rank."""
 
     loss: float
     norm: float  # of the gradient, before it was clipped

@@ -21,7 +21,7 @@ from sdft.update.offload import HostWorker, cut_into_parts, views_of_part
 
 
 def make_teacher(model: LanguageModel, config: TeacherConfig, other: Mapping[str, Tensor] | None = None) -> Teacher:
-    """The teacher of a stage, which starts from the student as it is in memory, also after an earlier stage.
+    """The teacher of a stage, which starts from the student in memory, also after an earlier stage.
 
     other: weights of another model (`other_weights`), which a teacher of kind `base` then holds instead.
     """

@@ -53,7 +53,7 @@ class OffloadedAdamW(torch.optim.AdamW):
     """AdamW whose moments live in CPU memory and whose update runs there; the weights stay on the device.
 
     A step brings gradients and weights to the host and the new weights back, 64 MiB of each at a time, the next
-    part on its way while one is computed. State and results are those of torch.optim.AdamW(fused=True) on the CPU;
+    part on its way while one is computed. State and results are as by torch.optim.AdamW(fused=True) on the CPU;
     either loads the other's state.
     (torchao's CPUOffloadOptimizer takes gradients away before they can be clipped, and after a resume overwrites the
     weights with its own copies.)
@@ -148,7 +148,7 @@ def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
 def clip(parameters: Iterable[nn.Parameter], config: OptimConfig) -> Tensor:
     """Scales the gradients to norm `clip_norm` at most; returns the norm before, 0-dim on the device.
 
-    Gradients that are DTensors count whole: the norm is that of all ranks' parts.
+    Gradients that are DTensors count whole: the norm is over the parts of all ranks.
     """
     bound = config.clip_norm or float("inf")
     return parallel.whole(nn.utils.clip_grad_norm_(list(parameters), bound, foreach=True))

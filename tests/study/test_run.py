@@ -272,7 +272,7 @@ def test_a_cell_that_fails_does_not_end_the_study(
 
     monkeypatch.setattr(run, "train_stage", broken)
     assert run.run_study(found) == [high]
-    assert f"{low.name} ends here, the study goes on: step 1: loss nan" in capsys.readouterr().out
+    assert f"{low.name} ends here, the study continues: step 1: loss nan" in capsys.readouterr().out
     kept = stage_folder(found, low, 1) / "failed.json"
     main(["study", str(path), "--list"])
     assert capsys.readouterr().out.splitlines() == [

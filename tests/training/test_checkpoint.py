@@ -246,7 +246,7 @@ def test_a_damaged_file_is_named_and_so_is_the_way_out(trio: Any, tmp_path: Path
         words = "is corrupt: not what was written"
     harm(folder / file)
     harm(checkpoint_folder(tmp_path, 3) / file)
-    with pytest.raises(SdftError, match=rf"step-000004: {file} {words}.*; --resume --train.resume-step 2 goes on"):
+    with pytest.raises(SdftError, match=rf"step-000004: {file} {words}.*; --resume --train.resume-step 2 continues"):
         read_state(folder)
     for step in (1, 2):
         shutil.rmtree(checkpoint_folder(tmp_path, step))

@@ -1,4 +1,4 @@
-"""An interrupted run that goes on is the run that was never interrupted, bit for bit."""
+"""A run that is interrupted and resumed equals an uninterrupted run, bit for bit."""
 
 import contextlib
 import errno
@@ -247,7 +247,7 @@ def test_a_corrupt_checkpoint_gives_way_to_the_one_before(stopped: Any, make_con
     run, newest = tmp_path / "run", latest(tmp_path / "run")
     (newest / "weights.safetensors").write_bytes(b"half")
     before = content(run)
-    with pytest.raises(SdftError, match=r"step-000002: weights\.safetensors has 4 bytes, .*resume-step 1 goes on"):
+    with pytest.raises(SdftError, match=r"step-000002: weights\.safetensors has 4 bytes, .*resume-step 1 continues"):
         loop.train(stopped())
     assert content(run) == before
     loop.train(stopped(**{"train.resume_step": 1}))
