@@ -149,18 +149,20 @@ def read_json_lines(
     allow_half_line: leaves out a last line that a kill cut off: a line without a line end that is not JSON.
     broken: if given, the error of a bad line is appended here, the line is left out, and reading continues.
 
-    Raises SdftError with file and line number if a line is empty, is not UTF-8, is not JSON, is not an object, or
-    repeats a key. Raises SdftError if the file cannot be read.
+    Empty lines at the end do not count. Raises SdftError with file and line number if another line is empty, is not
+    UTF-8, is not JSON, is not an object, or repeats a key. Raises SdftError if the file cannot be read.
     """
     # Bytes, so that a half line may end within a character; "\n", since U+2028 and the like may stand in a JSON string.
     *whole, last = _read_bytes(path, what).split(b"\n")
     lines, good = [*whole, last] if last else whole, []
+    while len(lines) > 1 and not lines[-1].strip():
+        lines.pop()  # an editor may leave empty lines at the end
     for number, line in enumerate(lines, start=1):
         where = f"{path}:{number}"
         try:
             good.append(JsonLine(where, _json_object(line)))
         except ValueError as error:
-            if allow_half_line and last and number == len(lines):
+            if allow_half_line and last.strip() and number == len(lines):
                 continue
             message = f"{where}: {error}"
             if broken is None:

@@ -22,8 +22,8 @@ def test_read_json_lines(file: Path) -> None:
     assert [line.where for line in lines] == [f"{file}:1", f"{file}:2"]
 
 
-@pytest.mark.parametrize("content", [b'{"a": 1}', b'{"a": 1}\n'])
-def test_the_last_line_end_is_optional(file: Path, content: bytes) -> None:
+@pytest.mark.parametrize("content", [b'{"a": 1}', b'{"a": 1}\n', b'{"a": 1}\n\n', b'{"a": 1}\n \n\n  '])
+def test_the_end_of_the_file_may_be_blank(file: Path, content: bytes) -> None:
     file.write_bytes(content)
     for allow in (False, True):
         assert [line.row for line in read_json_lines(file, allow_half_line=allow)] == [{"a": 1}]
