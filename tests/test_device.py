@@ -61,7 +61,7 @@ def test_blocks_after_which_memory_goes_back(layers: int) -> None:
 def test_caches_of_compiled_products_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in device.CACHES:
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("LRU_CACHE_CAPACITY", "7")  # the user's own
+    monkeypatch.setenv("LRU_CACHE_CAPACITY", "7")  # set by the user
     device.limit_caches()
     assert [os.environ[name] for name in device.CACHES] == [str(device.CACHED_KERNELS), "7"]
 

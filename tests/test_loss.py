@@ -23,7 +23,7 @@ def completions() -> list[Completion]:
 
 
 def gradients(run: Run, **settings: Any) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss and gradients of the step as the trainer makes them."""
+    """Loss and gradients of the step by the trainer."""
     for name, value in settings.items():
         setattr(run, name, value)
     for p in run.model.trainable().values():
@@ -33,7 +33,7 @@ def gradients(run: Run, **settings: Any) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def dense_divergence(s: Tensor, t: Tensor, kind: str, beta: float) -> Tensor:
-    """(N,) as design section 2 writes it, from probabilities."""
+    """(N,) by the formula, from probabilities."""
     p, q = s.softmax(-1), t.softmax(-1)
     if kind == "reverse_kl":
         return (p * (p / q).log()).sum(-1)
@@ -44,7 +44,7 @@ def dense_divergence(s: Tensor, t: Tensor, kind: str, beta: float) -> Tensor:
 
 
 def rows(lm: Any, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
-    """Full logits of each unpadded sequence, those rows that predict its answer."""
+    """Full logits of each unpadded sequence, at the rows that predict its completion."""
     return [lm(torch.tensor([[*p, *a]])).logits[0, len(p) - 1 : -1] for p, a in zip(prompts, ANSWERS, strict=True)]
 
 
@@ -175,7 +175,7 @@ def test_per_token_values_are_the_dense_ones(make_run: Any, nudge: Any) -> None:
     with torch.no_grad():
         own = rows(run.model.lm.double(), [e.prompt for e in examples])
         shown = rows(start.lm.double(), [e.teacher_prompt for e in examples])
-    order = [2, 3, 0, 1]  # by the length of prompt and answer
+    order = [2, 3, 0, 1]  # by the length of prompt and completion
     s, t = (torch.cat([side[i][1:] for i in order]) for side in (own, shown))
     labels = torch.tensor([token for i in order for token in ANSWERS[i][1:]])
     p, q = s.log_softmax(-1), t.log_softmax(-1)
@@ -223,7 +223,7 @@ def test_sft_is_hugging_faces_loss(family: str, chunk_bytes: int, make_run: Any)
     ids=str,
 )
 def test_dft_is_written_out(settings: dict[str, Any], make_run: Any, nudge: Any) -> None:
-    """Value: the mean of p (-log p). Gradient: that of the mean of -p, in which nothing has to be held still."""
+    """Value: the mean of p (-log p). Gradient: the gradient of the mean of -p, without any stop_gradient."""
     run = nudged_run(make_run, nudge, **{"loss.method": "dft", "loss.chunk_bytes": 2**12} | settings)[0]
     lm = copy.deepcopy(run.model.lm).double()
     got = gradients(run, micro_batch_tokens=run.config.train.micro_batch_tokens)
@@ -249,7 +249,7 @@ def test_dft_takes_the_probability_after_the_head(family: str, make_run: Any) ->
     part = accumulate_gradients(run, examples, completions()).parts[0]
     with torch.no_grad():
         logits = rows(run.model.lm.double(), [e.prompt for e in examples])
-    order = [2, 3, 0, 1]  # by the length of prompt and answer
+    order = [2, 3, 0, 1]  # by the length of prompt and completion
     logp = torch.cat([logits[i].log_softmax(-1)[range(len(ANSWERS[i])), ANSWERS[i]] for i in order])
     torch.testing.assert_close(part.student_logprob.double(), logp, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(part.loss.double(), -logp.exp() * logp, rtol=1e-3, atol=1e-7)

@@ -1,4 +1,4 @@
-"""What `pip install .` gives: two import packages, and a loss that needs torch and triton alone."""
+"""The result of `pip install .`: two import packages, and a loss that needs torch and triton alone."""
 
 import ast
 import os
@@ -153,7 +153,7 @@ def test_light_imports_load_nothing_heavy(package: str) -> None:
 
 
 def test_no_package_of_ours_hides_hugging_faces_kernels() -> None:
-    # With a regular package named `kernels` beside us, `import transformers.activations` fails (design section 5).
+    # If a regular package named `kernels` can be imported, `import transformers.activations` fails.
     assert not (ROOT / "kernels" / "__init__.py").exists()
     assert not (ROOT / "tests" / "__init__.py").exists()
     run(sys.executable, "-c", "import transformers.activations", cwd=ROOT)
@@ -163,7 +163,7 @@ def test_no_package_of_ours_hides_hugging_faces_kernels() -> None:
 def test_fresh_install_gives_the_loss_without_the_trainer(wheel: Path, tmp_path: Path) -> None:
     venv.create(tmp_path / "venv", with_pip=True)
     python = tmp_path / "venv" / "bin" / "python"
-    # Triton's interpreter wants numpy, which is not among what the loss needs.
+    # Triton's interpreter needs numpy, which the loss does not need.
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV", "TRITON_INTERPRET")}
     run(python, "-m", "pip", "install", "--quiet", "-c", ROOT / "constraints.txt", wheel, env=environment)
     code = """
@@ -181,7 +181,7 @@ except ImportError:
 """
     assert run(python, "-c", code, cwd=tmp_path, env=environment).strip() == "alone"
     assert "self-test passed" in run(python, "-m", "sdft_kernels", cwd=tmp_path, env=environment)
-    # The command is there, and says what is missing instead of a traceback.
+    # The command is there, and names what is missing instead of printing a traceback.
     done = subprocess.run(
         [python.with_name("sdft"), "train", "x.toml"], capture_output=True, text=True, env=environment
     )

@@ -76,7 +76,7 @@ def sums() -> dict[str, Any]:
 
 
 def sharded() -> dict[str, Any]:
-    """Gradients and weights of which each rank holds a part."""
+    """Gradients and weights that are divided among the ranks."""
     from torch import nn
     from torch.distributed import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
@@ -132,7 +132,7 @@ def main(folder: Path, rank: int) -> None:
     leave_group()
 
 
-# One process beside two.
+# One process and two.
 
 STEPS = {
     "sft": {"loss.method": "sft"},
@@ -142,7 +142,7 @@ STEPS = {
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory, model_folder: Any) -> dict[str, Any]:
-    """What two ranks found, and one process; none of the ranks outlives this."""
+    """The results of two ranks and of one process. The ranks have ended by then."""
     from sdft.config import Config, override
 
     folder = tmp_path_factory.mktemp("ranks")

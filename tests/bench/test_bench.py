@@ -1,4 +1,4 @@
-"""One measured case: values first, then memory and time; what fails becomes a note and loses nothing else."""
+"""One measured case: values first, then memory and time; a failure becomes a note, and nothing else is lost."""
 
 import importlib
 import json
@@ -97,7 +97,7 @@ def test_out_of_memory_is_predicted_and_caught(monkeypatch: pytest.MonkeyPatch) 
     variants = [Variant("large", peers.dense, planes=10**6), Variant("greedy", greedy), DENSE]
     rows = rows_of(variants, checked_rows=16)
     assert named(rows, "large")["note"] == f"out of memory (needs about {1e6 * 32 * 512 * 4 / 1e9:.1f} GB)"
-    assert named(rows, "large")["dX error"] < 1e-3  # judged on the rows that fit
+    assert named(rows, "large")["dX error"] < 1e-3  # compared on the rows that fit
     assert named(rows, "greedy")["note"] == "out of memory"
     assert named(rows, "dense")["ms"] > 0
 
@@ -127,7 +127,7 @@ def test_past_the_deadline_variants_are_skipped() -> None:
 
 
 def test_a_lost_device_ends_the_case(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After an illegal access every CUDA call fails; the rows are there, and say which variant broke it."""
+    """After an illegal access every CUDA call fails; the rows are there, and name the variant that caused it."""
     broken = []
 
     def finish(self: measure.Cpu) -> None:
@@ -162,7 +162,7 @@ def test_truth_adds_up_over_blocks_of_rows(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_the_gpus_clock_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every line of Cuda runs, against a torch.cuda that pretends."""
+    """Every line of Cuda runs, on a fake torch.cuda."""
 
     class Event:
         def __init__(self, enable_timing: bool) -> None:

@@ -1,4 +1,4 @@
-"""bench.step measures what it says, on tiny models: the same tokens on both sides, every phase, failures as notes."""
+"""bench.step on tiny models: the same tokens on both sides, every phase, failures as notes."""
 
 import importlib.util
 import json
@@ -68,7 +68,7 @@ def test_trl_computes_the_same_tokens(job: Job, lora: bool) -> None:
 
 
 def test_both_compute_the_same_loss(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same answers, teacher and divergence: with the same samples the first step's loss is the same number."""
+    """The same completions, teacher and divergence: with the same samples the first step's loss is the same number."""
     job = trl(replace(job, steps=1), settings={"bf16": False})
     sampling = {"top_k": 1}  # the likeliest token: no chance in it
     job.contender.settings["generation_kwargs"] = {"min_new_tokens": 5} | sampling
@@ -171,7 +171,7 @@ def test_rows_are_compared_with_the_one_beside_them() -> None:
 def test_one_command(
     job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A process for each contender; what was measured is written after every one, and what died says so."""
+    """A process for each contender; results are written after each, and the row of a process that died has a note."""
     out = tmp_path / "out"
     out.mkdir()
     monkeypatch.setenv("OUT", str(out))

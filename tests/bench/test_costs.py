@@ -1,4 +1,4 @@
-"""The model of the costs: against numbers counted by hand, against the issue's bounds, and what its commands print."""
+"""The model of the costs: against numbers counted by hand, against independent bounds; its commands."""
 
 import json
 from dataclasses import replace

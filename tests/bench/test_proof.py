@@ -1,4 +1,4 @@
-"""`make gpu-proof` on the CPU: nothing of it runs for the first time on a GPU, and nothing that fails ends it."""
+"""`make gpu-proof` on the CPU: all of it runs here first, and no failure ends it."""
 
 import json
 import re
@@ -28,7 +28,7 @@ def tiny_run(folder: Path, *arguments: str) -> dict[str, Any]:
 
 
 def check_files(found: dict[str, Any], folder: Path) -> str:
-    """What every run leaves: the stream, the same as JSON, and the tables."""
+    """The files of every run: the stream, the same as JSON, and the tables."""
     (stream,) = folder.glob("*.jsonl")
     assert json.loads(stream.with_suffix(".json").read_text()) == json.loads(json.dumps(found))
     assert report.collect(Stream(stream).read()) == found

@@ -1,4 +1,4 @@
-"""Is an answer right? Each check, the forms it takes and those it must not take."""
+"""Is an answer right? Each check, the forms that it accepts, and the forms that it must not accept."""
 
 import json
 from pathlib import Path
@@ -266,7 +266,7 @@ def other(text):
 
 @pytest.fixture
 def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """own(check, **fields) is an example in a local file, beside OWN as mine.py."""
+    """own(check, **fields) is an example in a local file, in a folder with OWN as mine.py."""
     monkeypatch.chdir(tmp_path)
     Path("mine.py").write_text(OWN)
     Path("data.jsonl").touch()

@@ -1,4 +1,4 @@
-"""The made-up skills: deterministic, nothing evaluated that was trained, and the demo's data as they were."""
+"""The made-up skills: deterministic, no evaluation of trained prompts, and the demo's data unchanged."""
 
 import hashlib
 import json

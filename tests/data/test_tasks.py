@@ -319,7 +319,7 @@ def blocks(language: str) -> list[str]:
 
 
 def test_every_command_of_the_docs_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_folder: Any) -> None:
-    """As they stand, but on a tiny model and few records."""
+    """Unchanged, but on a tiny model and few records."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "examples").mkdir()
     (tmp_path / "examples/demo-sdft.toml").write_text((ROOT / "examples/demo-sdft.toml").read_text())

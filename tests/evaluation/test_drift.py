@@ -21,7 +21,7 @@ GREEDY = RolloutConfig(temperature=0.0, max_new_tokens=9)
 
 @torch.no_grad()
 def log_probs(model: Any, prompt: list[int], answer: list[int]) -> torch.Tensor:
-    """(n, V) float64 for the tokens of one answer, from all logits of the Hugging Face model."""
+    """(n, V) float64 for the tokens of one completion, from all logits of the Hugging Face model."""
     model.lm.eval()
     return model.lm(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].double().log_softmax(-1)
 

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness on the model in memory: its numbers are those of direct computations."""
+"""lm-evaluation-harness on the model in memory: its numbers equal direct computations."""
 
 import importlib.util
 import json
@@ -41,7 +41,7 @@ def direct(model: Any, context: list[int], continuation: list[int]) -> tuple[flo
 
 
 def tuned(load_tiny: Any, nudge: Any) -> tuple[Any, Any]:
-    """A tokenizer, and a model whose LoRA adapter says something else than its base."""
+    """A tokenizer, and a model whose LoRA adapter differs from its base."""
     tokenizer, model = load_tiny()
     add_lora(model, LoraConfig(rank=4), 0)
     nudge(model, size=0.3)
@@ -252,7 +252,7 @@ def greedy_text(model: Any, tokenizer: Any, prompt: str, new: int, until: list[s
 @needs_lm_eval
 @pytest.mark.parametrize("packing", ["off", "on"])
 def test_the_models_answers_to_lm_eval(packing: str, load_tiny: Any, nudge: Any) -> None:
-    """As lm_eval's own HFLM answers with the same model; completions also as a direct computation gives them."""
+    """As HFLM of lm_eval with the same model; completions also as by a direct computation."""
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 

@@ -1,4 +1,4 @@
-"""pass@k: against counts of subsets, and against the model's own probabilities."""
+"""pass@k: against counts of subsets, and against the probabilities of the model."""
 
 import itertools
 import math
@@ -67,7 +67,7 @@ def test_samples_are_counted_for_their_own_prompt(load_tiny: Any) -> None:
 
 @torch.no_grad()
 def test_samples_follow_the_models_own_probabilities(load_tiny: Any) -> None:
-    """One token a time, judged right where it is the likeliest: as often as the softmax says."""
+    """Completions of one token, right if it is the likeliest: as often as the softmax predicts."""
     tokenizer, model = load_tiny()
     p = model.lm(torch.tensor([[65]])).logits[0, -1].double().softmax(-1)
     likely = int(p[:94].argmax())  # a printable one, alone in its answer

@@ -1,4 +1,4 @@
-"""Every argument of every public loss, given what it cannot be: a ValueError that names it, and nothing else."""
+"""Every argument of every public loss, with wrong values: a ValueError that names the argument, and no other error."""
 
 import math
 import re
@@ -34,7 +34,7 @@ def normal(*shape: int) -> torch.Tensor:
 
 
 def made() -> dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, Any]]]:
-    """By name: what to call with (tensors, options), and the two, all right."""
+    """By name: the loss, and valid tensors and options for it."""
     labels, ones, logits = torch.zeros(N, dtype=torch.int64), torch.ones(N), normal(N, V)
     rows = {"token_weights": ones, "labels": labels}
     top = {"teacher_ids": torch.arange(N * K).view(N, K) % V, "teacher_logprobs": normal(N, K) - 3}

@@ -1,4 +1,4 @@
-"""The boundary of a call: memory that may be written, weights of any size, devices, derivatives that do not exist."""
+"""What a call accepts and refuses: memory to write to, weights of any size, devices, derivatives that do not exist."""
 
 import importlib
 from collections.abc import Callable, Iterator

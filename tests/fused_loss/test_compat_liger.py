@@ -1,4 +1,4 @@
-"""Liger-shaped classes against float64 written out, and against Liger's own code where it is installed."""
+"""Liger-shaped classes against float64 written out, and against the code of Liger if it is installed."""
 
 import math
 import subprocess
@@ -41,7 +41,7 @@ def make(dtype: torch.dtype = torch.float64, rows: int = 7, vocab: int = 11, hid
 
 
 def rows_truth(p: Tensor, q: Tensor, beta: float) -> Tensor:
-    """(N,) divergences of log-probabilities p (student) and q (teacher), as the definitions write them."""
+    """(N,) divergences of log-probabilities p (student) and q (teacher), by the definitions."""
     if beta == 0:
         return (q.exp() * (q - p)).sum(-1)
     if beta == 1:
@@ -254,7 +254,7 @@ def test_batches_of_sequences() -> None:
 
 
 def test_the_teacher_may_require_grad() -> None:
-    """Others' trainers pass teacher.lm_head.weight as it is."""
+    """Other trainers pass teacher.lm_head.weight without detach()."""
     v = leaves_of(make(), "x w tx tw tbias log_p log_q")
     labels = label_tensor("none ignored")
     four = [v[k] for k in ("x", "w", "tx", "tw")]
@@ -304,7 +304,7 @@ def test_checkpointing(which: int) -> None:
 
 
 def test_soft_and_hard_carry_their_own_gradients() -> None:
-    """Liger drops what comes back for them."""
+    """Liger drops their gradients."""
     v, labels = leaves_of(make(), "x w"), label_tensor("some ignored")
     module = liger.LigerFusedLinearJSDLoss(0.4, 0.6, return_soft_hard_loss=True)
     loss, soft, hard = module(v["x"], v["w"], v["tx"], v["tw"], labels)

@@ -1,8 +1,8 @@
-"""The losses under what a trainer puts around them: the table "What works with what" of docs/integrations.md.
+"""The losses under the features of a trainer: the table "What works with what" of docs/integrations.md.
 
 One small model, one batch with ignored tokens, and for every loss its dense form in float64 on one process. Each test
-runs the model under one feature and compares the loss and the gradient of every parameter with that truth. The
-distributed ones are this file run as a script, two processes over gloo, all their cells in one start.
+runs the model under one feature and compares the loss and the gradient of every parameter with that reference.
+The distributed tests run this file as a script: two processes over gloo, all cells in one start.
 """
 
 import os
@@ -50,7 +50,7 @@ class Batch(NamedTuple):
         return ids, logprobs
 
     def rows(self, rank: int) -> "Batch":
-        """A rank's: 10 rows of which 3 are ignored, or 6 of which 1 is."""
+        """The rows of a rank: 10, of which 3 are ignored, or 6, of which 1 is ignored."""
         here = slice(0, 10) if rank == 0 else slice(10, N)
         return Batch(self.ids[here], self.labels[here], self.teacher_x[here], self.teacher_w)
 
@@ -145,7 +145,7 @@ class Student(nn.Module):
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
-    """Of the parameters that have one, by name; whole where they are sharded."""
+    """The gradients of the parameters that have one, by name; sharded ones gathered."""
     found = {name.replace("module.", ""): p.grad for name, p in model.named_parameters()}
     return {k: g.full_tensor() if hasattr(g, "full_tensor") else g for k, g in found.items() if g is not None}
 
@@ -310,7 +310,7 @@ def test_dora_is_neither_form() -> None:
 
 
 def test_an_adapted_heads_weight_is_the_base_weight_alone() -> None:
-    """The trap that the docs name: the loss of head.weight does not know of the adapter."""
+    """The trap that the docs name: a loss of head.weight ignores the adapter."""
     student, model = adapted(target_modules=["head"])
     b = make_batch()
     with pytest.raises(RuntimeError, match="does not require grad"):
@@ -322,7 +322,7 @@ def test_an_adapted_heads_weight_is_the_base_weight_alone() -> None:
 
 @every_loss
 def test_a_head_in_modules_to_save(loss: str) -> None:
-    """The wrapper's .weight is the trained copy's."""
+    """The .weight of the wrapper is the trained copy."""
     column, b = COLUMNS[loss], make_batch()
     options = {"target_modules": ["body"], "modules_to_save": ["head"]}
     (student, model), (exact_student, exact_model) = adapted(**options), adapted(**options)
@@ -377,7 +377,7 @@ def wrapped(student: Student, how: str) -> nn.Module:
 
 
 def run_cell(setup: Setup, column: Column, b: Batch) -> Outcome:
-    """One rank's part, of its rows b. The loss returned is that of the whole batch."""
+    """The part of one rank, with its rows b. The returned loss is the loss of the whole batch."""
     import torch.distributed as dist
 
     student = Student(setup.tied)
@@ -422,7 +422,7 @@ def biases(rank: int) -> Outcome:
 
 
 def full_tensor_alone(rank: int) -> dict[str, Tensor]:
-    """What the docs warn of."""
+    """The call that the docs warn of."""
     student, b = Student(), make_batch().rows(rank)
     model = wrapped(student, "fsdp-parts")
     w = student.head.weight.full_tensor()  # type: ignore[operator]
@@ -435,7 +435,7 @@ def ddp_that_looks_for_unused_parameters(rank: int) -> Outcome:
 
 
 def refusals(rank: int) -> dict[str, str]:
-    """The message of each DTensor that is not a head's."""
+    """The error for each DTensor that is not a head or a bias."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -483,7 +483,7 @@ OTHERS = (
 
 
 def run_rank(rank: int, folder: Path) -> None:
-    """Everything, in one order on both ranks. Rank 0 saves what came out, or the error, by name."""
+    """All cells, in the same order on both ranks. Rank 0 saves the results, or the errors, by name."""
     import torch.distributed as dist
 
     sys.path.append(str(DOCS.parents[1] / "tests"))
@@ -512,7 +512,7 @@ def run_rank(rank: int, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
-    """What two processes found, by name. None of them outlives this."""
+    """The results of two processes, by name. Both processes have ended by then."""
     folder = tmp_path_factory.mktemp("ranks")
     environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo"}
     command = [sys.executable, __file__, str(folder)]
@@ -538,7 +538,7 @@ def table() -> dict[str, dict[str, str]]:
 
 
 def cell(row: str, loss: str) -> str:
-    """What the docs' table says there."""
+    """The text of that cell in the docs' table."""
     column = loss if loss in TABLE else "divergence" if COLUMNS[loss].from_logits else "compat.liger"
     return table()[row.removesuffix(", tied")][column]
 

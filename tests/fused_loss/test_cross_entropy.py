@@ -1,4 +1,4 @@
-"""`linear_cross_entropy` against a dense float64 cross-entropy, and its promises of memory, waiting and autograd."""
+"""`linear_cross_entropy` against a dense float64 cross-entropy, and its memory, waits and autograd."""
 
 import importlib
 import math

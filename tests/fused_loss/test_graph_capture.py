@@ -1,4 +1,4 @@
-"""What a CUDA graph needs of a call: nothing that the host waits for, nothing that a tensor's values decide.
+"""A call that a CUDA graph can capture: the host waits for nothing, and no values of a tensor decide anything.
 
 The loop runs here on meta tensors, which have no values: code that reads one raises. Launches of Triton kernels are
 recorded instead of made. `make gpu-proof` captures a call on a real GPU.
@@ -176,7 +176,7 @@ def test_losses_without_a_triton_kernel_can_be_captured() -> None:
 
 @pytest.fixture
 def no_look(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails where token weights are looked at."""
+    """Fails if the host reads token weights."""
 
     def look(*_: Any) -> None:
         raise AssertionError("the host waited")

@@ -1,4 +1,4 @@
-"""sdft_kernels stands alone: importing it loads neither the trainer nor what the trainer needs."""
+"""sdft_kernels stands alone: importing it loads neither the trainer nor its dependencies."""
 
 import subprocess
 import sys

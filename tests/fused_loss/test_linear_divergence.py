@@ -19,7 +19,7 @@ Case = dict[str, Tensor]
 def make(
     rows: int, vocab: int, hidden: int, dtype: torch.dtype = torch.float64, *, noise: float = 0.3, t_hidden: int = 0
 ) -> Case:
-    """Random inputs with logits of unit scale; the teacher is the student plus noise, or its own width."""
+    """Random inputs with logits of unit scale; the teacher is the student plus noise, or has another width."""
     gen = torch.Generator().manual_seed(rows * 7919 + vocab)
 
     def normal(*shape: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""The process-wide switch of oneDNN: who else sees it, in threads and after a fork."""
+"""The process-wide switch of oneDNN: its effect on other threads and after a fork."""
 
 import os
 import threading

@@ -31,7 +31,7 @@ def fresh_compiler() -> None:
 
 
 def make(rows: int = 4, vocab: int = 40, hidden: int = 8, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """x and w, which want gradients, and the teacher's."""
+    """x and w, which require gradients, and the teacher's."""
     gen = torch.Generator().manual_seed(rows + vocab)
     x, w, tx, tw = (torch.randn(n, hidden, generator=gen).to(dtype) for n in (rows, vocab, rows, vocab))
     return [x.requires_grad_(), w.requires_grad_(), tx, tw]
@@ -316,7 +316,7 @@ def test_nothing_outlives_its_use(impl: str, loops: list[Any], monkeypatch: pyte
 class Watch(TorchDispatchMode):
     """Refuses what makes a host wait for its device; keeps the peak of new storages and the shapes of all results.
 
-    A mode does not see inside an operator, so the tests run the operator's own Python function under it.
+    A mode does not see inside an operator, so the tests run the Python function of the operator under it.
     """
 
     WAITS = ("_local_scalar_dense", "nonzero", "item", "is_nonzero", "equal", "masked_select", "unique")

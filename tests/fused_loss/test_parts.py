@@ -1,4 +1,4 @@
-"""Statistics of parts of the vocabulary, merged, and gradients of the parts: those of the whole vocabulary."""
+"""Merged statistics of parts of the vocabulary, and gradients of the parts, equal those of the whole vocabulary."""
 
 import math
 from itertools import pairwise

@@ -1,4 +1,4 @@
-"""The dense reference against the formulas of design section 2, written out longhand."""
+"""The dense reference against the formulas, written out from probabilities."""
 
 import math
 

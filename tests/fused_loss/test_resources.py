@@ -1,7 +1,8 @@
-"""The Triton kernels, compiled ahead of time for GPUs that are not here, held to the table in the repo.
+"""The Triton kernels, compiled ahead of time for GPUs, and compared with the table in the repository.
 
-Compilation runs in processes of its own: here the kernels belong to Triton's interpreter. The quick tests compile two
-kernels for one architecture by the installed Triton; the slow ones everything, by it and by the oldest Triton admitted.
+Compilation runs in separate processes, because in this process the kernels belong to Triton's interpreter. The quick
+tests compile two kernels for one architecture by the installed Triton; the slow ones everything, by it and by the
+oldest Triton admitted.
 """
 
 import json
@@ -73,7 +74,7 @@ def check_warps(rows: list[Row]) -> None:
 
 
 def check_shared_memory(rows: list[Row]) -> None:
-    """What a block asks for is there on every device: an RTX 50 has 99 KiB, less than half of a B200's 227."""
+    """Every device has the shared memory that a block takes: an RTX 50 has 99 KiB, less than half of a B200's 227."""
     for row in rows:
         assert row["shared bytes"] <= row["shared limit"], label(row)
 

@@ -1,4 +1,4 @@
-"""`python -m sdft_kernels`: the report, the self-test, and that it can fail."""
+"""`python -m sdft_kernels`: the report, and the self-test, which can fail."""
 
 import os
 import subprocess

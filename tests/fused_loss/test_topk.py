@@ -1,4 +1,4 @@
-"""A teacher known by its top-k log-probabilities: against the dense reference in float64, and docs/topk.md's claims."""
+"""A teacher known by its top-k log-probabilities, against the dense reference in float64; docs/topk.md's claims."""
 
 import math
 import re

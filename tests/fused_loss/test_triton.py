@@ -1,7 +1,7 @@
 """impl="triton" under Triton's interpreter: values and gradients against the dense reference in float64.
 
 Tiles are cut to 64 entries, so that a few hundred tokens make several whole tiles and a ragged one. Every
-buffer the loss allocates starts as NaN: an entry that nobody wrote, or that nobody should have read, shows.
+buffer of the loss starts as NaN, so an entry that was not written, or was read by mistake, shows.
 """
 
 import math
@@ -25,7 +25,7 @@ from torch import Tensor
 
 ROOT = Path(__file__).parents[2]
 NAMES = ("reverse_kl", "forward_kl", "jsd")
-FLOOR = 3e-7  # of fp32 errors that nobody counts
+FLOOR = 3e-7  # fp32 errors below this do not count
 Case = dict[str, Tensor]
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered")  # numpy's, of inf − inf in masked entries
@@ -678,7 +678,7 @@ print("one token compiles")
 
 
 def test_offsets_are_64_bit_and_a_vocabulary_of_one_compiles() -> None:
-    """N·V passes 2^31. Read from the compiled code: the interpreter would have to hold such logits."""
+    """N·V passes 2^31. Tested on the compiled code, because the interpreter would have to hold such logits."""
     env = {**os.environ, "PYTHONPATH": str(ROOT / "kernels")}
     done = subprocess.run([sys.executable, "-c", COMPILE], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

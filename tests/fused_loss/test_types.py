@@ -1,4 +1,4 @@
-"""The public functions' types: what mypy sees of a call, and keyword arguments declared once more for it."""
+"""The types of the public functions: mypy on calls, and the keyword arguments that are declared again for it."""
 
 import inspect
 import re

@@ -1,4 +1,4 @@
-"""TRL's own trainers beside ours, on the CPU: losses, gradients, weights after steps, and what is refused."""
+"""TRL's trainers and ours, on the CPU: losses, gradients, weights after steps, and what is refused."""
 
 import importlib.util
 import os
@@ -45,7 +45,7 @@ COMMON = {
 
 
 def reward(completions: list[Any], **_: Any) -> list[float]:
-    """1 for half of the answers, whatever they are."""
+    """1 for half of the completions, whatever they are."""
     return [float(i % 2) for i in range(len(completions))]
 
 
@@ -103,7 +103,7 @@ def batch(trainer: Any) -> dict[str, Any]:
     torch.manual_seed(0)
     made = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
     if "completion_mask" in made:
-        made["completion_mask"][0, 3:] = 0  # answers of two lengths, so that a mean of means is no mean
+        made["completion_mask"][0, 3:] = 0  # completions of two lengths, so that a mean of means differs from the mean
     for p in trainer.model.parameters():
         if p.requires_grad:
             p.data.add_(torch.randn_like(p), alpha=0.03)
@@ -113,7 +113,7 @@ def batch(trainer: Any) -> dict[str, Any]:
 def losses(
     trainer: Any, inputs: dict[str, Any], *more: Any
 ) -> dict[str, tuple[Tensor, dict[str, Tensor], dict[str, Any]]]:
-    """Ours and TRL's own code on one trainer, one model and one batch: loss, gradients, what was logged."""
+    """Our code and TRL's code on one trainer, one model and one batch: loss, gradients, what was logged."""
     named = {n: p for n, p in trainer.model.named_parameters() if p.requires_grad}
     base = next(c for c in type(trainer).__mro__ if c.__module__.startswith("trl."))
     found = {}
@@ -272,7 +272,7 @@ def test_a_teacher_of_another_width(make: Maker, name: str) -> None:
 
 
 def test_tokens_of_tools(make: Maker) -> None:
-    """What a tool wrote is no answer of the student's."""
+    """The text of a tool does not count as a completion of the student."""
     trainer = make("Distillation")
     inputs = batch(trainer)
     plain = check_same(trainer, inputs)
@@ -467,7 +467,7 @@ def test_nothing_of_trl_is_patched() -> None:
 
 @pytest.mark.slow
 def test_ddp(model_folder: Callable[[str], Path], tmp_path: Path) -> None:
-    """Two processes (gloo): the same weights as TRL's own trainers in two processes, on both ranks."""
+    """Two processes (gloo): the same weights as by TRL's trainers in two processes, on both ranks."""
     folders = {kind: model_folder(kind) for kind in ("llama", "qwen3")}
     script = tmp_path / "run.py"
     script.write_text(f"""

@@ -1,4 +1,4 @@
-"""Sequences end to end: nothing passes between them, forwards or backwards, and models that cannot do it are found."""
+"""Sequences end to end: none sees another, forwards or backwards, and models that cannot keep them apart are found."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Closed forms against PyTorch's own count of the products that run."""
+"""Closed forms against PyTorch's count of the products that run."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Norms, MLPs and linear layers that keep less for the backward pass: values as transformers' own, fewer bytes."""
+"""Norms, MLPs and linear layers that keep less for the backward pass: the values of transformers, fewer bytes."""
 
 import copy
 from typing import Any

@@ -1,4 +1,4 @@
-"""Models in and out: head and backbone, refusals, LoRA, what is written is loaded by others."""
+"""Models: head and backbone, refusals, LoRA, and written models that other libraries load."""
 
 import importlib.util
 import json

@@ -29,7 +29,7 @@ IDS = torch.arange(3, 43).reshape(2, 20) * 5 % 256
 
 @pytest.fixture
 def bitsandbytes() -> Any:
-    """CI must have it; elsewhere its tests are skipped, and say so."""
+    """In CI it must be there; elsewhere its tests are skipped with a reason."""
     if os.environ.get("CI"):
         return importlib.import_module("bitsandbytes")
     return pytest.importorskip("bitsandbytes", reason="pip install bitsandbytes")

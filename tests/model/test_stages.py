@@ -1,4 +1,4 @@
-"""Stages: a run starts from an earlier one's output, adapter or not; what is written is the trained model."""
+"""Stages: a run starts from the output of an earlier run, adapter or not; the written model is the trained model."""
 
 import json
 import shutil
@@ -61,7 +61,7 @@ def load(load_tiny: Any) -> Callable[..., Any]:
 def test_a_second_stage_is_written_as_it_was_trained(
     kind: str, earlier: str, stage: Any, load: Any, tmp_path: Path
 ) -> None:
-    """And its base teacher is the first stage's model; sdft, plain peft and `sdft merge` read the same."""
+    """Its base teacher is the model of the first stage; sdft, plain peft and `sdft merge` read the same."""
     import peft
     import transformers
 
@@ -342,7 +342,7 @@ def test_merge_refuses(stage: Any, model_folder: Any, tmp_path: Path, monkeypatc
 
 
 def test_an_adapter_on_a_tied_head_cannot_be_merged(model_folder: Any, load_tiny: Any, tmp_path: Path) -> None:
-    """On a head of its own it can, though training refuses it."""
+    """On an untied head it can, though training refuses it."""
     import peft
     import transformers
 

@@ -97,7 +97,7 @@ def test_the_peaks_of_a_real_run(
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tied", [True, False])
 def test_weights_are_counted_like_the_models(family: str, tied: bool, lm_config: Callable[..., Any]) -> None:
-    """ModelShape's own sum, which the study's files and the FLOPs use, against the simulated model's."""
+    """The sum of ModelShape, which the study's files and the FLOPs use, against the simulated model's."""
     lm = lm_config(family, tie_word_embeddings=tied, num_hidden_layers=2)
     c = Config()
     counts = Simulation(lm, c.model, c.lora, torch.float32, packed=True, kind="cpu").counts

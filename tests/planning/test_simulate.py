@@ -1,4 +1,4 @@
-"""The simulation of a micro-batch: what it counts, and that a few layers stand for many."""
+"""The simulation of a micro-batch: what it counts; a few layers give the numbers of many."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""Completions: greedy against a naive loop, sampling against the model's own softmax."""
+"""Completions: greedy against a naive loop, sampling against the softmax of the model."""
 
 import contextlib
 from collections import Counter
@@ -56,7 +56,11 @@ def test_stop_tokens_cut_and_the_rest_is_truncated(load_tiny: Any) -> None:
     model = load_tiny()[1]
     model.lm.eval()
     free = [naive(model, p, 12).ids for p in PROMPTS]
-    model.stop_ids = (257, free[0][3], free[2][5])  # tokens that these answers do reach, the model's own stop first
+    model.stop_ids = (
+        257,
+        free[0][3],
+        free[2][5],
+    )  # tokens that these completions reach, the stop token of the model first
     got = ModelEngine(model).generate(PROMPTS, greedy())
     assert got == [naive(model, p, 12) for p in PROMPTS]
     assert len(got[0].ids) <= 4
@@ -107,7 +111,7 @@ def tiny(load_tiny: Any) -> Any:
 def test_samples_have_the_models_probabilities(tiny: Any, temperature: float) -> None:
     counts = sample_counts(tiny, PROMPTS[0], 8000, temperature=temperature)
     assert chi_square_ok(counts, probabilities(tiny, PROMPTS[0], temperature))
-    assert not chi_square_ok(counts, probabilities(tiny, PROMPTS[0], temperature * 1.25))  # it can tell
+    assert not chi_square_ok(counts, probabilities(tiny, PROMPTS[0], temperature * 1.25))  # the test can fail
 
 
 def test_top_k_and_top_p_keep_what_they_say(tiny: Any) -> None:

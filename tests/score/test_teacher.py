@@ -98,7 +98,7 @@ def with_adapter(load_tiny: Any, settings: dict[str, Any], **model_settings: Any
 @pytest.mark.parametrize("kind", FRESH)
 @pytest.mark.parametrize("dtypes", [("float32", "float32"), ("float32", "bfloat16"), ("bfloat16", "bfloat16")])
 def test_base_of_a_fresh_adapter_is_the_adapter_off(kind: str, dtypes: tuple[str, str], load_tiny: Any) -> None:
-    """Equal, bit for bit, to a teacher that holds a copy of the factors; and to the model without any adapter."""
+    """It equals, bit for bit, a teacher that holds a copy of the factors, and the model without any adapter."""
     precision = dict(zip(("weights_dtype", "compute_dtype"), dtypes, strict=True))
     model = with_adapter(load_tiny, FRESH[kind], **precision)
     copy_ = Teacher(copy.deepcopy(model), "base", values(model))

@@ -135,11 +135,11 @@ def test_many_seeds_are_resampled_by_the_seed_and_cover() -> None:
     for _ in range(200):
         got = interval(draw.normal(loc=3.0, size=40), resamples=500)
         inside += got.low <= 3.0 <= got.high
-    assert 0.88 <= inside / 200 <= 0.99  # 95% but for the bootstrap's own error with 40 values
+    assert 0.88 <= inside / 200 <= 0.99  # 95%, up to the error of the bootstrap with 40 values
 
 
 def test_three_seeds_hold_the_middle_in_three_of_four_cases() -> None:
-    """As the docstring and the report say."""
+    """The number in the docstring and in the report."""
     draw = np.random.default_rng(0)
     held = [(got := interval(draw.normal(size=3), resamples=500)).low <= 0 <= got.high for _ in range(1500)]
     assert np.mean(held) == pytest.approx(0.75, abs=0.03)

@@ -1,4 +1,4 @@
-"""`sdft study`: what runs, in which order, from which weights, and what is never run twice."""
+"""`sdft study`: which runs it starts, in which order, from which weights; no stage runs twice."""
 
 import json
 import subprocess

@@ -59,7 +59,7 @@ def test_phases_follow_each_other(make_study: Any) -> None:
 
 
 def test_the_grid(make_study: Any) -> None:
-    """Every combination is a method; a method's own values replace the study's; the names tell which."""
+    """Every combination is a method; the values of a method replace the study's; the names show which."""
     methods = {
         "sdft": {"grid": {"teacher.ema_alpha": [0.01, 0.5]}},
         "sft": {"loss": {"method": "sft"}, "grid": {"train": {"batch_size": [4]}}},

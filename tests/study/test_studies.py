@@ -1,4 +1,4 @@
-"""The files in studies/: every run of theirs is valid, the first step of every method runs, memory is predicted."""
+"""The files in studies/: every run is valid, the first step of every method runs, memory is predicted."""
 
 import json
 import re
@@ -21,7 +21,7 @@ from sdft.study.plan import Sizes, plan_study
 from sdft.training.loop import train
 
 FILES = sorted((Path(__file__).parents[2] / "studies").glob("*.toml"))
-# What the models' config.json say, as far as sizes go.
+# The sizes in the models' config.json.
 CONFIGS = {
     "smollm2-135m": transformers.LlamaConfig(
         vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
@@ -143,14 +143,14 @@ def test_the_first_step_of_every_method(file: Path, tmp_path: Path, model_folder
 
 @pytest.mark.parametrize("file", some("paper-thinking"))
 def test_memory_and_operations_are_predicted(file: Path, monkeypatch: Any) -> None:
-    """Of every run, from the model's shape alone."""
+    """For every run, from the shape of the model alone."""
     found = spec.load_study(file, with_data=False)
     config = CONFIGS[found.config.model.name]
     monkeypatch.setattr(planned_work, "shape_of", lambda _: ModelShape.from_config(config))
     if file.stem == "paper-thinking":  # is simulated, which takes its time
         found = replace(found, methods=tuple(replace(m, name=m.family, point={}) for m in found.methods))
     machine = this_machine(override(found.config, {"model.device": "cuda"}), 141 * GIB)
-    # The sizes of the file's own command.
+    # The sizes in the command of the file.
     sizes = dict(re.findall(r"--((?:teacher-)?prompt-tokens|records) (\d+)", file.read_text()))
     prompt, shown, records = (int(sizes.get(k, 0)) for k in ("prompt-tokens", "teacher-prompt-tokens", "records"))
     planned = plan_study(found, machine, Sizes(prompt or 500, shown, records or 1000))

@@ -1,4 +1,4 @@
-"""`sdft study --plan`: the operations and the memory of the very steps that the study would run."""
+"""`sdft study --plan`: the operations and the memory of the steps that the study would run."""
 
 from typing import Any
 

@@ -1,11 +1,11 @@
 """Kills a training run with SIGKILL again and again, resumes it each time, and compares its end bit for bit.
 
-    python tests/training/survival.py --kills 50    # 50 each: full fine-tuning, LoRA, answers sampled beforehand
+    python tests/training/survival.py --kills 50    # 50 each: full fine-tuning, LoRA, offline completions
 
-A run of a tiny model goes through undisturbed. Then it runs again and is killed, half of the times at a moment drawn
+A run of a tiny model ends undisturbed. Then it runs again and is killed, half of the times at a moment drawn
 from its whole length, else within a place that was drawn: a save, a removal, an evaluation, the end. It is resumed
-until it ends, and must then have left the same files: weights, teacher, optimizer, answers, and metrics but for times.
-Such lives follow one another until all kills have landed. After every kill, every checkpoint in the folder must be
+until it ends, and must then have left the same files: weights, teacher, optimizer, answers, and metrics except times.
+This is repeated until all kills have happened. After every kill, every checkpoint in the folder must be
 whole, and the newest one no older than before.
 
 Each attempt is a fork of this process, which has imported everything and computed nothing.
@@ -120,7 +120,7 @@ def _child(work: Callable[[], Any], log: Path) -> NoReturn:
 
 
 def attempt(config: Config, log: Path, aim: Aim | None) -> Attempt:
-    """Trains in a child process, which is killed as aimed unless it ends before; exits where it fails by itself."""
+    """Trains in a child process, which is killed as aimed unless it ends before; exits if it fails by itself."""
     receive, send = os.pipe()
 
     def work() -> None:
@@ -226,7 +226,7 @@ def make_config(folder: Path, mode: str) -> Config:
 
 
 def survive(mode: str, kills: int, seed: int, folder: Path) -> None:
-    """The comparison for one mode; exits with a message where anything differs."""
+    """The comparison for one mode; exits with a message if anything differs."""
     config, chance, log = make_config(folder, mode), random.Random(seed), folder / f"{mode}.log"
     whole = attempt(override(config, {"train.output": str(folder / mode)}), log, None)
     want = content(folder / mode)

@@ -108,7 +108,7 @@ def refused(error: Exception) -> Callable[..., None]:
 
 
 def torch_on_a_full_disk(*args: Any) -> None:
-    """What torch.save does there: its own error hides the one of the file."""
+    """torch.save on a full disk: its error hides the error of the file."""
     try:
         raise OSError(errno.ENOSPC, "No space left on device")
     except OSError:

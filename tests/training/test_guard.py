@@ -66,7 +66,7 @@ def trained(output: Path) -> list[int]:
 
 
 def assert_model_of_step(output: Path, step: int) -> None:
-    """OUTPUT/model holds the weights of that step's checkpoint, which are not those of the newest."""
+    """OUTPUT/model holds the weights of that step's checkpoint, which differ from the newest."""
     best, newest = weights(checkpoint.checkpoint_folder(output, step)), weights(latest(output))
     model = weights(output / "model", "model.safetensors")
     assert all(torch.equal(model[name], tensor) for name, tensor in best.items())
@@ -80,7 +80,7 @@ def test_a_run_that_loses_too_much_stops(
     folder = loop.train(make_config(**settings))
     run = tmp_path / "run"
     assert trained(run) == [1, 2, 3]
-    assert steps(run) == [2, 3]  # the best beside the newest
+    assert steps(run) == [2, 3]  # the best and the newest
     assert_model_of_step(run, 2)
     said = [line["guard"] for line in read_metrics(run) if "guard" in line]
     assert [line["respected"] for line in said] == [True, True, True, False]
@@ -168,7 +168,7 @@ def test_a_stopped_run_does_not_train_on(
     capsys.readouterr()
     loop.train(make_config(**settings | {"train.resume": True}))
     after = {str(f): f.read_bytes() for f in run.rglob("*") if f.is_file() and f.name != "config.toml"}
-    cards = [path for path in before if path.endswith("README.md")]  # the config in it says resume = true
+    cards = [path for path in before if path.endswith("README.md")]  # its config has resume = true
     assert before.keys() == after.keys()
     assert [path for path in before if before[path] != after[path]] == cards
     assert "Stopped after step 3 by eval.guard" in capsys.readouterr().out
@@ -229,7 +229,7 @@ def test_other_limits_are_another_run(make_config: Any, settings: Any, scores: A
 
 
 def test_the_command_guards_what_the_model_knew(make_config: Any, make_run: Any, tmp_path: Path, capsys: Any) -> None:
-    """The guard asks for the start's own greedy answers, which a hard training loses."""
+    """The guard set holds the greedy answers of the start, which a run with a high learning rate loses."""
     run = make_run(**{"train.output": str(tmp_path / "probe"), "rollout.temperature": 0.0})
     found = ModelEngine(run.model).generate([e.prompt for e in run.data.examples], run.config.rollout)
     given = [run.tokenizer.decode(c.ids, skip_special_tokens=True) for c in found]

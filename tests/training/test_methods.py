@@ -1,4 +1,4 @@
-"""The methods beside SDFT: SFT and DFT, answers sampled before the first step, another model as teacher."""
+"""The methods besides SDFT: SFT and DFT, completions sampled before the first step, another model as teacher."""
 
 import json
 import re
@@ -31,7 +31,7 @@ OFFLINE = {"rollout.source": "offline", "rollout.per_prompt": 2, "rollout.batch_
 
 
 def outcome(output: Path) -> dict[str, Any]:
-    """Weights, teacher, and metrics but for times."""
+    """Weights, teacher, and metrics except times."""
     from safetensors.torch import load_file
 
     files = [*(output / "model").glob("*.safetensors"), *latest(output).glob("*.safetensors")]
@@ -92,7 +92,7 @@ def test_dft_learns_and_writes_its_own_metrics(make_config: Any, tmp_path: Path)
     assert not (latest(tmp_path / "run") / "teacher.safetensors").exists()
 
 
-# Answers sampled before the first step.
+# Completions sampled before the first step.
 
 
 def sampled(output: Path) -> list[Any]:

@@ -1,4 +1,4 @@
-"""What a run tells: numbers by hand, one JSON object a line, trackers."""
+"""The metrics of a run: numbers by hand, one JSON object a line, trackers."""
 
 import importlib.util
 import json

@@ -44,7 +44,7 @@ RUNS = {
 
 
 def outcome(output: Path) -> dict[str, Any]:
-    """All that must be the same: every tensor of model and last checkpoint, and the metrics but for times."""
+    """All that must be the same: every tensor of model and last checkpoint, and the metrics except times."""
     from safetensors.torch import load_file
 
     files = [*(output / "model").glob("*.safetensors"), *latest(output).glob("*.safetensors")]
@@ -157,7 +157,7 @@ def test_sigint_to_the_command(make_config: Any, tmp_path: Path) -> None:
     assert latest(output).name == f"step-{steps:06d}"  # from which test_ctrl_c_and_resume resumes
 
 
-# What does not go on.
+# Runs that cannot be resumed.
 
 
 @pytest.fixture
@@ -302,7 +302,7 @@ def test_a_step_without_checkpoint(stopped: Any, make_config: Any, tmp_path: Pat
         loop.train(make_config(**{"train.output": str(tmp_path / "new"), "train.resume": True, "train.resume_step": 7}))
 
 
-# Checkpoints of others.
+# Checkpoints of other runs.
 
 
 @pytest.mark.parametrize(

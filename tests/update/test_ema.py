@@ -207,8 +207,8 @@ def test_an_update_keeps_no_whole_copy_of_the_weights(weights_dtype: str, load_t
 
 
 def test_the_lag_of_averaged_factors_is_their_covariance(load_tiny: Any) -> None:
-    """avg(B) avg(A) - avg(B A) = -sum_i w_i (B_i - avg B)(A_i - avg A): nothing while one of them stands still, and a
-    quarter where both move half as far."""
+    """avg(B) avg(A) - avg(B A) = -sum_i w_i (B_i - avg B)(A_i - avg A): zero if one of them does not move, and a
+    quarter if both move half as far."""
     name = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.default.weight"
 
     def lag(size_a: float, size_b: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -78,7 +78,7 @@ def test_an_offloaded_run_is_the_same_run(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    """Bit for bit, interrupted and resumed, also where only one of the two parts is offloaded."""
+    """Bit for bit, interrupted and resumed, also if only one of the two parts is offloaded."""
     monkeypatch.setattr(setup, "check_offload", lambda *a: None)
     monkeypatch.setattr(offload, "PART", 1024)  # many parts, which cut across the parameters
     loop.train(make_config(**SETTINGS[kind]))
@@ -159,7 +159,7 @@ def test_saved_activations_change_no_gradient(checkpointing: bool, rank: int, lo
 
 
 def test_weights_stay_where_pytorchs_own_would_take_them_along() -> None:
-    """The reason for a context of ours; if this fails, save_on_cpu does."""
+    """The reason for our context; if this test fails, save_on_cpu is enough."""
     moved: list[Any] = []
     context = torch.autograd.graph.save_on_cpu()
     pack = context.pack_hook

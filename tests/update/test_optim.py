@@ -140,7 +140,7 @@ def parameters_of(shapes: list[tuple[int, ...]], dtype: torch.dtype = torch.floa
 
 
 def saved(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Its state after a trip through a file that can run no code."""
+    """Its state, saved to a file without code and loaded."""
     file = io.BytesIO()
     torch.save(optimizer.state_dict(), file)
     file.seek(0)
@@ -177,7 +177,7 @@ def test_offloaded_adamw_is_adamw(dtype: torch.dtype, part: int, monkeypatch: py
 
 @pytest.fixture
 def bitsandbytes() -> Any:
-    """CI must have it; elsewhere its tests are skipped, and say so."""
+    """In CI it must be there; elsewhere its tests are skipped with a reason."""
     if os.environ.get("CI"):
         return importlib.import_module("bitsandbytes")
     return pytest.importorskip("bitsandbytes", reason="pip install bitsandbytes")
