@@ -29,9 +29,9 @@ NO_TOKEN = 2**31 - 1  # a stop token that no vocabulary has
 
 @dataclass(frozen=True)
 class Shape:
-    """A step: `answers` prompts of at least `prompt_tokens` tokens, one completion of `new_tokens` tokens for each."""
+    """A step: `completions` prompts of `prompt_tokens` tokens or more, each completed with `new_tokens` tokens."""
 
-    answers: int
+    completions: int
     new_tokens: int
     prompt_tokens: int
 
@@ -71,7 +71,7 @@ def records(shape: Shape, tokenizer: Any) -> list[dict[str, str]]:
 
     pool = cycle(skills.demo()["commands-train"])
     rows = []
-    for _ in range(shape.answers):
+    for _ in range(shape.completions):
         asked: list[str] = []
         shown: list[str] = []
         length = 0
@@ -203,7 +203,7 @@ def run_ours(job: Job, rows: list[dict[str, str]]) -> Row:
             "optim.warmup_steps": 0,
             "train.output": str(output),
             "train.steps": job.steps + 1,
-            "train.batch_size": job.shape.answers,
+            "train.batch_size": job.shape.completions,
         }
         config = override(Config(), common | job.contender.settings)
         validate(config)
@@ -290,7 +290,7 @@ def run_trl(job: Job, rows: list[dict[str, str]]) -> Row:
             "output_dir": output,
             "use_cpu": job.device == "cpu",
             "max_steps": job.steps + 1,
-            "per_device_train_batch_size": job.shape.answers,
+            "per_device_train_batch_size": job.shape.completions,
             "num_generations": 1,
             "max_completion_length": job.shape.new_tokens,
             "max_prompt_length": None,

@@ -42,11 +42,11 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
         capsys.readouterr()
         with pytest.raises(SystemExit) as exit_:
             main(list(arguments))
-        told = capsys.readouterr().err
+        printed = capsys.readouterr().err
         assert exit_.value.code == 2
-        assert "Traceback" not in told
-        lines = re.sub(r"Loading weights:.*it/s\]", "", told).strip().splitlines()  # silenced outside of tests
-        assert len(lines) == 1, told
+        assert "Traceback" not in printed
+        lines = re.sub(r"Loading weights:.*it/s\]", "", printed).strip().splitlines()  # silenced outside of tests
+        assert len(lines) == 1, printed
         assert lines[0].startswith("sdft: ")
         return lines[0]
 
@@ -115,18 +115,18 @@ def test_check_prints_answers_side_by_side_and_a_verdict(
     else:  # for scripts
         with pytest.raises(SystemExit, match="1"):
             main(["check", config_file(), "--show", "2"])
-    told = capsys.readouterr().out
-    assert "Can SDFT work here? The reason." in told
+    printed = capsys.readouterr().out
+    assert "Can SDFT work here? The reason." in printed
     for row in (0, 1):
-        assert re.search(rf"say {row}\W+X{row}\W+student {row}\W+teacher {row}", told)
-    assert "say 2" not in told
+        assert re.search(rf"say {row}\W+X{row}\W+student {row}\W+teacher {row}", printed)
+    assert "say 2" not in printed
 
 
 def test_check_runs_the_model(config_file: Any, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="1"):
         main(["check", config_file(), "--count", "3", "--eval.max-new-tokens", "4", "--teacher.turns", "1"])
-    told = " ".join(capsys.readouterr().out.split())
-    assert "Can SDFT work here? No: the teacher hardly uses the demonstration (0% without" in told
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "Can SDFT work here? No: the teacher hardly uses the demonstration (0% without" in printed
 
 
 def test_check_needs_demonstrations(config_file: Any, skill: Path, refused: Any) -> None:
@@ -141,12 +141,12 @@ def test_eval(model_folder: Any, skill: Path, tmp_path: Path, capsys: pytest.Cap
     skill.write_text(skill.read_text() + '{"prompt": "say ab", "answer": "no such thing"}\n')
     arguments = [str(model_folder("llama")), str(skill), "--max-new-tokens", "4", "--compute-dtype", "float32"]
     main(["eval", *arguments, "--show", "2", "--output", str(tmp_path / "out.jsonl")])
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [r["prompt"] for r in rows] == [json.loads(x)["prompt"] for x in skill.read_text().splitlines()]
     assert rows[0]["expected"] == ["AB"]
-    assert told.count("[--] say ") == 2
-    assert "accuracy 0.0% (0 of 13)" in told
+    assert printed.count("[--] say ") == 2
+    assert "accuracy 0.0% (0 of 13)" in printed
 
 
 def test_eval_of_samples(model_folder: Any, skill: Path, capsys: pytest.CaptureFixture[str], refused: Any) -> None:
@@ -155,15 +155,15 @@ def test_eval_of_samples(model_folder: Any, skill: Path, capsys: pytest.CaptureF
     skill.write_text("".join(json.dumps(row) + "\n" for row in rows))
     arguments = [str(model_folder("llama")), str(skill), "--max-new-tokens", "4", "--compute-dtype", "float32"]
 
-    def told(*options: str) -> str:
+    def printed(*options: str) -> str:
         main(["eval", *arguments, "--samples", "6", *options])
         return capsys.readouterr().out
 
-    first = told()
+    first = printed()
     assert re.search(r"of 6 samples at temperature 1: pass@1 \S+  pass@2 \S+  pass@4 \S+  pass@6 \S+\n", first)
     values = [float(v) for v in re.findall(r"pass@\d (\S+)%", first)]
     assert values == sorted(values)
-    assert told() == first
+    assert printed() == first
     assert "--samples = -2 must be at least 0" in refused("eval", *arguments, "--samples", "-2")
     assert "--temperature = 0.0 must be above 0" in refused("eval", *arguments, "--samples", "2", "--temperature", "0")
 
@@ -196,8 +196,8 @@ def test_eval_of_what_was_trained(config_file: Any, skill: Path, tmp_path: Path,
         main(["train", path])
         capsys.readouterr()
         main(["eval", str(output / "model"), str(skill), "--compute-dtype", "float32"])
-        told = capsys.readouterr().out
-        assert float(re.search(r"accuracy ([\d.]+)%", told)[1]) > 75
+        printed = capsys.readouterr().out
+        assert float(re.search(r"accuracy ([\d.]+)%", printed)[1]) > 75
 
 
 def test_generate(model_folder: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -274,9 +274,9 @@ def test_bad_overrides_exit_with_2_and_no_traceback(given: list[str], config_fil
     with pytest.raises(SystemExit) as exit_:
         main(["train", config_file(), *given])
     assert exit_.value.code == 2
-    told = capsys.readouterr().err
-    assert given[0] in told
-    assert "Traceback" not in told
+    printed = capsys.readouterr().err
+    assert given[0] in printed
+    assert "Traceback" not in printed
 
 
 @pytest.mark.parametrize(
@@ -340,10 +340,10 @@ def help_text(*command: str) -> str:
 
 @pytest.mark.parametrize("command", ["train", "check"])
 def test_help_documents_every_setting(command: str) -> None:
-    told = help_text(command)
+    printed = help_text(command)
     for key, setting in keys().items():
-        assert f"--{key.replace('_', '-')}" in told, key
-        assert " ".join((setting.description or "missing").split()) in told, key
+        assert f"--{key.replace('_', '-')}" in printed, key
+        assert " ".join((setting.description or "missing").split()) in printed, key
 
 
 @pytest.mark.parametrize(
@@ -360,14 +360,14 @@ def test_help_documents_every_setting(command: str) -> None:
     ],
 )
 def test_help_documents_every_argument(command: str, owner: type[arguments.Arguments]) -> None:
-    told = help_text(*command.split())
+    printed = help_text(*command.split())
     for name, setting in owner.declared().items():
         if name != "config":
-            assert " ".join((setting.description or "missing").split()) in told, name
+            assert " ".join((setting.description or "missing").split()) in printed, name
 
 
 def test_the_overview_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     for given in ([], ["--help"], ["-h"]):
         main(given)
-        told = capsys.readouterr().out
-        assert all(f"sdft {c} " in told for c in ("train", "check", "eval", "generate", "data", "convert"))
+        printed = capsys.readouterr().out
+        assert all(f"sdft {c} " in printed for c in ("train", "check", "eval", "generate", "data", "convert"))

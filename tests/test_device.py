@@ -53,9 +53,9 @@ def test_blocks_after_which_memory_goes_back(layers: int) -> None:
 
     blocks = torch.nn.ModuleList(GradientCheckpointingLayer() for _ in range(layers))
     device.return_freed_in_passes(blocks, CPU)
-    told = [hook.args[:2] for block in blocks for hook in block._forward_hooks.values()]  # type: ignore[union-attr]
+    calls = [hook.args[:2] for block in blocks for hook in block._forward_hooks.values()]  # type: ignore[union-attr]
     assert blocks[-1]._forward_hooks
-    assert [sum(way) for way in zip(*told, strict=True)] == [min(layers, n) for n in device.RETURNS]
+    assert [sum(way) for way in zip(*calls, strict=True)] == [min(layers, n) for n in device.RETURNS]
 
 
 def test_caches_of_compiled_products_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

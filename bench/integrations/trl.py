@@ -32,7 +32,7 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "GKD, β = 0.5": ("GKD", {"beta": 0.5}),
     "Distillation, β = 1": ("Distillation", {"beta": 1.0}),
 }
-B, PROMPT, ANSWER = 4, 64, 256
+B, PROMPT, COMPLETION = 4, 64, 256
 
 
 def trainer(name: str, side: str, settings: dict[str, Any], folder: str) -> Any:
@@ -75,7 +75,7 @@ def trainer(name: str, side: str, settings: dict[str, Any], folder: str) -> Any:
 
 def batch(vocabulary: int, stale: bool) -> dict[str, Any]:
     """Random tokens in the fields that compute_loss of the four trainers reads."""
-    ids = torch.randint(3, vocabulary, (B, PROMPT + ANSWER))
+    ids = torch.randint(3, vocabulary, (B, PROMPT + COMPLETION))
     ones = torch.ones_like(ids)
     teacher = torch.cat([torch.randint(3, vocabulary, (B, PROMPT)), ids], dim=1)
     made: dict[str, Any] = {
@@ -86,12 +86,12 @@ def batch(vocabulary: int, stale: bool) -> dict[str, Any]:
         "teacher_input_ids": teacher,
         "teacher_attention_mask": torch.ones_like(teacher),
         "advantages": torch.randn(B),
-        "num_items_in_batch": torch.tensor(float(B * ANSWER)),
+        "num_items_in_batch": torch.tensor(float(B * COMPLETION)),
         "input_ids": ids,
         "attention_mask": ones,
-        "labels": ids.masked_fill(torch.arange(PROMPT + ANSWER) < PROMPT, -100),
+        "labels": ids.masked_fill(torch.arange(PROMPT + COMPLETION) < PROMPT, -100),
     }
-    return made | ({"old_per_token_logps": torch.full((B, ANSWER), -10.8)} if stale else {})
+    return made | ({"old_per_token_logps": torch.full((B, COMPLETION), -10.8)} if stale else {})
 
 
 def extra_bytes(row: str, side: str) -> tuple[int, float]:
@@ -126,7 +126,7 @@ def main(arguments: list[str]) -> None:
     if arguments:
         print(*extra_bytes(*arguments))
         return
-    print(f"| fp32, {B * ANSWER} tokens, V = 49152, H = 576 | ours | TRL's | loss, ours | loss, TRL's |")
+    print(f"| fp32, {B * COMPLETION} tokens, V = 49152, H = 576 | ours | TRL's | loss, ours | loss, TRL's |")
     for row in ROWS:
         found = {}
         for side in ("ours", "theirs"):

@@ -26,8 +26,8 @@ SIZES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 PAIRS = (("ours", "TRL"), ("ours, LoRA", "TRL, LoRA"))
 ORDER = (("0.5B", PAIRS[0]), ("1.5B", PAIRS[1]), ("1.5B", PAIRS[0]), ("0.5B", PAIRS[1]))
-STEP = Shape(answers=16, new_tokens=128, prompt_tokens=200)  # as on the CPU; 1.5B fits 80 GB without checkpointing
-TINY_STEP = Shape(answers=2, new_tokens=4, prompt_tokens=20)
+STEP = Shape(completions=16, new_tokens=128, prompt_tokens=200)  # as on the CPU; 1.5B fits 80 GB without checkpointing
+TINY_STEP = Shape(completions=2, new_tokens=4, prompt_tokens=20)
 LIMIT = 60.0  # seconds after which a contender is killed
 
 
@@ -55,5 +55,5 @@ def measured(size: str, name: str, place: Place, rows: list[Row]) -> None:
         predict=contender.trainer == "ours",
     )  # fmt: skip
     row = in_subprocess(job, min(LIMIT, max(1.0, place.left())))
-    label = f"{size}, {shape.answers} x {shape.new_tokens}"
+    label = f"{size}, {shape.completions} x {shape.new_tokens}"
     rows.append({"shape": label, "contender": name, "beside": contender.beside, **row})

@@ -52,10 +52,10 @@ def load(lm: nn.Module, name: str, device: torch.device) -> Any:
 
     if find_file(name, WEIGHTS) is None:
         raise SdftError(f"model.name = {name!r}: no {WEIGHTS} in it; adapters are read from safetensors only")
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         adapted = peft.PeftModel.from_pretrained(lm, name, torch_device=str(device))
-    for warning in told:
+    for warning in caught:
         if "missing adapter keys" in str(warning.message):
             raise SdftError(f"model.name = {name!r}: {WEIGHTS} lacks some of the adapter's weights; it is not whole")
     whole = [module for wrapper in whole_modules(adapted) for module in wrapper.modules_to_save.values()]

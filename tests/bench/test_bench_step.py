@@ -18,7 +18,7 @@ from bench import step, trainers
 from bench.trainers import Clock, Contender, Job, Shape
 from sdft.training.metrics import PHASES
 
-SHAPE = Shape(answers=3, new_tokens=5, prompt_tokens=80)
+SHAPE = Shape(completions=3, new_tokens=5, prompt_tokens=80)
 
 
 def needs_trl() -> None:

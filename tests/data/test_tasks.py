@@ -302,8 +302,8 @@ def test_a_file_with_nothing_valid_in_it(tmp_path: Path) -> None:
 
 def test_help_and_mistakes(capsys: pytest.CaptureFixture[str]) -> None:
     cli.main(["data"])
-    told = capsys.readouterr().out
-    assert all(name in told for name in cli.DATA_ARGS)
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in cli.DATA_ARGS)
     with pytest.raises(SystemExit):
         cli.main(["data", "fact", "out"])
     assert "unknown task 'fact'; did you mean 'facts'?" in capsys.readouterr().err

@@ -372,7 +372,7 @@ def wrapped(student: Student, how: str) -> nn.Module:
         for part in (student.embed, student.body, student.head):
             fully_shard(part, mesh=mesh)
         return student
-    # A root stays whole after its forward unless it is told otherwise.
+    # A root stays whole after its forward by default.
     return fully_shard(student, reshard_after_forward=True if how == "fsdp-reshard" else None)
 
 

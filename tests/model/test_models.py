@@ -272,7 +272,7 @@ def test_an_adapter_on_the_head_is_refused(kind: str, load_tiny: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "settings", "told"),
+    ("kind", "settings", "message"),
     [
         ("llama-tied", {"modules_to_save": ("lm_head",)}, "'lm_head' is one weight for embedding and head"),
         ("llama-tied", {"modules_to_save": ("embed_tokens",)}, "'embed_tokens' is one weight for embedding and head"),
@@ -282,8 +282,8 @@ def test_an_adapter_on_the_head_is_refused(kind: str, load_tiny: Any) -> None:
         ("llama", {"targets": ("lm_head",), "dora": True}, "the head cannot take an adapter"),
     ],
 )
-def test_whole_modules_that_cannot_be(kind: str, settings: dict[str, Any], told: str, load_tiny: Any) -> None:
-    with pytest.raises(SdftError, match=told):
+def test_whole_modules_that_cannot_be(kind: str, settings: dict[str, Any], message: str, load_tiny: Any) -> None:
+    with pytest.raises(SdftError, match=message):
         lora.add_lora(load_tiny(kind)[1], LoraConfig(rank=2, **settings), 0)
 
 

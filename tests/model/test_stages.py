@@ -230,17 +230,17 @@ def test_an_adapter_needs_lora_earlier(stage: Any, make_run: Any, model_folder: 
         return str(error.value)
 
     for rank in (0, 4):
-        told = refused(**{"lora.rank": rank})
-        assert all(word in told for word in ("is a LoRA adapter", "'merge'", "'stack'", "'continue'"))
+        printed = refused(**{"lora.rank": rank})
+        assert all(word in printed for word in ("is a LoRA adapter", "'merge'", "'stack'", "'continue'"))
     for key, value, has in (("rank", 4, "3"), ("alpha", 9.0, "8.0"), ("rslora", True, "False"),
                             ("targets", ("q_proj",), "q_proj"), ("modules_to_save", ("lm_head",), "()")):  # fmt: skip
-        told = refused(**{"lora.earlier": "continue", f"lora.{key}": value})
-        assert f"lora.{key} = {value!r} but the adapter" in told
-        assert has in told
+        printed = refused(**{"lora.earlier": "continue", f"lora.{key}": value})
+        assert f"lora.{key} = {value!r} but the adapter" in printed
+        assert has in printed
     for earlier in ("merge", "stack", "continue"):
-        told = refused(**{"lora.earlier": earlier, "model.name": str(model_folder("llama"))})
-        assert f"lora.earlier = '{earlier}' but model.name" in told
-        assert "is no LoRA adapter; drop lora.earlier" in told
+        printed = refused(**{"lora.earlier": earlier, "model.name": str(model_folder("llama"))})
+        assert f"lora.earlier = '{earlier}' but model.name" in printed
+        assert "is no LoRA adapter; drop lora.earlier" in printed
     make_run(**{"model.name": str(folder), "lora.earlier": "continue", "lora.rank": 3, "lora.alpha": 8.0})
 
 
@@ -369,14 +369,14 @@ def test_an_adapter_on_a_tied_head_cannot_be_merged(model_folder: Any, load_tiny
 
 def test_eval_and_generate_take_a_stages_model(stage: Any, capsys: Any, tmp_path: Path) -> None:
     folder = stage("first", **{"lora.rank": 3})[1]
-    told = []
+    printed = []
     for settings in ({"lora.earlier": "merge", "lora.rank": 2}, {"lora.earlier": "stack", "lora.rank": 2}):
         out = stage(settings["lora.earlier"], **settings | {"model.name": str(folder)})[1]
         (tmp_path / "data.jsonl").write_text('{"prompt": "say ab", "answer": "AB"}\n')
         main(["eval", str(out), str(tmp_path / "data.jsonl"), "--max-new-tokens", "2"])
         main(["generate", str(out), "say ab", "--max-new-tokens", "3"])
-        told.append(capsys.readouterr().out)
-    assert all("accuracy" in text for text in told)
+        printed.append(capsys.readouterr().out)
+    assert all("accuracy" in text for text in printed)
 
 
 def test_a_teacher_made_late_holds_what_is_in_memory(stage: Any, make_run: Any, nudge: Any) -> None:

@@ -204,10 +204,10 @@ def test_the_best_rate_never_has_fewer_seeds_than_another(make_finished: Any) ->
 
 
 @pytest.mark.parametrize(
-    ("n", "told"), [(1, "Run more seeds"), (2, "below 0.5. So 2"), (5, "0.0625. So"), (6, "0.0312. ")]
+    ("n", "message"), [(1, "Run more seeds"), (2, "below 0.5. So 2"), (5, "0.0625. So"), (6, "0.0312. ")]
 )
-def test_what_seeds_show(n: int, told: str) -> None:
-    assert told in tables.what_seeds_show(n)
+def test_what_seeds_show(n: int, message: str) -> None:
+    assert message in tables.what_seeds_show(n)
     assert ("cannot show a difference" in tables.what_seeds_show(n)) == (1 < n < 6)
 
 
@@ -263,7 +263,7 @@ def test_first_stages_alone(make_finished: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "missing", "told"),
+    ("changes", "missing", "message"),
     [
         ({"prior": {}}, "", "names no prior skills"),
         ({}, "metrics.jsonl", "metrics.jsonl are not there"),
@@ -272,11 +272,11 @@ def test_first_stages_alone(make_finished: Any) -> None:
     ],
     ids=["prior skills", "metrics", "answers", "seeds"],
 )
-def test_a_study_without(changes: dict[str, Any], missing: str, told: str, make_finished: Any) -> None:
+def test_a_study_without(changes: dict[str, Any], missing: str, message: str, make_finished: Any) -> None:
     found = make_finished(**changes)
     for path in found.output.rglob(missing) if missing else ():
         path.unlink()
-    assert told in report.write_report(found).read_text()
+    assert message in report.write_report(found).read_text()
 
 
 def test_a_single_task_has_no_transfer(make_finished: Any, tmp_path: Path) -> None:
@@ -377,7 +377,7 @@ def test_methods_differ_without_colour() -> None:
 
 
 def test_labels_do_not_cover_each_other() -> None:
-    """A lone point keeps its method's side; those that lie on each other are told apart as long as there is room."""
+    """A lone point keeps its method's side; those that lie on each other stay apart as long as there is room."""
     look = pictures.styles(["a", "b", "c", "d"])
     apart = {"a": [(1e-5, 0.1, 0.9), (2e-5, 0.9, 0.9)], "b": [(1e-5, 0.9, 0.1)]}
     plane = pictures.Plane("", "", (0.0, 0.0), apart, {})
@@ -469,7 +469,7 @@ def test_added_seeds_and_rates_run_alone(make_finished: Any, monkeypatch: pytest
 
 def test_the_docs_name_every_key(tmp_path: Path) -> None:
     (tmp_path / "study.toml").write_text("nothing = 1")
-    with pytest.raises(SdftError) as told:
+    with pytest.raises(SdftError) as message:
         spec.load_study(tmp_path / "study.toml")
-    for key in str(told.value).split("valid: ")[1].split(", "):
+    for key in str(message.value).split("valid: ")[1].split(", "):
         assert f"| `{key}` |" in DOCS

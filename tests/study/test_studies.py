@@ -130,10 +130,10 @@ def test_the_first_step_of_every_method(file: Path, tmp_path: Path, model_folder
             override(config, SMALL | {"teacher.ema_alpha": 0.01})
             for config in spec.stage_configs(found, cell, number, found.config.model.name)
         ]
-        told = [(describe(c), c.teacher.turns, c.rollout.temperature, c.loss.temperature) for c in configs]
-        if tuple(told) in tried:  # the same but for the learning rate, the seed and the like
+        described = [(describe(c), c.teacher.turns, c.rollout.temperature, c.loss.temperature) for c in configs]
+        if tuple(described) in tried:  # the same but for the learning rate, the seed and the like
             continue
-        tried[tuple(told)] = cell.method.family
+        tried[tuple(described)] = cell.method.family
         for config in configs:
             train(config)
             lines = [json.loads(line) for line in (Path(config.train.output) / "metrics.jsonl").open()]

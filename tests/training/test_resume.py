@@ -149,9 +149,9 @@ def test_sigint_to_the_command(make_config: Any, tmp_path: Path) -> None:
         assert run.poll() is None, run.communicate()[0]
         time.sleep(0.005)
     run.send_signal(signal.SIGINT)
-    told = run.communicate(timeout=120)[0]
-    assert run.returncode == 130, told
-    assert "Traceback" not in told
+    printed = run.communicate(timeout=120)[0]
+    assert run.returncode == 130, printed
+    assert "Traceback" not in printed
     steps = len(read_metrics(output))
     assert 0 < steps < 1000
     assert latest(output).name == f"step-{steps:06d}"  # from which test_ctrl_c_and_resume resumes

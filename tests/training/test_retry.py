@@ -82,9 +82,9 @@ def test_the_step_is_repeated_in_halves(
     capsys.readouterr()
     tried = out_of_memory_over(monkeypatch, 150)
     loop.train(make_config(**settings | {"train.batch_size": 6}))
-    got, told = read_metrics(tmp_path / "run"), capsys.readouterr().out
-    assert told.count("step 1, gradients: out of memory (") == 1
-    assert "out of memory" not in told.replace("step 1, gradients: out of memory", "")  # the smaller size stays
+    got, printed = read_metrics(tmp_path / "run"), capsys.readouterr().out
+    assert printed.count("step 1, gradients: out of memory (") == 1
+    assert "out of memory" not in printed.replace("step 1, gradients: out of memory", "")  # the smaller size stays
     assert tried[0] > 150
     assert max(tried[1:]) <= 150
     assert all(line["micro_batch_tokens"] < 600 for line in got)

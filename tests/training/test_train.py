@@ -69,12 +69,13 @@ def test_a_run_writes_what_it_promises(make_config: Any, eval_set: str, capsys: 
     rows = [json.loads(x) for x in (output / "eval" / "step-000005-new.jsonl").read_text().splitlines()]
     assert [r["prompt"] for r in rows] == ["say ab", "say zz"]
 
-    told = capsys.readouterr().out
-    assert told.startswith("SDFT: reverse KL, KL(student || teacher), on the student's own samples")
+    printed = capsys.readouterr().out
+    assert printed.startswith("SDFT: reverse KL, KL(student || teacher), on the student's own samples")
     assert (
-        "0.0M weights train; cpu, products in float32, attention sdpa, sequences end to end. Data: 12 records." in told
+        "0.0M weights train; cpu, products in float32, attention sdpa, sequences end to end. Data: 12 records."
+        in printed
     )
-    assert "5/5  loss" in told
+    assert "5/5  loss" in printed
 
     from safetensors.torch import load_file
 
