@@ -104,7 +104,7 @@ def markdown(meta: dict[str, Any], rows: list[Row]) -> str:
     lines += [
         "Forward and backward of one call; median of the rounds, all variants of a case interleaved. Extra MB: the",
         "peak during the call less what was there before, dX, and dW in fp32. Errors: relative, against float64, on",
-        "peaked logits with the teacher near the student, on the first rows where the case is large.",
+        "peaked logits with the teacher near the student, on the first rows if the case is large.",
     ]
     return "\n".join([*lines, *case_tables(rows)]) + "\n"
 

@@ -87,7 +87,7 @@ def records(shape: Shape, tokenizer: Any) -> list[dict[str, str]]:
 def random_qwen(folder: Path, device: str = "cpu", **sizes: int) -> str:
     """Writes a Qwen2.5-0.5B with random weights and a byte tokenizer, for a machine without weights.
 
-    device: where the weights are drawn. sizes: fields of the config that differ. Returns the folder.
+    device: the device that draws the weights. sizes: fields of the config that differ. Returns the folder.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config

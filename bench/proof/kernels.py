@@ -62,7 +62,7 @@ def profiled(case: Case, impl: str, place: Place, rows: list[Row]) -> None:
 def tiles(case: Case, place: Place, rows: list[Row]) -> None:
     """A call with other tiles than tuning.py's, which were chosen by compiled resources: ms of the whole call.
 
-    The kernel that keeps a row on the chip is left out where there is one, and timed on a line of its own.
+    The kernel that keeps a row on the chip, if there is one, is not part of these; it is timed on a separate line.
     """
     problem, loss = Problem.make(case, place.device), ours(case.divergence, impl="triton")
     clock = device_for(place)

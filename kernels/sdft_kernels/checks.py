@@ -191,8 +191,8 @@ def check_plain(field: str, value: object) -> Tensor:
         raise ValueError(f"{field} is a {type(value).__name__}: give a tensor")
     if is_sharded(value):
         raise ValueError(
-            f"{field} is a DTensor, but the loss is of rows that lie whole on this rank: pass {field}.full_tensor(), "
-            f"or {field}.to_local() where it is sharded by rows"
+            f"{field} is a DTensor, but the loss takes rows that are whole on this rank: pass {field}.full_tensor(), "
+            f"or {field}.to_local() if it is sharded by rows"
         )
     if value.layout != torch.strided:
         raise ValueError(f"{field} has layout {value.layout}: pass {field}.to_dense()")

@@ -198,7 +198,7 @@ def scale_(x: Tensor, factor: Tensor) -> Tensor:
 def launch_rows(
     s: Tensor,  # (C, V) raw student logits (rows index[lo:lo + rows] of (N, V) if gather), column stride 1
     t: Tensor,  # the teacher's likewise
-    g: Tensor | None,  # where the student's gradient goes; may be s, or a narrower view of its memory
+    g: Tensor | None,  # takes the student's gradient; may be s, or a narrower view of its memory
     options: Options,
     bias: tuple[Tensor | None, Tensor | None],  # (V,) of both sides
     outputs: Outputs,

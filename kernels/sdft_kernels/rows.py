@@ -230,12 +230,12 @@ def mixture_(
         log_w, log_v = shares(part, whole)
         s.add_(log_w.unsqueeze(1))
         t.add_(log_v.unsqueeze(1))
-    own = 1.0 - torch.tensor(beta, dtype=s.dtype)  # () on the CPU, whatever the device of the block: adds like a number
-    beta = 1.0 - own.item()  # so that β + (1 − β) rounds to 1
+    rest = 1.0 - torch.tensor(beta, dtype=s.dtype)  # () on the CPU: it adds like a number on every device
+    beta = 1.0 - rest.item()  # so that β + (1 − β) rounds to 1
     ratio = torch.sub(t, s, out=scratch[0]).clamp_(-MAX_RATIO, MAX_RATIO)
     p, q = s.exp_(), t.exp_()
     log_mp = torch.exp(ratio, out=scratch[1])
-    torch.add(own, log_mp, alpha=beta, out=log_mp).log_()
+    torch.add(rest, log_mp, alpha=beta, out=log_mp).log_()
     _, teacher, _ = expectation(q, ratio.sub_(log_mp), out=ratio)
     _, student, _ = expectation(p, log_mp, out=log_mp)
     return Mixture(student, p.sum(1), teacher, q.sum(1))

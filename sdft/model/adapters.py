@@ -104,5 +104,5 @@ def _check_continued(name: str, config: LoraConfig, earlier: Any) -> None:
         if asked != getattr(LoraConfig(), key) and not same:
             raise SdftError(
                 f"lora.{key} = {asked!r} but the adapter {name!r} has {value!r}; lora.earlier = 'continue' trains it "
-                f"as it is: leave lora.{key} out"
+                f"with its settings: leave lora.{key} out"
             )

@@ -103,7 +103,7 @@ def add(lm: Any, config: LoraConfig, seed: int) -> Any:
     if hasattr(inner.get_output_embeddings(), "base_layer"):
         raise SdftError(
             f"lora.targets = {list(config.targets)}: the head cannot take an adapter; leave it out, or train it whole "
-            "where it is not tied to the embedding: lora.modules_to_save"
+            "if it is not tied to the embedding: lora.modules_to_save"
         )
     for parameter in lm.parameters():
         if parameter.requires_grad:
