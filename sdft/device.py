@@ -1,4 +1,4 @@
-"""What only one kind of device needs: on a CPU, memory that goes back to the system, small caches, fast products.
+"""Code for one kind of device only: on a CPU, it returns freed memory, keeps caches small, and has fast products.
 
 This is the one module that calls private operators of PyTorch: oneDNN's products with weights in its own layout, and
 the CPU's flash attention. They are used with the versions of torch that they were tested with, TESTED. With any other

@@ -62,7 +62,7 @@ def narrow_products(place: Place) -> Iterator[Found]:
         yield Found(f"{short(dtype)}: product", relative(view, exact), 1e-6)
         mm32(a, b, view, beta=1.0)
         yield Found(f"{short(dtype)}: twice", relative(view, 2 * exact), 1e-6)
-        yield Found(f"{short(dtype)}: what lies beside the result", (out[:, 512:] - 7.0).abs().max().item(), 0.0)
+        yield Found(f"{short(dtype)}: memory next to the result", (out[:, 512:] - 7.0).abs().max().item(), 0.0)
         mm32(
             b.t(), a.t(), torch.empty(512, 64, device="cuda")
         )  # as the product for dW; cuBLAS may allocate a workspace once

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .phase import Place, Row
 
-# Options come from tables here, so that no overload of a function can be told.
+# Options come from tables here, so mypy cannot choose an overload of a function.
 divergence: Any = sdft_kernels.divergence
 linear_divergence: Any = sdft_kernels.linear_divergence
 linear_topk_divergence: Any = sdft_kernels.linear_topk_divergence

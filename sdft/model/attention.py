@@ -1,4 +1,4 @@
-"""Attention over sequences that lie end to end in one row, with nothing computed between them.
+"""Attention over sequences that lie end to end in one row and do not see each other.
 
 flash-attn takes the bounds of the sequences. Without flash-attn, PyTorch's attention runs once for each sequence: there
 is no mask of T x T entries, and nothing is computed that such a mask would hide.

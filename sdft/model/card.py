@@ -1,4 +1,4 @@
-"""The model card: what the weights in a folder are and how they came to be."""
+"""The model card: what the weights in a folder are, and how they were made."""
 
 import platform
 from importlib.metadata import version

@@ -1,4 +1,4 @@
-"""A run and its checkpoints: where to start from, what a checkpoint holds of a run, and how a run takes it up again."""
+"""A run and its checkpoints: where to start from, what a checkpoint holds of a run, and how a run is restored from it."""
 
 import itertools
 import json

@@ -353,7 +353,7 @@ SETUPS = {  # those that the table has are named as there
     "FSDP2, loss outside, head whole": Setup("fsdp", outside=True),
     "FSDP2, loss outside, head sharded": Setup("fsdp-reshard", outside=True, sharded=True),
     "FSDP2, loss outside, head sharded, tied": Setup("fsdp-reshard", tied=True, outside=True, sharded=True),
-    "FSDP2, head in a group of its own": Setup("fsdp-parts", outside=True, sharded=True),
+    "FSDP2, head wrapped separately": Setup("fsdp-parts", outside=True, sharded=True),
     "FSDP2, the same, hybrid sharding": Setup("hsdp-parts", outside=True, sharded=True),
     "FSDP2, the same, loss compiled": Setup("fsdp-parts", outside=True, sharded=True, compiled=True),
 }
@@ -402,7 +402,7 @@ def without_second_rank(b: Batch) -> Batch:
 
 def a_rank_without_tokens(rank: int) -> Outcome:
     b = without_second_rank(make_batch()).rows(rank)
-    return run_cell(SETUPS["FSDP2, head in a group of its own"], COLUMNS["linear_divergence"], b)
+    return run_cell(SETUPS["FSDP2, head wrapped separately"], COLUMNS["linear_divergence"], b)
 
 
 def biases(rank: int) -> Outcome:

@@ -292,7 +292,7 @@ def test_no_gradients_without_grad_mode(impl: str, loops: list[Any]) -> None:
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_nothing_outlives_its_use(impl: str, loops: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    # Triton's interpreter holds a kernel's arguments in a cycle of its own; only scale_ gives it a gradient.
+    # Triton's interpreter holds a kernel's arguments in a reference cycle; only scale_ gives it a gradient.
     monkeypatch.setattr("sdft_kernels.row_kernels.scale_", lambda x, factor: x.mul_(factor))
     tensors = make()
     linear_divergence(*tensors, impl=impl)  # what a first call imports leaves cycles, too

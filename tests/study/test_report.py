@@ -130,7 +130,7 @@ def build(folder: Path, evil: bool = False, **changes: Any) -> spec.Study:
 
 @pytest.fixture
 def make_finished(tmp_path: Path) -> Callable[..., spec.Study]:
-    """make_finished(**changes) is a finished study in a folder of its own."""
+    """make_finished(**changes) is a finished study in a new folder."""
     return functools.partial(build, tmp_path)
 
 
@@ -172,7 +172,7 @@ def test_the_numbers_are_the_known_ones(finished: Path) -> None:
     assert final[("base", "")] == ["", "0.0", "10.0", "70.0", "50.0"]
     # 80, 81 and 82 points: mean 81, and of three seeds the interval is the range.
     assert final[("sdft", "3e-05")][:3] == ["3", "81.0 (80.0 to 82.0)", "91.0 (90.0 to 92.0)"]
-    assert "| offline | 0.0001 | 3 | 35.5 (35.0 to 36.0) |" in text  # facts-new, which is beside
+    assert "| offline | 0.0001 | 3 | 35.5 (35.0 to 36.0) |" in text  # the column next to facts-new
     # Facts fall 5 points after their stage; commands rise 2 x 1 points before theirs; prior skills lose 24 on average.
     assert rows(text, "Learning and forgetting")[("sft", "3e-05")] == [
         "3", "73.5 (72.5 to 74.5)", "5.0 (5.0 to 5.0)", "-5.0 (-5.0 to -5.0)", "+2.0 (+2.0 to +2.0)",
