@@ -1,4 +1,4 @@
-"""A run and its checkpoints: where to start from, what a checkpoint holds of a run, and how a run is restored from it."""
+"""A run and its checkpoints: the starting point, what a checkpoint holds of a run, and how it restores a run."""
 
 import itertools
 import json

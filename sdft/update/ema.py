@@ -1,4 +1,4 @@
-"""The teacher that follows the student: phi += alpha (theta - phi) after every update, in fp32 for weights of any dtype.
+"""The teacher that follows the student: phi += alpha (theta - phi) after every update, in fp32 for every dtype.
 
 In bfloat16 an average would never move: at alpha = 0.01 a step is below the rounding. With LoRA, the factors A and B
 are averaged, not their product.
