@@ -53,10 +53,18 @@ class Head:
     """One side's output matrix (V, H), read in the dtype of the products through vocabulary tiles.
 
     A matrix already in the compute dtype is one tile, itself. Otherwise tiles are cast into `memory`, again for every
-    product, or the whole matrix once if it fits.
+    product, or the whole matrix once if it fits and no other head casts into the same memory (`shared`).
     """
 
-    def __init__(self, weight: Tensor, vocab: int, rounding: torch.dtype, compute: torch.dtype, memory: Tensor):
+    def __init__(
+        self,
+        weight: Tensor,
+        vocab: int,
+        rounding: torch.dtype,
+        compute: torch.dtype,
+        memory: Tensor,  # (bytes,) uint8
+        shared: bool,
+    ):
         self.weight = weight[:vocab]  # (V, H)
         self.rounding = rounding
         self.compute = compute
@@ -67,7 +75,8 @@ class Head:
         row_bytes = max(1, weight.shape[1] * compute.itemsize)
         self.tile = min(vocab, memory.nbytes // row_bytes)
         self.buffer = memory[: self.tile * row_bytes].view(compute).view(self.tile, weight.shape[1])
-        self.whole = False  # whether the buffer holds the whole matrix
+        self.shared = shared
+        self.whole = False  # whether the buffer holds the whole matrix, and will go on holding it
 
     def tiles(self) -> Iterator[tuple[int, int, Tensor]]:
         """(first row, end row, (rows, H) in the compute dtype), in order; a tile lives until the next."""
@@ -81,7 +90,7 @@ class Head:
             if not self.whole:
                 source = self.weight[v0:v1]
                 tile.copy_(source if self.rounding in (source.dtype, self.compute) else source.to(self.rounding))
-                self.whole = self.tile == vocab
+                self.whole = self.tile == vocab and not self.shared
             yield v0, v1, tile
 
     def logits(self, x: Tensor, out: Tensor) -> None:

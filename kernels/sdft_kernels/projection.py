@@ -64,7 +64,7 @@ class Projection:
         ]
         tile = torch.empty(max(tiles, default=0), dtype=torch.uint8, device=device)  # one at a time, of either head
         self.heads = [
-            Head(w, self.vocab, product, operand, tile if size < whole else tile.new_empty(whole))
+            Head(w, self.vocab, product, operand, tile if size < whole else tile.new_empty(whole), shared=size < whole)
             for ((_, w), product, operand), size, whole in zip(heads, plan.casts, casts, strict=True)
         ]
         if self.shared:
