@@ -9,6 +9,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -152,8 +153,8 @@ def read_json_lines(
     Empty lines at the end do not count. Raises SdftError with file and line number if another line is empty, is not
     UTF-8, is not JSON, is not an object, or repeats a key. Raises SdftError if the file cannot be read.
     """
-    # Bytes, so that a half line may end within a character; "\n", since U+2028 and the like may stand in a JSON string.
-    *whole, last = _read_bytes(path, what).split(b"\n")
+    # Bytes, so that a half line may end within a character; these line ends only: U+2028 may stand in a JSON string.
+    *whole, last = re.split(rb"\r\n|\r|\n", _read_bytes(path, what))
     lines, good = [*whole, last] if last else whole, []
     while len(lines) > 1 and not lines[-1].strip():
         lines.pop()  # an editor may leave empty lines at the end

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import pytest
 
 from sdft import __version__
 from sdft.api import CheckResult
-from sdft.cli import arguments, main
+from sdft.cli import arguments, main, quiet_libraries
 from sdft.config import Config, load_config, to_toml
 from sdft.config.settings import keys
 from sdft.evaluation.accuracy import Answer, EvalResult
@@ -51,6 +52,15 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
         return lines[0]
 
     return run
+
+
+def test_notes_of_transformers_on_its_own_names_are_hidden() -> None:
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        quiet_libraries()
+        for module in ("transformers.modeling_utils", "mine"):
+            warnings.warn_explicit(module, FutureWarning, "file.py", 1, module=module)
+    assert [str(warning.message) for warning in shown] == ["mine"]
 
 
 # train.
@@ -165,6 +175,7 @@ def test_eval_of_samples(model_folder: Any, skill: Path, capsys: pytest.CaptureF
     assert values == sorted(values)
     assert printed() == first
     assert "--samples = -2 must be at least 0" in refused("eval", *arguments, "--samples", "-2")
+    assert "--limit = 0 must be at least 1" in refused("eval", *arguments, "--limit", "0")
     assert "--temperature = 0.0 must be above 0" in refused("eval", *arguments, "--samples", "2", "--temperature", "0")
 
 

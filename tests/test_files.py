@@ -22,6 +22,12 @@ def test_read_json_lines(file: Path) -> None:
     assert [line.where for line in lines] == [f"{file}:1", f"{file}:2"]
 
 
+def test_every_kind_of_line_end_ends_a_line(file: Path) -> None:
+    for end in (b"\n", b"\r\n", b"\r"):
+        file.write_bytes(end.join([b'{"a": 1}', b'{"a": 2}', b'{"a": 3}', b""]))
+        assert [line.row for line in read_json_lines(file)] == [{"a": 1}, {"a": 2}, {"a": 3}], end
+
+
 @pytest.mark.parametrize("content", [b'{"a": 1}', b'{"a": 1}\n', b'{"a": 1}\n\n', b'{"a": 1}\n \n\n  '])
 def test_the_end_of_the_file_may_be_blank(file: Path, content: bytes) -> None:
     file.write_bytes(content)

@@ -6,6 +6,7 @@ What a command needs of torch is imported only when its options have been checke
 import difflib
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 from sdft import __version__
@@ -67,3 +68,4 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # names that it will rename

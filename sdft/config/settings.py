@@ -108,9 +108,10 @@ def _problem(cls: type[Settings], error: ValidationError) -> str:
 
 def _range(field: FieldInfo, place: tuple[int | str, ...]) -> str:
     """The range of a field, or of the entry of it that is meant, in words: above 0 and at most 1."""
-    bounds = field.metadata
-    if len(place) > 1 and isinstance(place[1], int):
-        bounds = [b for info in get_args(get_args(field.annotation)[place[1]])[1:] for b in info.metadata]
+    bounds, parts = field.metadata, get_args(field.annotation)
+    if parts:
+        index = place[1] if len(place) > 1 and isinstance(place[1], int) else 0  # 0: of an optional setting
+        bounds = [b for info in get_args(parts[index])[1:] for b in getattr(info, "metadata", ())]
     words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
     return " and ".join(
         f"{words[name]} {getattr(bound, name)}" for bound in bounds for name in words if hasattr(bound, name)
