@@ -91,7 +91,7 @@ def test_fp32_heads_are_cast_once_a_call_if_the_workspace_has_room() -> None:
 
 @pytest.mark.parametrize(("head", "teacher_head"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
 def test_two_heads_take_turns_in_one_buffer(head: torch.dtype, teacher_head: torch.dtype) -> None:
-    """The workspace has room for a row of the wide head, and so for all of the narrow head, until the wide one comes."""
+    """The workspace has room for one row of the wide head, and so for all of the narrow head."""
     x, w = normal(5, 8, seed=1).double().requires_grad_(), normal(2, 8, seed=2).to(head)
     tx, tw = normal(5, 1, seed=3), normal(2, 1, seed=4).to(teacher_head)
     loss = linear_divergence(x, w, tx, tw, chunk_bytes=100)
