@@ -96,6 +96,7 @@ def test_two_heads_take_turns_in_one_buffer(head: torch.dtype, teacher_head: tor
     tx, tw = normal(5, 1, seed=3), normal(2, 1, seed=4).to(teacher_head)
     loss = linear_divergence(x, w, tx, tw, chunk_bytes=100)
     true = linear_divergence_reference(x, w.double(), tx.double(), tw.double())
+    assert isinstance(true, Tensor)
     assert error(loss.detach(), true.detach()) < 1e-12
     assert error(*(torch.autograd.grad(value, x)[0] for value in (loss, true))) < 1e-12
 
