@@ -54,7 +54,7 @@ def test_wheel_has_our_two_packages_and_nothing_else(wheel: Path) -> None:
     modules = {p.relative_to(ROOT / "kernels").as_posix() for p in (ROOT / "kernels").rglob("*.py")}
     modules |= {p.relative_to(ROOT).as_posix() for p in (ROOT / "sdft").rglob("*.py")}
     assert modules <= set(names), "a folder that pyproject's list of packages lacks"
-    assert {"sdft_kernels/compat/liger.py", "sdft/integrations/trl.py"} <= modules
+    assert {"sdft_kernels/compat/liger.py", "sdft/integrations/trl/__init__.py"} <= modules
     templates = {p.relative_to(ROOT).as_posix() for p in (ROOT / "sdft").rglob("*.jinja")}
     assert {"sdft/study/templates/report.html.jinja", "sdft/study/templates/report.md.jinja"} <= templates <= set(names)
 
