@@ -212,6 +212,11 @@ def load_model(model: ModelSource, chat_template: str = "", *, needs_chat: bool 
     """
     if isinstance(model, LoadedModel):
         return model
+    if not isinstance(model, (str, Path, ModelConfig)):
+        raise SdftError(
+            f"model must be a hub name, a path, a ModelConfig or a LoadedModel, not {type(model).__name__}; the model "
+            "of a TrainResult is result.model"
+        )
     config = model if isinstance(model, ModelConfig) else ModelConfig(name=str(model))
     tokenizer, stop_ids = loading.load_tokenizer(config)
     if chat_template or needs_chat:
@@ -221,6 +226,11 @@ def load_model(model: ModelSource, chat_template: str = "", *, needs_chat: bool 
 
 def read_evaluation(data: str | Path) -> list[Example]:
     """The records of an evaluation file. Raises SdftError if one has no answer, or a check that does not work."""
+    if not isinstance(data, (str, Path)):
+        raise SdftError(
+            f"data must be the path of a .jsonl file or the name of a data set, not {type(data).__name__}; write the "
+            "records to a file first"
+        )
     examples = load_records(str(data))
     accuracy.check_evaluable(examples)
     return examples
@@ -323,6 +333,8 @@ def generate(
     Raises SdftError for a model that does not load, and for a value out of range.
     """
     _at_least(1, count=count)
+    if not prompts:
+        raise SdftError(f"prompts = {prompts!r} holds no prompt; give one or more")
     sampling = RolloutConfig(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
     first = [Message(role="system", content=system)] if system else []
     asked = [p for p in ([prompts] if isinstance(prompts, str) else prompts) for _ in range(count)]

@@ -88,10 +88,13 @@ def test_errors_are_sdft_errors(make_config: Callable[..., Any], model_folder: A
         (lambda: sdft.train(make_config(**{"model.name": "/no/model"})), "no such folder"),
         (lambda: sdft.check(config, count=0), "count = 0 must be a whole number of at least 1"),
         (lambda: sdft.check(make_config(**{"data.train": "none.jsonl"})), "cannot be read"),
-        (lambda: sdft.plan(config, "many"), "'many' is not a size"),
+        (lambda: sdft.plan(config, "many"), "memory = 'many' (--memory) is not a size"),
         (lambda: sdft.plan(config, prompt_tokens=-1), "prompt_tokens = -1 must be"),
         (lambda: sdft.evaluate("/no/model", skill), "no such folder"),
         (lambda: sdft.evaluate(model, "none.jsonl"), "cannot be read"),
+        (lambda: sdft.evaluate(model, [{"prompt": "p"}]), "data must be the path of a .jsonl file"),  # type: ignore[arg-type]
+        (lambda: sdft.evaluate(api.TrainResult(skill, model), skill), "is result.model"),  # type: ignore[arg-type]
+        (lambda: sdft.generate(model, []), "prompts = [] holds no prompt"),
         (lambda: sdft.evaluate(model, skill, samples=2, temperature=0.0), "it must be above 0 to sample"),
         (lambda: sdft.evaluate(model, skill, max_new_tokens=0), "max_new_tokens = 0 must be at least 1"),
         (lambda: sdft.evaluate_harness(model, []), "no harness tasks are named"),

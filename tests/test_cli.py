@@ -89,6 +89,30 @@ def test_command_line_over_file_over_preset(tmp_path: Path, monkeypatch: pytest.
     assert config.eval.sets == {"new": "n.jsonl"}
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        "--eval.sets new=n.jsonl old=a=b.jsonl",
+        "--eval.sets=new=n.jsonl old=a=b.jsonl",
+        "--eval.sets new n.jsonl old a=b.jsonl",
+    ],
+)
+def test_the_forms_of_evaluation_sets(
+    given: str, config_file: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: list[Config] = []
+    monkeypatch.setattr("sdft.api.train", trained.append)
+    for sets in ({}, {"new": "x.jsonl"}):
+        main(["train", config_file(**{"eval.sets": sets}), *given.split(), "--optim.lr", "2e-3"])
+        assert trained[-1].eval.sets == {"new": "n.jsonl", "old": "a=b.jsonl"}
+        assert trained[-1].optim.lr == 2e-3
+
+
+def test_a_bad_evaluation_set(config_file: Callable[..., str], refused: Any) -> None:
+    for given in ("--eval.sets", "--eval.sets new", "--eval.sets=", "--eval.sets new= --optim.lr 1"):
+        assert "--eval.sets takes NAME=FILE, such as" in refused("train", config_file(), *given.split())
+
+
 @pytest.mark.parametrize("in_file", [False, True])
 def test_resume(in_file: bool, config_file: Any, tmp_path: Path, capsys: Any, refused: Any) -> None:
     main(["train", config_file()])
@@ -237,6 +261,15 @@ def test_generate_is_the_naive_loop(load_tiny: Any, model_folder: Any, capsys: p
     assert capsys.readouterr().out == tokenizer.decode(ids[start:], skip_special_tokens=True) + "\n"
 
 
+def test_the_folder_of_a_run_is_no_model(skill: Path, tmp_path: Path, refused: Any) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.toml").touch()
+    assert "is the folder of a run; it has no model yet" in refused("eval", str(run), str(skill))
+    (run / "model").mkdir()
+    assert f"is the folder of a run; its model is {run / 'model'}" in refused("eval", str(run), str(skill))
+
+
 # convert.
 
 
@@ -375,6 +408,12 @@ def test_help_documents_every_argument(command: str, owner: type[arguments.Argum
     for name, setting in owner.declared().items():
         if name != "config":
             assert " ".join((setting.description or "missing").split()) in printed, name
+
+
+def test_usage_names_the_positional_arguments() -> None:
+    assert "MODEL [DATA]" in help_text("eval").partition("positional")[0]
+    assert "MODEL PROMPT" in help_text("generate").partition("positional")[0]
+    assert "SOURCE FOLDER" in help_text("data", "knowledge").partition("positional")[0]
 
 
 def test_the_overview_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:

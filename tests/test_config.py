@@ -348,7 +348,7 @@ def test_the_best_of_a_set_or_of_all(best: str) -> None:
     ("changes", "words"),
     [
         ({"eval.every": 1}, "eval.sets = {} is empty though eval.every is set"),
-        ({"train.resume_step": 3}, "train.resume_step = 3 has no effect alone; add --resume"),
+        ({"train.resume_step": 3}, "train.resume_step = 3 has no effect alone; set train.resume = true"),
         ({"train.keep_best": "new"}, "train.keep_best = 'new' is none of eval.sets: there are none"),
         (SETS | {"train.keep_best": "nwe"}, "train.keep_best = 'nwe' is none of eval.sets: new, old"),
         (
@@ -361,6 +361,10 @@ def test_the_best_of_a_set_or_of_all(best: str) -> None:
         ),
         ({"teacher.context": "template", "teacher.template": "{request}"}, "has no {demonstration}"),
         ({"teacher.context": "template", "teacher.template": "{demonstration}"}, "has no {request}"),
+        (
+            {"teacher.context": "template"},
+            "teacher.context = 'template' needs teacher.template with {request} and {demonstration} in it",
+        ),
         ({"teacher.request": "no place for it"}, "teacher.request = 'no place for it' has no {request}"),
         ({"teacher.template": "{request} {demonstration}"}, "has no effect: teacher.context is not 'template'"),
         (

@@ -16,6 +16,9 @@ Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Temperature = Annotated[float, Field(ge=0, le=100)]
 TopP = Annotated[float, Field(gt=0, le=1)]
+ModelName = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
+FolderPath = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FOLDER")]
+SourcePath = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SOURCE")]
 RunConfig = Annotated[Config, tyro.conf.arg(name="")]  # its options bear no prefix: --optim.lr
 
 
@@ -68,7 +71,7 @@ class StudyArgs(Arguments):
     A finished stage is never run again. The same command continues an interrupted study. The study ends with
     OUTPUT/report.html and report.md."""
 
-    study: tyro.conf.Positional[str]
+    study: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="STUDY.toml")]
     """The TOML file of the study."""
     only: Annotated[tuple[str, ...], LIST] = ()
     """Run only these methods."""
@@ -101,10 +104,10 @@ class EvalArgs(Arguments):
 
     `sdft eval MODEL --harness hellaswag,winogrande`: tasks of lm-evaluation-harness. Both can be given."""
 
-    model: tyro.conf.Positional[str]
+    model: ModelName
     """A model: folder, adapter folder, hub name, .gguf file or smollm2-135m. Or CONFIG.toml: the model that the config
     names, with the settings of the config."""
-    data: tyro.conf.Positional[str] = ""
+    data: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="[DATA]")] = ""
     """Records with prompt and answer."""
     max_new_tokens: Positive = 64
     """Longest answer, in tokens."""
@@ -152,9 +155,9 @@ class EvalArgs(Arguments):
 class GenerateArgs(Arguments):
     """`sdft generate MODEL PROMPT`: one completion of a prompt, or several."""
 
-    model: tyro.conf.Positional[str]
+    model: ModelName
     """A model: folder, adapter folder, hub name, .gguf file or smollm2-135m."""
-    prompt: tyro.conf.Positional[str]
+    prompt: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PROMPT")]
     """The turn of the user."""
     system: str = ""
     """System message."""
@@ -176,7 +179,7 @@ class GenerateArgs(Arguments):
 class SkillArgs(Arguments):
     """`sdft data commands|facts|style FOLDER`: a made-up skill that a 135M model can learn on a CPU."""
 
-    folder: tyro.conf.Positional[Path]
+    folder: FolderPath
     """Folder to write train.jsonl and the evaluation files to."""
     seed: Seed = 0
     """Another seed makes another skill of the same kind, or holds out other parts of it."""
@@ -186,7 +189,7 @@ class SkillArgs(Arguments):
 class DemoArgs(Arguments):
     """`sdft data demo FOLDER`: the data of `make demo`, made-up capitals and commands."""
 
-    folder: tyro.conf.Positional[Path]
+    folder: FolderPath
     """Folder to write the files to."""
     style: Literal["terse", "sentence"] = "terse"
     """Form of the capitals' demonstrations: a bare name, or a sentence as the model would write it."""
@@ -196,9 +199,9 @@ class DemoArgs(Arguments):
 class ToolAlpacaArgs(Arguments):
     """`sdft data toolalpaca SOURCE FOLDER`: tool calls from a ToolAlpaca file of yours."""
 
-    source: tyro.conf.Positional[Path]
+    source: SourcePath
     """eval_simulated.json, train_data.json or a file like them."""
-    folder: tyro.conf.Positional[Path]
+    folder: FolderPath
     """Folder to write train.jsonl and the evaluation files to."""
     held_out: Fraction = 0.3
     """Share of the APIs that is kept for evaluation; 0 keeps none, 1 keeps all."""
@@ -210,9 +213,9 @@ class ToolAlpacaArgs(Arguments):
 class SciKnowEvalArgs(Arguments):
     """`sdft data sciknoweval SOURCE FOLDER`: multiple choice from a SciKnowEval file of yours."""
 
-    source: tyro.conf.Positional[Path]
+    source: SourcePath
     """JSON or JSONL with question, choices and answerKey."""
-    folder: tyro.conf.Positional[Path]
+    folder: FolderPath
     """Folder to write train.jsonl and eval.jsonl to."""
     domain: str = ""
     """Take only questions of this domain, such as Chemistry."""
@@ -228,9 +231,9 @@ class SciKnowEvalArgs(Arguments):
 class KnowledgeArgs(Arguments):
     """`sdft data knowledge SOURCE FOLDER`: articles of yours with questions about them."""
 
-    source: tyro.conf.Positional[Path]
+    source: SourcePath
     """JSONL, one article in each line; docs/tasks.md has the format."""
-    folder: tyro.conf.Positional[Path]
+    folder: FolderPath
     """Folder to write train.jsonl and the evaluation files to."""
 
 
@@ -249,9 +252,9 @@ DATA_ARGS: dict[str, type[Arguments]] = {
 class MergeArgs(Arguments):
     """`sdft merge ADAPTER FOLDER`: merges a LoRA adapter into its base and writes a plain Hugging Face model."""
 
-    adapter: tyro.conf.Positional[str]
+    adapter: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="ADAPTER")]
     """An adapter: the model folder of a LoRA run, or any peft LoRA adapter."""
-    folder: tyro.conf.Positional[Path]
+    folder: FolderPath
     """New folder to write."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """dtype of the written weights; they are merged in float32."""
@@ -263,7 +266,7 @@ class ConvertArgs(Arguments):
 
     kind: tyro.conf.Positional[Literal["gguf"]]
     """The format of the file."""
-    source: tyro.conf.Positional[Path]
+    source: SourcePath
     """File to read."""
-    target: tyro.conf.Positional[Path]
+    target: FolderPath
     """New folder to write."""

@@ -68,10 +68,34 @@ def config_from(args: list[str]) -> tuple[Config, list[str]]:
         if {"-h", "--help"} & set(args):
             return Config(), ["--help"]
         raise SdftError("the config file is missing; it comes first: sdft train CONFIG.toml [--optim.lr 2e-5 ...]")
-    flags = [a.partition("=") for a in args[1:]]
-    return load_config(args[0]), [
-        ALIASES.get(flag.replace("_", "-"), flag) + sign + value for flag, sign, value in flags
-    ]
+    config, rest = take_sets(load_config(args[0]), args[1:])
+    flags = [a.partition("=") for a in rest]
+    return config, [ALIASES.get(flag.replace("_", "-"), flag) + sign + value for flag, sign, value in flags]
+
+
+def take_sets(config: Config, args: list[str]) -> tuple[Config, list[str]]:
+    """The config with the sets of `--eval.sets new=n.jsonl prior=p.jsonl`, and the other arguments.
+
+    `new n.jsonl` instead of `new=n.jsonl` is the same. tyro takes only that form, and only if the file has no sets.
+    """
+    sets: dict[str, str] = {}
+    rest: list[str] = []
+    words = [part for arg in args for part in (arg.split("=", 1) if arg.startswith("--eval.sets=") else [arg])]
+    while words:
+        word = words.pop(0)
+        if word != "--eval.sets":
+            rest.append(word)
+            continue
+        while words and not words[0].startswith("-"):
+            name, _, file = words.pop(0).partition("=")
+            if not file and words and not words[0].startswith("-"):
+                file = words.pop(0)
+            sets[name] = file
+        if not sets or not all(sets.values()):
+            raise SdftError(
+                "command line: --eval.sets takes NAME=FILE, such as --eval.sets new=new.jsonl prior=prior.jsonl"
+            )
+    return (override(config, {"eval.sets": sets}) if sets else config), rest
 
 
 def check_preset(file: Config, parsed: Config) -> None:

@@ -193,6 +193,7 @@ def teacher_rules(c: "Config") -> None:
     require(t.kind == "ema" or not t.offload, c, "teacher.kind", "has no moving average; drop teacher.offload = true")
     require("{request}" in t.request, c, "teacher.request", "has no {request}; write it where it belongs")
     if t.context == "template":
+        require(t.template, c, "teacher.context", "needs teacher.template with {request} and {demonstration} in it")
         for name in ("{request}", "{demonstration}"):
             require(name in t.template, c, "teacher.template", f"has no {name}; write it where it belongs")
     else:
@@ -338,7 +339,8 @@ def optim_rules(c: "Config") -> None:
 @dataclass(frozen=True, config=STRICT)
 class EvalConfig(Settings, section="eval"):
     sets: dict[str, str] = field(default_factory=dict)
-    """Named evaluation files (.jsonl with prompt and answer), such as new=..., prior=...."""
+    """Named evaluation files (.jsonl with prompt and answer), such as sets = {new = "new.jsonl"}. On the command
+    line: --eval.sets new=new.jsonl prior=prior.jsonl, instead of all sets of the file."""
     every: Count = 0
     """Steps between evaluations; there is one before the first step and one after the last. 0 never evaluates."""
     max_new_tokens: Positive = 64
@@ -421,7 +423,12 @@ def train_rules(c: "Config") -> None:
     """Raises SdftError if the run has no folder, no length, or no checkpoint to resume from."""
     require(c.train.output, c, "train.output", "is missing; give the folder the run writes to")
     require(c.train.steps or c.train.epochs, c, "train.epochs", "must be above 0 if train.steps is 0")
-    require(c.train.resume or not c.train.resume_step, c, "train.resume_step", "has no effect alone; add --resume")
+    require(
+        c.train.resume or not c.train.resume_step,
+        c,
+        "train.resume_step",
+        "has no effect alone; set train.resume = true (--resume)",
+    )
 
 
 @rule

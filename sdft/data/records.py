@@ -11,12 +11,16 @@
   of a multiple choice.
 """
 
+import difflib
+import functools
 from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
 from sdft.errors import SdftError
 
 Record = dict[str, Any]  # a record as it stands in a file
+
+KEYS = ("prompt", "messages", "demonstration", "answer", "check", "choices")
 
 
 class Message(TypedDict):
@@ -41,11 +45,15 @@ class Example:
 
 
 def parse_record(row: Any, where: str) -> Example:
-    """One record as an Example. Raises SdftError, which starts with `where`, for a bad record."""
+    """One record as an Example. Raises SdftError, which starts with `where`, for a bad record.
+
+    Other keys than KEYS are allowed, since a `python` check may read them, but not a misspelt one of KEYS.
+    """
     if not isinstance(row, dict):
         raise SdftError(f"{where}: a record must be a JSON object, not {type(row).__name__}")
     # A table of `datasets` has a null for a field that a record lacks.
     row = {key: value for key, value in row.items() if value is not None}
+    _refuse_misspelt(row, where)
     if ("prompt" in row) == ("messages" in row):
         raise SdftError(f"{where}: needs exactly one of 'prompt' and 'messages'; has {', '.join(row) or 'no fields'}")
     if "prompt" in row:
@@ -60,16 +68,36 @@ def parse_record(row: Any, where: str) -> Example:
     return Example(
         messages=messages,
         demonstrations=demonstrations,
-        answers=tuple(_text(a, "answer", where) for a in answers),
+        answers=tuple(_text(a, "answer", where, "a non-empty string, or a list of them") for a in answers),
         check=_text(row.get("check", "contains"), "check", where),
         source=where,
         record=row,
     )
 
 
-def _text(value: Any, name: str, where: str) -> str:
+def _refuse_misspelt(row: Record, where: str) -> None:
+    """Raises SdftError for a key that is nearly one of KEYS which the record lacks, and for a key `system`."""
+    for key in row:
+        near = None if key in KEYS else _nearest(key)
+        if near == "system":
+            if "messages" not in row and row[key] != "":
+                raise SdftError(
+                    f"{where}: {key!r} is no key of a record; put a system message first in 'messages', or set "
+                    "data.system"
+                )
+        elif near and near not in row and not (near in ("prompt", "messages") and {"prompt", "messages"} & set(row)):
+            raise SdftError(f"{where}: unknown key {key!r}; did you mean {near!r}? If not, rename {key!r}")
+
+
+@functools.cache
+def _nearest(key: str) -> str | None:
+    """The known key that `key` is nearly the same as, or None."""
+    return next(iter(difflib.get_close_matches(key.lower(), (*KEYS, "system"), n=1, cutoff=0.82)), None)
+
+
+def _text(value: Any, name: str, where: str, valid: str = "a non-empty string") -> str:
     if not isinstance(value, str) or not value.strip():
-        raise SdftError(f"{where}: {name!r} must be a non-empty string, not {value!r}")
+        raise SdftError(f"{where}: {name!r} must be {valid}, not {value!r}")
     return value
 
 
@@ -90,9 +118,12 @@ def _messages(value: Any, where: str) -> tuple[Message, ...]:
 
 def _demonstration(item: Any, where: str) -> Demonstration:
     if isinstance(item, dict):
+        if odd := [key for key in item if key not in ("prompt", "response") and item[key] is not None]:
+            raise SdftError(f"{where}: a pair in 'demonstration' has the keys 'prompt' and 'response', not {odd[0]!r}")
         prompt, response = item.get("prompt"), item.get("response")
         return Demonstration(
             response=_text(response, "demonstration.response", where),
             prompt=None if prompt is None else _text(prompt, "demonstration.prompt", where),
         )
-    return Demonstration(response=_text(item, "demonstration", where))
+    valid = "a non-empty string, a {'prompt', 'response'} pair, or a list of these"
+    return Demonstration(response=_text(item, "demonstration", where, valid))

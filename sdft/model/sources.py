@@ -31,10 +31,20 @@ def resolve(name: str) -> tuple[str, dict[str, str]]:
             raise SdftError(f"model.name = {name!r}: no such GGUF file")
         return str(path.parent), {"gguf_file": path.name}
     if path.is_dir():
+        _refuse_run_folder(name, path)
         return str(path.absolute()), {}  # an adapter keeps this path as the name of its base
     if path.is_file() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise SdftError(f"model.name = {name!r}: no such folder; give a model folder, a .gguf file or a hub name")
     return name, {}
+
+
+def _refuse_run_folder(name: str, path: Path) -> None:
+    """Raises SdftError for the folder of a run, which holds the folder of a model."""
+    model = any((path / file).is_file() for file in ("config.json", "adapter_config.json"))
+    if (path / "config.toml").is_file() and not model:
+        inside = path / "model"
+        there = f"its model is {inside}" if inside.is_dir() else "it has no model yet, since the run has not ended"
+        raise SdftError(f"model.name = {name!r} is the folder of a run; {there}")
 
 
 def find_base(name: str) -> tuple[str, dict[str, str], str | None]:

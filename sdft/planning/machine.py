@@ -55,7 +55,9 @@ def this_machine(config: Config, memory: int = 0) -> Machine:
             index = torch.device(config.model.device if config.model.device != "auto" else "cuda").index
             memory = memory or torch.cuda.get_device_properties(index or 0).total_memory
         if not memory:
-            raise SdftError("model.device = 'cuda', but there is no GPU here; give its size: --memory 24GB")
+            raise SdftError(
+                "model.device = 'cuda', but there is no GPU here; give its size: memory = '24GB' (--memory 24GB)"
+            )
         return Machine(kind, memory, CUDA_CONTEXT + CUBLAS_WORKSPACE, FRAGMENTATION, bf16)
     memory = memory or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return Machine(kind, memory, process_size(config), 0.0, has_fast_bf16(torch.device(kind)))
@@ -87,5 +89,5 @@ def parse_size(text: str) -> int:
     except ValueError:
         size = 0.0
     if not found or size <= 0:
-        raise SdftError(f"--memory {text!r} is not a size; write it like 12GB or 900MB")
+        raise SdftError(f"memory = {text!r} (--memory) is not a size; write it like 12GB or 900MB")
     return int(size * 1024 ** (" kmgt".index(found[2] or " ")))

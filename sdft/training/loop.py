@@ -101,7 +101,7 @@ def train_steps(run: Run, step: int, output: Path, log: MetricsLog, bar: Progres
             if stop or better or (config.train.save_every and step % config.train.save_every == 0):
                 save(run, step, log, output)
             if stop and step < run.steps:
-                bar.say(f"Stopped after step {step}; saved. Continue with --resume.")
+                bar.say(f"Stopped after step {step}; saved. Continue with train.resume = true (--resume).")
                 raise KeyboardInterrupt
     save(run, step, log, output)
 

@@ -130,7 +130,9 @@ class MetricsLog:
         try:
             yield
         except OSError as error:
-            raise SdftError(f"{self.path}: not written: {files.why(error)}; then continue with --resume") from error
+            raise SdftError(
+                f"{self.path}: not written: {files.why(error)}; then continue with train.resume = true (--resume)"
+            ) from error
 
     def close(self) -> None:
         if self.file is not None:

@@ -52,5 +52,5 @@ def retry_with_less(
             torch.cuda.set_rng_state(cuda_draws, device)
     raise SdftError(
         f"{name}: out of memory also in halves ({first}). {advise()} The newest checkpoint is whole: resume from it "
-        "with --resume"
+        "with train.resume = true (--resume)"
     )

@@ -39,7 +39,8 @@ def prepare_output(config: Config, output: Path) -> None:
     if saved.exists():
         if not config.train.resume:
             raise SdftError(
-                f"train.output = {str(output)!r} holds another run; give another folder, or --resume to continue it"
+                f"train.output = {str(output)!r} holds another run; give another folder, or "
+                "continue it with train.resume = true (--resume)"
             )
         check_same_run(dotted(asdict(load_config(saved))), config, output)
     elif output.is_dir() and any(path.name not in ours for path in output.iterdir()):

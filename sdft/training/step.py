@@ -169,5 +169,6 @@ def on_nonfinite(
     if run.config.train.on_nonfinite == "stop":
         raise NonFiniteError(
             f"step {step + 1}: loss {update.loss}, gradient norm {update.norm}; the weights are untouched and the "
-            f"batch is in {path}. Lower optim.lr in another run, or resume with --resume --train.on-nonfinite skip"
+            f"batch is in {path}. Lower optim.lr in another run, or resume with train.resume = true and "
+            "train.on_nonfinite = 'skip' (--resume --train.on-nonfinite skip)"
         )
