@@ -63,7 +63,7 @@ def sample_before_training(run: Run, output: Path) -> dict[str, Any]:
             "completions before the first step",
             lambda: run.engine.generate(prompts, replace(rollout, batch_size=run.rollout_batch)),
             lambda: halve_rollout(run),
-            lambda: run.advise(config),
+            run.advice,
         )
         return_freed(device)
         return [completion.ids for completion in found]

@@ -70,3 +70,10 @@ class Run:
     def stopped(self) -> Stop | None:
         """Set once eval.guard has stopped the run."""
         return self.guard.stopped if self.guard else None
+
+    def advice(self) -> str:
+        """What to change after memory has run out; general advice if a prediction fails, which must not hide that."""
+        try:
+            return self.advise(self.config)
+        except Exception:  # a model that cannot be simulated, or too little memory to simulate it in
+            return general_advice(self.config)

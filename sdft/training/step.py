@@ -56,14 +56,14 @@ def train_step(run: Run, step: int, output: Path) -> dict[str, Any]:
             f"step {step + 1}, rollout",
             lambda: complete(run, batch, step),
             lambda: halve_rollout(run),
-            lambda: run.advise(config),
+            run.advice,
         )
     scored = retry_with_less(
         device,
         f"step {step + 1}, gradients",
         lambda: accumulate_gradients(run, examples, completions),
         lambda: halve_tokens(run, sum(sequence_sizes(run, examples, completions))),
-        lambda: run.advise(config),
+        run.advice,
     )
     with run.phases("update"):
         update = update_weights(run, step, scored.loss)

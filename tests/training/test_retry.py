@@ -117,6 +117,18 @@ def test_without_a_prediction_the_advice_is_general(make_config: Any, monkeypatc
         loop.train(make_config())
 
 
+@pytest.mark.parametrize("error", [SdftError("cannot be simulated"), MemoryError()])
+def test_a_prediction_that_fails_does_not_hide_that_memory_ran_out(
+    make_config: Any, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def advise(config: Any) -> str:
+        raise error
+
+    out_of_memory_over(monkeypatch, 0)
+    with pytest.raises(SdftError, match=r"out of memory also in halves .*Lower train.micro_batch_tokens"):
+        loop.train(make_config(), advise)
+
+
 def test_rollouts_too(make_config: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
     from sdft.rollout import sampling
 
