@@ -66,6 +66,18 @@ def test_evaluate(make_config: Callable[..., Any], model_folder: Any, tmp_path: 
     assert one.samples.correct[1:] == (4, 0)
 
 
+@pytest.mark.filterwarnings("ignore:Cannot enable progress bars")
+def test_loading_prints_nothing(model_folder: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    from transformers.utils import logging
+
+    before = logging.is_progress_bar_enabled()
+    for shown in (not before, before):
+        (logging.enable_progress_bar if shown else logging.disable_progress_bar)()
+        sdft.load_model(model_folder("llama"))
+        assert logging.is_progress_bar_enabled() == shown  # as it was
+    assert capsys.readouterr() == ("", "")
+
+
 def test_generate(model_folder: Any) -> None:
     model = sdft.load_model(model_folder("llama"))
     state = torch.get_rng_state()

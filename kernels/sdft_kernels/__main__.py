@@ -122,7 +122,7 @@ def errors(ours: Callable[..., Any], truth: Callable[..., Any], inputs: list[Ten
     def relative(a: Tensor, b: Tensor) -> float:
         return float((a.double() - b).norm() / b.norm())
 
-    return relative(value, want), max(relative(g, e) for g, e in zip(grads, wanted, strict=True))
+    return relative(value.detach(), want.detach()), max(relative(g, e) for g, e in zip(grads, wanted, strict=True))
 
 
 def self_test() -> int:

@@ -4,6 +4,7 @@ What a command needs of torch is imported only when its options have been checke
 """
 
 import difflib
+import logging
 import os
 import sys
 import warnings
@@ -68,4 +69,6 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # peft imports bitsandbytes, which notes that a faster 4-bit kernel is missing, also if no weight has 4 bits.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # names that it will rename

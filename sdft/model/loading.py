@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -58,15 +59,16 @@ def load_unchecked(config: ModelConfig, tokenizer: Any, stop_ids: tuple[int, ...
     compute = pick_compute_dtype(config, device)
     attention = pick_attention(config, device, compute)
     try:
-        lm: Any = AutoModelForCausalLM.from_pretrained(
-            name,
-            dtype=DTYPES[config.weights_dtype],
-            attn_implementation=attention,
-            trust_remote_code=config.trust_remote_code,
-            use_safetensors=None if extra else True,
-            **extra,
-            **(quantization(compute, device) if config.quantize == "4bit" else {}),
-        )
+        with no_progress_bar():
+            lm: Any = AutoModelForCausalLM.from_pretrained(
+                name,
+                dtype=DTYPES[config.weights_dtype],
+                attn_implementation=attention,
+                trust_remote_code=config.trust_remote_code,
+                use_safetensors=None if extra else True,
+                **extra,
+                **(quantization(compute, device) if config.quantize == "4bit" else {}),
+            )
     except Exception as error:  # transformers raises many kinds here
         raise SdftError(f"model.name = {config.name!r}: no weights load ({first_line(error)})") from error
     if extra:
@@ -89,6 +91,20 @@ def load_unchecked(config: ModelConfig, tokenizer: Any, stop_ids: tuple[int, ...
     if compute != torch.float32:
         lean.share_inputs(lm)
     return LanguageModel(lm, device, compute, pad, stop_ids)
+
+
+@contextlib.contextmanager
+def no_progress_bar() -> Iterator[None]:
+    """A context in which transformers shows no bar."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def quantization(compute: torch.dtype, device: torch.device) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from sdft import files, parallel
 from sdft.config import Config, describe, to_toml, validate
@@ -74,7 +75,7 @@ def train_steps(run: Run, step: int, output: Path, log: MetricsLog, bar: Progres
 
     Raises KeyboardInterrupt after Ctrl-C, with a checkpoint written.
     """
-    config = run.config
+    config, warned = run.config, False
 
     def evaluate(step: int) -> None:
         log.write(guard.evaluate(run, step, output))
@@ -93,6 +94,9 @@ def train_steps(run: Run, step: int, output: Path, log: MetricsLog, bar: Progres
             step += 1
             log.write({"step": step, **line})
             bar.update(step, line)
+            if not warned and (warning := warn_of_cut_off(step, line, config)):
+                bar.say(warning)
+                warned = True
             better = False
             if config.eval.every and (step % config.eval.every == 0 or step == run.steps):
                 evaluate(step)
@@ -104,6 +108,16 @@ def train_steps(run: Run, step: int, output: Path, log: MetricsLog, bar: Progres
                 bar.say(f"Stopped after step {step}; saved. Continue with train.resume = true (--resume).")
                 raise KeyboardInterrupt
     save(run, step, log, output)
+
+
+def warn_of_cut_off(step: int, line: dict[str, Any], config: Config) -> str:
+    """A warning if more than half of the completions of a step were cut off, else nothing. line: its metrics."""
+    if line["truncated"] <= 0.5:
+        return ""
+    return (
+        f"Warning: in step {step}, {line['truncated']:.0%} of the completions are cut off at rollout.max_new_tokens = "
+        f"{config.rollout.max_new_tokens}; what comes after that is not trained. Raise rollout.max_new_tokens."
+    )
 
 
 @contextlib.contextmanager

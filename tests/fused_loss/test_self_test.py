@@ -31,6 +31,7 @@ except SystemExit as end:
     assert "impl=torch: Triton's kernels need a CUDA or ROCm GPU" in done.stdout
     assert "cpu, torch, bfloat16: 10 cases in" in done.stdout
     assert done.stdout.splitlines()[-2:] == ["self-test passed", "status 0 []"]
+    assert done.stderr == ""
     assert list(tmp_path.iterdir()) == []
 
 

@@ -126,6 +126,20 @@ def test_epochs(make_run: Any) -> None:
     assert make_run(**{"train.steps": 7, "train.epochs": 2.5}).steps == 7
 
 
+def test_cut_off_completions_are_told_once(make_config: Any, capsys: Any, tmp_path: Path) -> None:
+    warning = (
+        "of the completions are cut off at rollout.max_new_tokens = 2; what comes after that is not trained. Raise"
+    )
+    loop.train(make_config(**{"rollout.max_new_tokens": 2, "train.steps": 3}))
+    printed = capsys.readouterr().out
+    assert printed.count(warning) == 1
+    assert printed.index("1/3  loss") < printed.index("Warning: in step 1") < printed.index("2/3  loss")
+    loop.train(
+        make_config(**{"rollout.max_new_tokens": 2, "loss.method": "sft", "train.output": str(tmp_path / "sft")})
+    )
+    assert "Warning" not in capsys.readouterr().out  # demonstrations are whole
+
+
 def test_dropped_records_are_told(make_config: Any, skill: Path, capsys: Any) -> None:
     skill.write_text(skill.read_text() + json.dumps({"prompt": "x" * 500, "demonstration": "d"}) + "\n")
     loop.train(make_config(**{"train.steps": 1, "data.max_prompt_tokens": 400}))
