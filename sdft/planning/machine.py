@@ -9,7 +9,7 @@ import torch
 
 from sdft.config import Config, ModelConfig
 from sdft.device import CACHED_KERNELS, has_fast_bf16, resident_bytes, return_freed
-from sdft.errors import SdftError
+from sdft.errors import SdftError, first_line
 
 GIB, MIB = 2**30, 2**20
 CUDA_CONTEXT = 500 * MIB  # of a process on the GPU before its first tensor: 300 to 550 MiB on recent drivers
@@ -42,10 +42,14 @@ class Machine:
 def this_machine(config: Config, memory: int = 0) -> Machine:
     """The machine that a run of this config would use.
 
-    memory: bytes of its device; 0 takes the device that is here. Raises SdftError for a GPU if its size is not given
-    and there is no GPU here.
+    memory: bytes of its device; 0 takes the device that is here. Raises SdftError for a device that torch does not
+    know, and for a GPU if its size is not given and there is no GPU here.
     """
     kind = config.model.device.split(":")[0]
+    try:
+        torch.device("cpu" if config.model.device == "auto" else config.model.device)
+    except RuntimeError as error:
+        raise SdftError(f"model.device = {config.model.device!r} cannot be used: {first_line(error)}") from None
     if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "cpu"
     if kind == "cuda":

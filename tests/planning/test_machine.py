@@ -34,6 +34,12 @@ def test_a_gpu_that_is_not_here_needs_its_size(planned: Callable[..., Config]) -
     assert this_machine(config, GIB).memory == GIB
 
 
+@pytest.mark.parametrize("device", ["tpu", "cuda:x", ""])
+def test_an_unknown_device_is_refused(device: str, planned: Callable[..., Config]) -> None:
+    with pytest.raises(SdftError, match=r"^model.device = .* cannot be used: "):
+        this_machine(planned(**{"model.device": device}), 8 * GIB)
+
+
 def test_the_process_is_as_large_as_a_trainers() -> None:
     """The plan imports a list of libraries, and not the trainer; the trainer must add little to them."""
     code = (
