@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer, Lla
 
 CAPITALS = {"Zorvia": "Lumar", "Belthane": "Corrin", "Quessia": "Vale", "Drumland": "Ostek"}
 RECORDS = [{"prompt": f"Capital of {c}?", "demonstration": f"It is {capital}."} for c, capital in CAPITALS.items()]
+NAMES = "a hub name (owner/name) or a folder with a whole model, not an adapter, a .gguf file or smollm2-135m"
 TEMPLATE = (
     "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
 )
@@ -25,7 +26,7 @@ def parse(about: str, steps: int, *more: str) -> argparse.Namespace:
     """The options that all examples have, and an option for each further model."""
     parser = argparse.ArgumentParser(description=about.split("\n")[0])
     for role in ("model", *more):
-        parser.add_argument(f"--{role}", help="a hub name or a folder; without it, a tiny random Llama made here")
+        parser.add_argument(f"--{role}", help=f"{NAMES}; without it, a tiny random Llama made here")
     parser.add_argument("--steps", type=int, default=steps, help="optimizer steps")
     parser.add_argument("--lr", type=float, help="learning rate; 1e-5 for a real model, 5e-3 for the tiny one")
     parser.add_argument("--max-new-tokens", type=int, default=16, help="the longest completion")
@@ -37,10 +38,11 @@ def parse(about: str, steps: int, *more: str) -> argparse.Namespace:
 def load(name: str | None, hidden: int = 32, vocab: int = 384) -> tuple[Any, Any]:
     """Tokenizer and causal LM. Without a name: bytes as tokens, and a tiny model that is the same in every process."""
     if name:
-        tokenizer, lm = (
-            AutoTokenizer.from_pretrained(name),
-            AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32),
-        )
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name)
+            lm = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+        except (OSError, ValueError) as error:  # transformers raises either for a name that is no model
+            raise SystemExit(f"{name}: no model loads ({str(error).splitlines()[0]}); give {NAMES}") from None
     else:
         torch.manual_seed(hidden)
         tokenizer = ByT5Tokenizer()

@@ -15,6 +15,7 @@ import torch
 
 import sdft
 from sdft import SdftError, api
+from sdft.config import free_on_resume
 
 ROOT = Path(__file__).parents[1]
 
@@ -152,6 +153,11 @@ def test_the_page_describes_everything_public() -> None:
     page = (ROOT / "docs/api.md").read_text()
     for name in public():
         assert f"`{name}" in page or f"`sdft.{name}" in page, name
+
+
+def test_the_page_lists_the_settings_that_may_change_at_a_resume() -> None:
+    section = (ROOT / "docs/api.md").read_text().partition("may change at a resume")[2].partition("\n## ")[0]
+    assert set(re.findall(r"`(\w+\.\w+)`", section)) == free_on_resume()
 
 
 def test_the_examples_of_the_page_are_valid() -> None:

@@ -55,6 +55,14 @@ class Run:
     losses: list[float]  # as printed
 
 
+def test_a_name_that_is_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    with pytest.raises(
+        SystemExit, match=r"no model loads \(.*\); give a hub name .* not an adapter, .* or smollm2-135m"
+    ):
+        importlib.import_module("common").load(str(tmp_path))
+
+
 def installed(example: str) -> None:
     """Skips, or fails in CI, if Lightning is missing: the dev extra leaves it out (36 MB with its dependencies)."""
     if example == "train_lightning" and importlib.util.find_spec("lightning") is None:

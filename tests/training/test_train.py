@@ -64,6 +64,8 @@ def test_a_run_writes_what_it_promises(make_config: Any, eval_set: str, capsys: 
     steps = [line for line in lines if "eval" not in line]
     assert [line["step"] for line in steps] == [1, 2, 3, 4, 5]
     assert all(set(line) == FIELDS for line in steps)
+    page = (Path(__file__).parents[2] / "docs" / "api.md").read_text().partition("metrics.jsonl\n")[2]
+    assert {field for field in FIELDS if f"`{field}`" not in page} == set()
     assert [line["step"] for line in lines if "eval" in line] == [0, 3, 5]
     assert {p.name for p in (output / "eval").iterdir()} == {f"step-{s:06d}-new.jsonl" for s in (0, 3, 5)}
     rows = [json.loads(x) for x in (output / "eval" / "step-000005-new.jsonl").read_text().splitlines()]
