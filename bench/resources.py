@@ -27,7 +27,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "kernels"))  # a checkout works without an install
 
 import triton  # noqa: E402
-from sdft_kernels import row_kernels, row_math, row_on_chip, tuning  # noqa: E402
+from sdft_kernels import dual_kernels, row_kernels, row_math, row_on_chip, tuning  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
@@ -108,6 +108,37 @@ def row_variant(
     return Variant(kernel, types, constants, tile.options)
 
 
+def dual_variants(target: str) -> dict[str, Variant]:
+    """The two kernels of impl="triton_dual" with what a large vocabulary takes, and every flag."""
+    device = DEVICES[target]
+    if device.target.backend != "cuda":  # AMD GPUs are refused
+        return {}
+    tile = tuning.dual_tile(device.target.arch // 10)
+    steps = dict.fromkeys(("x_step", "w_step", "tx_step", "tw_step"), 1)
+    kinds = {"reverse_kl": row_math.KINDS["reverse_kl"], "forward_kl": row_math.KINDS["forward_kl"]}
+    pointers = dict.fromkeys(("x_ptr", "w_ptr", "teacher_x_ptr", "teacher_w_ptr", "e_ptr", "g_ptr"), "*bf16!")
+    pointers |= {"d_ptr": "*fp16!", "weight_ptr": "*fp32!", "label_ptr": "*i64!", "index_ptr": "*i64!"}
+    outputs = ("out_ptr", "s_entropy_ptr", "t_entropy_ptr", "s_logprob_ptr", "t_logprob_ptr", "statistics_ptr")
+    types = pointers | dict.fromkeys(outputs, "*fp32!") | {"agree_ptr": "*i8!"}
+    types |= dict.fromkeys(("x_stride", "w_stride", "tx_stride", "tw_stride", "stride", "V", "H", "TH"), "i32!")
+    types |= dict.fromkeys(("room", "apart", "C", "lo"), "i32")
+    types |= dict.fromkeys(("s_inner", "t_inner", "factor", "g_max"), "fp32")
+    flags = dict.fromkeys(("GRAD", "TOKENS", "LABELS", "WEIGHTS", "INDEX"), True) | {"ROUND": False}
+    row = {"TILES": tuning.DUAL_MERGED, "BN": tile.cols, "BLOCK": tuning.DUAL_ROW_BLOCK}
+    made = {}
+    for name, kind in kinds.items():
+        for tokens in (True, False):
+            constants = {"KIND": kind, "TOKENS": tokens, "WIDE": False, **steps, **tile.constants()}
+            made[f"dual tiles {name}{', token outputs' if tokens else ''}"] = Variant(
+                dual_kernels.tile_kernel, types, constants, tile.options
+            )
+        options = {"num_warps": 8, "enable_fp_fusion": True}
+        made[f"dual rows {name}"] = Variant(
+            dual_kernels.tiles_row_kernel, types, {"KIND": kind, **flags, **steps, **row}, options
+        )
+    return made
+
+
 def variants(target: str) -> dict[str, Variant]:
     """The kernels that ship, by name: each divergence as the trainer calls it, and the cases with most registers."""
     trainer = {"TOKENS": True, "LABELS": True, "WEIGHTS": True}
@@ -126,20 +157,26 @@ def variants(target: str) -> dict[str, Variant]:
         )
         if DEVICES[target].limits.cluster > 1
     }
-    return on_chip | {
-        "rows reverse_kl bf16": row_variant(target, "reverse_kl", "fp32", "bf16", **trainer),
-        "rows forward_kl bf16": row_variant(target, "forward_kl", "fp32", "bf16", **trainer),
-        "rows jsd bf16": row_variant(target, "jsd", "fp32", "bf16", **trainer),
-        "rows reverse_kl fp32": row_variant(target, "reverse_kl", "fp32", "fp32"),
-        "rows jsd fp32, everything on": row_variant(target, "jsd", "fp32", "fp32", **everything),
-        "rows reverse_kl fp16, everything on": row_variant(target, "reverse_kl", "fp32", "fp16", **everything),
-        "rows reverse_kl, values only": row_variant(target, "reverse_kl", "fp32", None, **trainer),
-        "ready logits reverse_kl bf16": row_variant(target, "reverse_kl", "bf16", "bf16", GATHER=True, **trainer),
-        "ready logits reverse_kl, values only, not aligned": row_variant(
-            target, "reverse_kl", "bf16", None, aligned=False, GATHER=True, **trainer
-        ),
-        "scale": Variant(row_kernels.scale_kernel, scale, {"BLOCK": 4096}, {"num_warps": 8, "enable_fp_fusion": True}),
-    }
+    return (
+        on_chip
+        | dual_variants(target)
+        | {
+            "rows reverse_kl bf16": row_variant(target, "reverse_kl", "fp32", "bf16", **trainer),
+            "rows forward_kl bf16": row_variant(target, "forward_kl", "fp32", "bf16", **trainer),
+            "rows jsd bf16": row_variant(target, "jsd", "fp32", "bf16", **trainer),
+            "rows reverse_kl fp32": row_variant(target, "reverse_kl", "fp32", "fp32"),
+            "rows jsd fp32, everything on": row_variant(target, "jsd", "fp32", "fp32", **everything),
+            "rows reverse_kl fp16, everything on": row_variant(target, "reverse_kl", "fp32", "fp16", **everything),
+            "rows reverse_kl, values only": row_variant(target, "reverse_kl", "fp32", None, **trainer),
+            "ready logits reverse_kl bf16": row_variant(target, "reverse_kl", "bf16", "bf16", GATHER=True, **trainer),
+            "ready logits reverse_kl, values only, not aligned": row_variant(
+                target, "reverse_kl", "bf16", None, aligned=False, GATHER=True, **trainer
+            ),
+            "scale": Variant(
+                row_kernels.scale_kernel, scale, {"BLOCK": 4096}, {"num_warps": 8, "enable_fp_fusion": True}
+            ),
+        }
+    )
 
 
 def compiled(variant: Variant, target: GPUTarget) -> Any:
@@ -189,6 +226,7 @@ def nvidia_resources(binary: bytes) -> dict[str, int]:
         "its barriers": count(r"\bBAR\.", longest),
         "its shuffles": count(r"\bSHFL\.", longest),
         "cluster barriers": count(r"\bUCGABAR_ARV"),
+        "HGMMA": count(r"\bHGMMA\."),
     }
 
 
@@ -212,6 +250,7 @@ def amd_resources(assembly: str) -> dict[str, int]:
         "its barriers": 0,
         "its shuffles": 0,
         "cluster barriers": 0,
+        "HGMMA": 0,
     }
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import sdft_kernels
 import torch
 from sdft_kernels import reference
-from sdft_kernels.checks import IMPLS
+from sdft_kernels.checks import IMPLS, LINEAR_IMPLS
 from torch import Tensor
 
 from .phase import Place, Row
@@ -31,7 +31,8 @@ KINDS = ("reverse_kl", "forward_kl", "jsd")
 BOUNDS = {torch.float32: 5e-5, torch.bfloat16: 5e-3, torch.float16: 2e-3}  # of gradients
 VALUES = 1e-2  # of losses and per-token outputs; the dtype's rounding of the inputs is in both sides
 SCALER = 2.0**12  # a loss scaler's factor, without which fp16 gradients are subnormal
-CANDIDATES = tuple(impl for impl in IMPLS if impl not in ("triton", "torch"))  # never the default
+CANDIDATES = tuple(impl for impl in LINEAR_IMPLS if impl not in IMPLS)  # never the default
+OF_CANDIDATES = (KINDS[:2], (torch.bfloat16, torch.float16))  # the divergences and dtypes that they take
 
 
 @dataclass(frozen=True)

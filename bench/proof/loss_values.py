@@ -4,7 +4,7 @@ Large shapes have the sizes that are hardest for Triton: odd rows, tiles that ar
 N tokens, V vocabulary, H hidden size.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import product
 from typing import Any
@@ -42,9 +42,9 @@ def matches(place: Place, kind: str, dtype: torch.dtype, impl: str) -> Iterator[
         yield from compare(what, inputs, BOUNDS[dtype], frozen=frozen, impl=impl, divergence=kind, beta=0.3)
 
 
-def near(place: Place, impl: str) -> Iterator[Found]:
+def near(place: Place, impl: str, kinds: Sequence[str] = KINDS) -> Iterator[Found]:
     """bf16 with a teacher so near that bf16 logits would be all rounding (KL about .003), as in self-distillation."""
-    for kind in KINDS:
+    for kind in kinds:
         inputs = draw(place, 253, 5001, 128, torch.bfloat16, noise=0.05)
         yield from compare(kind, inputs, BOUNDS[torch.bfloat16], impl=impl, divergence=kind)
 
@@ -74,9 +74,9 @@ def options(place: Place, kind: str) -> Iterator[Found]:
     yield Found("a vocabulary of one: dX", torch.autograd.grad(loss, x)[0].abs().max().item(), 0.0)
 
 
-def strides(place: Place, impl: str) -> Iterator[Found]:
+def strides(place: Place, impl: str, dtype: torch.dtype = torch.float32, biases: bool = True) -> Iterator[Found]:
     """Vectors that are not contiguous: every second entry, one entry for all, a column; and matrices likewise."""
-    inputs = draw(place, 130, 5001, 64, torch.float32)
+    inputs = draw(place, 130, 5001, 64, dtype)
     rows, vocab = len(inputs[0]), len(inputs[1])
     gen = torch.Generator(place.device).manual_seed(1)
 
@@ -94,11 +94,13 @@ def strides(place: Place, impl: str) -> Iterator[Found]:
         "bias, one for all": {"bias": uniform(1).expand(vocab)},
     }
     for name, chosen in cases.items():
-        yield from compare(name, inputs, BOUNDS[torch.float32], impl=impl, reduction="sum", **chosen)
+        if "bias" in chosen and not biases:
+            continue
+        yield from compare(name, inputs, BOUNDS[dtype], impl=impl, reduction="sum", **chosen)
     turned = [t.t().contiguous().t() for t in inputs]
-    yield from compare("matrices stored by columns", turned, BOUNDS[torch.float32], impl=impl)
+    yield from compare("matrices stored by columns", turned, BOUNDS[dtype], impl=impl)
     wide = [torch.cat([t, t], dim=1)[:, : t.shape[1]] for t in inputs]
-    yield from compare("rows apart", wide, BOUNDS[torch.float32], impl=impl)
+    yield from compare("rows apart", wide, BOUNDS[dtype], impl=impl)
 
 
 def autocast(place: Place, hidden: torch.dtype) -> Iterator[Found]:

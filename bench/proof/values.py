@@ -6,7 +6,7 @@ from itertools import product
 import torch
 
 from . import behaviour, loss_values
-from .check import BOUNDS, CANDIDATES, KINDS, Check, recorded, short
+from .check import BOUNDS, CANDIDATES, KINDS, OF_CANDIDATES, Check, recorded, short
 from .phase import Item, Place
 
 
@@ -35,9 +35,11 @@ CHECKS = (
     *(Check(f"cross-entropy, {short(dtype)}", partial(loss_values.cross_entropy, dtype=dtype)) for dtype in BOUNDS),
     *(Check(f"top-k, {short(dtype)}", partial(loss_values.top_k, dtype=dtype)) for dtype in BOUNDS),
     *(Check(f"{impl}: {kind}, {short(dtype)}", partial(loss_values.matches, kind=kind, dtype=dtype, impl=impl))
-      for impl, kind, dtype in product(CANDIDATES, KINDS, BOUNDS)),
-    *(Check(f"{impl}: a teacher very near the student", partial(loss_values.near, impl=impl)) for impl in CANDIDATES),
-    *(Check(f"{impl}: not contiguous", partial(loss_values.strides, impl=impl)) for impl in CANDIDATES),
+      for impl, kind, dtype in product(CANDIDATES, *OF_CANDIDATES)),
+    *(Check(f"{impl}: a teacher very near the student", partial(loss_values.near, impl=impl, kinds=OF_CANDIDATES[0]))
+      for impl in CANDIDATES),
+    *(Check(f"{impl}: not contiguous", partial(loss_values.strides, impl=impl, dtype=torch.bfloat16, biases=False))
+      for impl in CANDIDATES),
     Check("ready logits, N V beyond 2^31", loss_values.ready_logits_past_two_to_the_31, gigabytes=14),
     Check("one chunk of N V beyond 2^31", loss_values.past_two_to_the_31, gigabytes=32),
     Check("captured in a CUDA graph", behaviour.graph_capture, needs_gpu=True),

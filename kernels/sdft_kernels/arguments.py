@@ -4,7 +4,7 @@ from typing import Literal, TypedDict
 
 from torch import Tensor
 
-from .checks import DivergenceName, Impl, Products, Reduction, Same
+from .checks import DivergenceName, Impl, LinearImpl, Products, Reduction, Same
 
 Tail = Literal["bucket", "renormalise"]
 
@@ -59,7 +59,7 @@ class LinearOptions(HeadOptions, TeacherOptions, total=False):
     teacher_softcap: float | Same | None
     teacher_scale: float | Same
     compact: bool
-    impl: Impl | None
+    impl: LinearImpl | None
 
 
 class TopkOptions(TeacherOptions, total=False):

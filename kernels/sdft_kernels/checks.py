@@ -16,6 +16,7 @@ from torch import Tensor
 DivergenceName = Literal["reverse_kl", "forward_kl", "jsd"]
 Reduction = Literal["mean", "sum", "none"]
 Impl = Literal["triton", "torch"]
+LinearImpl = Literal["triton", "torch", "triton_dual"]  # of linear_divergence
 Same = Literal["same"]
 Products = Literal["bfloat16"]
 
@@ -23,6 +24,7 @@ DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
 PRODUCTS = ("bfloat16",)
 REDUCTIONS = ("mean", "sum", "none")
 IMPLS = ("triton", "torch")
+LINEAR_IMPLS = (*IMPLS, "triton_dual")
 HAVE_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's kernels then run on the CPU, for tests
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -307,7 +309,7 @@ def check_vocab(vocab_size: int | None, student: int, teacher: int) -> int:
     return vocab_size
 
 
-def choose_impl(impl: str | None, dtype: torch.dtype, device: torch.device) -> str:
+def choose_impl(impl: str | None, dtype: torch.dtype, device: torch.device, known: tuple[str, ...] = IMPLS) -> str:
     """The implementation to run: Triton on a GPU and torch elsewhere, or the one asked for.
 
     Raises ValueError if the implementation does not exist or does not fit the dtype, and RuntimeError if it cannot run
@@ -315,7 +317,7 @@ def choose_impl(impl: str | None, dtype: torch.dtype, device: torch.device) -> s
     """
     if impl is None:
         return "triton" if device.type == "cuda" and dtype != torch.float64 and HAVE_TRITON else "torch"
-    check_choice("impl", impl, IMPLS)
+    check_choice("impl", impl, known)
     if impl == "torch":
         return impl
     if dtype == torch.float64:

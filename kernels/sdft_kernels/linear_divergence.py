@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from .arguments import LinearOptions
 from .call import Grads, Inputs, Rows, Scales, compute_dtype, product_rounding, unsharded
 from .checks import (
+    LINEAR_IMPLS,
     DivergenceName,
-    Impl,
+    LinearImpl,
     Options,
     Products,
     Reduction,
@@ -31,7 +32,7 @@ from .chunks import Outputs
 from .loop import run_linear
 from .operands import operand_dtype
 from .operators import linear_operator, token_kinds, token_stats, token_tuple
-from .projection import product_dtype
+from .projection import Projection, product_dtype
 from .reduce import finish, row_scales
 from .torch_rows import DivergenceRows
 
@@ -39,15 +40,19 @@ from .torch_rows import DivergenceRows
 def _rows(
     inputs: Inputs, labels: Tensor | None, options: Options, outputs: Outputs, scales: Scales, grads: Grads,
     rounding: torch.dtype | None,
-) -> Rows:  # fmt: skip
-    """The work on rows, by the implementation in options. Triton is imported only if it runs."""
+) -> tuple[Rows, type[Projection]]:  # fmt: skip
+    """The work on rows and the source of logits, by the implementation in options. Imports Triton only if it runs."""
     bias = (inputs.bias, inputs.teacher_bias)
     if options.impl == "torch":
-        return DivergenceRows(options, bias, labels, outputs, scales, bool(grads))
+        return DivergenceRows(options, bias, labels, outputs, scales, bool(grads)), Projection
+    if options.impl == "triton_dual":
+        from .dual import DualProjection, DualRows
+
+        return DualRows(inputs, options, labels, outputs, scales.keep, grads), DualProjection
     from .triton_rows import TritonRows
 
     dtype = operand_dtype(product_dtype(inputs.x, inputs.w, rounding), inputs.dtype, inputs.x.device)
-    return TritonRows(options, bias, labels, outputs, scales.keep, dtype if grads else None)
+    return TritonRows(options, bias, labels, outputs, scales.keep, dtype if grads else None), Projection
 
 
 def _forward(
@@ -77,8 +82,8 @@ def _forward(
     known = upstream is not None or options.reduction != "none"
     grads = Grads(need_x, need_w, need_bias) if known else Grads()
     outputs = Outputs(x.shape[0], inputs.dtype, x.device, options.return_tokens, labels is not None)
-    rows = _rows(inputs, labels, options, outputs, scales, grads, rounding)
-    made = run_linear(inputs, options, rows, grads, scales, rounding)
+    rows, project = _rows(inputs, labels, options, outputs, scales, grads, rounding)
+    made = run_linear(inputs, options, rows, grads, scales, rounding, project)
     loss = finish(outputs.divergence, scales, options.reduction)
     return loss, *token_tuple(outputs.tokens(), x), *made.flat(x)
 
@@ -144,7 +149,7 @@ def linear_divergence(
     chunk_bytes: int | None = None,
     compact: bool = True,
     products: Products | None = None,
-    impl: Impl | None = None,
+    impl: LinearImpl | None = None,
 ) -> Tensor | tuple[Tensor, TokenStats]:
     """Divergence between the student's and the teacher's next-token distributions, from hidden states.
 
@@ -181,7 +186,9 @@ def linear_divergence(
         products: "bfloat16" rounds the operands of the products to bf16 outside autocast as well: for bf16 hidden
             states and an fp32 head, as under FSDP2's mixed precision. Sums and results stay fp32. None: operands
             have the dtype of the inputs, or of autocast.
-        impl: "triton" (GPU), "torch" (anywhere), or None: Triton on a GPU, else torch.
+        impl: "triton" (GPU), "torch" (anywhere), or None: Triton on a GPU, else torch. "triton_dual" (GPU) is not
+            measured yet, and never chosen by None: reverse and forward KL of bf16 or fp16 matrices, without bias and
+            softcap.
 
     Returns:
         The loss, () or (N,) for "none", fp32 (fp64 if an input is fp64); with return_tokens also TokenStats.
@@ -209,12 +216,17 @@ def linear_divergence(
         scale=scale,
         teacher_scale=teacher_scale,
         compact=compact,
-        impl=choose_impl(impl, dtype, x.device),
+        impl=choose_impl(impl, dtype, x.device, LINEAR_IMPLS),
     )
+    rounding = product_rounding(products, x.device, dtype)
+    if options.impl == "triton_dual":
+        from .dual import check_dual
+
+        check_dual(Inputs(x, w, bias, teacher_x, teacher_w, teacher_bias), options, rounding)
     needs = (v is not None and v.requires_grad and torch.is_grad_enabled() for v in (x, w, bias))
     loss, *rest = _op(
         x, w, bias, teacher_x, teacher_w, teacher_bias, token_weights, labels, None,
-        *needs, product_rounding(products, x.device, dtype), *options.flat(),
+        *needs, rounding, *options.flat(),
     )  # fmt: skip
     return (loss, token_stats(rest[:6], labels is not None)) if return_tokens else loss
 

@@ -21,16 +21,17 @@ from .projection import Projection
 
 
 def run_linear(
-    inputs: Inputs, options: Options, rows: Rows, grads: Grads, scales: Scales, rounding: torch.dtype | None
-) -> Gradients:
-    """Run rows on the logits of hidden states and heads; Σ_n weights[n]·∂D_n with respect to x, w and bias."""
+    inputs: Inputs, options: Options, rows: Rows, grads: Grads, scales: Scales, rounding: torch.dtype | None,
+    project: type[Projection] = Projection,
+) -> Gradients:  # fmt: skip
+    """Run rows on the logits of hidden states and heads, made by `project`; Σ_n weights[n]·∂D_n by x, w and bias."""
     with torch.no_grad(), torch.autocast(inputs.x.device.type, enabled=False):
         made = Gradients.new(inputs, grads, scales.keep is None)
         count = inputs.x.shape[0] if scales.keep is None else scales.keep.numel()
         if count == 0:
             made.dw = new_dw(inputs.w, 0, grad_dtype(inputs.w, inputs.dtype)) if grads.w else None
             return made.zero_()
-        source = Projection(inputs, options, rows, made, grads, scales, count, rounding)
+        source = project(inputs, options, rows, made, grads, scales, count, rounding)
         with onednn.products(source.as_bf16) if inputs.x.device.type == "cpu" else nullcontext():
             for lo, hi in blocks(count, source.chunk):
                 g = rows.run(source.logits(lo, hi), lo, hi, source.weights, source.factor)

@@ -38,7 +38,7 @@ class Projection:
         count: int,  # rows of the call that count
         rounding: torch.dtype | None,
     ):
-        self.inputs, self.vocab, self.made, self.keep = inputs, options.vocab, made, scales.keep
+        self.inputs, self.vocab, self.made, self.keep, self.count = inputs, options.vocab, made, scales.keep, count
         self.dtype, device = inputs.dtype, inputs.x.device
         self.narrow = rows.narrow or prefers_narrow(device)
         sides = inputs.sides
@@ -57,6 +57,7 @@ class Projection:
             for (_, w), product, operand in heads
         ]  # bytes of the cast of one token's row
         casts = [self.vocab * row for row in row_of_head]
+        self.kept = 1  # chunks whose gradients go into one product for dW
         plan = self._plan(count, budget, casts, stride, rows)
         self.chunk = plan.chunk
         tiles = [
@@ -69,17 +70,13 @@ class Projection:
         ]
         if self.shared:
             self.heads *= 2
-        hidden = inputs.x.shape[1]
-        self.z = torch.empty(len(sides) * self.chunk, stride, dtype=self.dtype, device=device)
-        self.both = torch.empty(
-            2 * self.chunk if self.stacked else 0, hidden, dtype=self.operands[0], device=device
-        )  # hidden states of both sides
+        self._buffers(stride)
         self.direct = made.dx is not None and self.keep is None and made.dx.dtype == self.dtype
         buffered = made.dx is not None and not self.direct
-        self.dx = torch.empty(self.chunk if buffered else 0, hidden, dtype=self.dtype, device=device)
+        self.dx = torch.empty(self.chunk if buffered else 0, inputs.x.shape[1], dtype=self.dtype, device=device)
         # The sum over chunks is in `dtype`. A product that is the whole sum is written in the gradient's dtype.
         self.dw_dtype = grad_dtype(inputs.w, self.dtype)
-        whole = self.chunk == count and self.operands[0] == self.dw_dtype
+        whole = self.chunk * self.kept >= count and self.operands[0] == self.dw_dtype
         self.dw = new_dw(inputs.w, self.vocab, self.dw_dtype if whole else self.dtype) if grads.w else None
         self.x = inputs.x  # (C, H_s) the student's operand of the last chunk
 
@@ -107,6 +104,14 @@ class Projection:
         row_bytes = item * (rows.sides * stride + sum(hidden) + hidden[0]) + rows.row_bytes
         return Plan(min(count, power_of_two_below((budget - sum(tiles) - other) // row_bytes)), tiles)
 
+    def _buffers(self, stride: int) -> None:
+        """Memory for the logits of a chunk, in rows of `stride` entries."""
+        device, sides = self.inputs.x.device, len(self.inputs.sides)
+        self.z = torch.empty(sides * self.chunk, stride, dtype=self.dtype, device=device)
+        self.both = torch.empty(
+            2 * self.chunk if self.stacked else 0, self.inputs.x.shape[1], dtype=self.operands[0], device=device
+        )  # hidden states of both sides
+
     def logits(self, lo: int, hi: int) -> list[Tensor]:
         """(C, V or more) raw logits of each side, in buffers that the next chunk overwrites."""
         rows, vocab = hi - lo, self.vocab
@@ -126,32 +131,45 @@ class Projection:
 
     def gradients(self, g: Tensor, lo: int, hi: int) -> None:
         """g (C, V): dW += gᵀ x, db += Σ g, and rows lo:hi of dX = g W."""
-        made, beta, x = self.made, 0.0 if lo == 0 else 1.0, self.x
-        if made.dbias is not None:
-            made.dbias[: self.vocab].add_(g.sum(0, dtype=self.dtype), alpha=self.alpha)
+        if self.made.dbias is not None:
+            self.made.dbias[: self.vocab].add_(g.sum(0, dtype=self.dtype), alpha=self.alpha)
         g = g.to(self.operands[0])
-        if self.dw is not None:
-            if self.gone is not None:  # the gradient of these rows is 0, but 0·NaN would not be
-                x = x.masked_fill(take(self.gone, self.keep, lo, hi), 0.0)
-            mm32(g.t(), x, self.dw[: self.vocab], beta=beta, alpha=self.alpha)
-        if made.dx is not None:
-            dx = made.dx[lo:hi] if self.direct else self.dx[: hi - lo]
-            self.heads[0].input_grad(g, dx)
-            if self.alpha != 1.0:
-                dx.mul_(self.alpha)
-            if not self.direct:
-                put(made.dx, self.keep, lo, hi, dx)
+        self.weight_gradient(g, self.x, lo, hi)
+        self.input_gradient(g, lo, hi)
+
+    def weight_gradient(self, g: Tensor, x: Tensor, lo: int, hi: int) -> None:
+        """dW += gᵀ x for tokens lo:hi; the first product, of token 0, starts the sum."""
+        if self.dw is None:
+            return
+        if self.gone is not None:  # the gradient of these rows is 0, but 0·NaN would not be
+            x = x.masked_fill(take(self.gone, self.keep, lo, hi), 0.0)
+        mm32(g.t(), x, self.dw[: self.vocab], beta=0.0 if lo == 0 else 1.0, alpha=self.alpha)
+
+    def input_gradient(self, g: Tensor, lo: int, hi: int) -> None:
+        """Rows lo:hi of dX = g W."""
+        if self.made.dx is None:
+            return
+        dx = self.made.dx[lo:hi] if self.direct else self.dx[: hi - lo]
+        self.heads[0].input_grad(g, dx)
+        if self.alpha != 1.0:
+            dx.mul_(self.alpha)
+        if not self.direct:
+            put(self.made.dx, self.keep, lo, hi, dx)
 
     def finish(self) -> Gradients:
         """The gradients of the whole call, each in its dtype. The buffers of the chunks are gone by then."""
-        self.z = self.both = self.dx = self.x = self.inputs.x.new_empty(0)
-        self.heads = []
+        self.release()
         self.made.dw = self.dw
         if self.operands[0] == torch.float16:
             self.made.scale_(self.after)
         if self.dw is not None:
             self.made.dw, self.dw = self.dw.to(self.dw_dtype), None
         return self.made
+
+    def release(self) -> None:
+        """Free the buffers of the chunks."""
+        self.z = self.both = self.dx = self.x = self.inputs.x.new_empty(0)
+        self.heads = []
 
 
 def fp16_scales(weights: Tensor | None, uniform: float) -> tuple[Tensor | None, float, Tensor | float]:

@@ -61,6 +61,23 @@ class OnChipTile(NamedTuple):
         return {"BLOCK": self.block, "PIECES": self.pieces, **lanes}
 
 
+class DualTile(NamedTuple):
+    """For dual_kernels.tile_kernel: tokens, vocabulary entries, and entries of the hidden size that meet at a time."""
+
+    rows: int
+    cols: int
+    depth: int
+    warps: int
+    stages: int
+
+    def constants(self) -> dict[str, int]:
+        return {"BM": self.rows, "BN": self.cols, "BK": self.depth}
+
+    @property
+    def options(self) -> dict[str, int | bool]:
+        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
+
+
 # By threads of a warp: 16 entries a thread, 8 with a bias or a softcap. Rows need next to no shared memory, and every
 # GPU with warps of 32 that Triton compiles for has 65536 registers.
 ROW_BLOCKS = {32: RowBlocks(2048, 4, 8), 64: RowBlocks(4096, 8, 8)}
@@ -79,6 +96,13 @@ HEAVY_REGISTERS = 80  # of a thread, for 24 warps a multiprocessor; left to itse
 UNALIGNED_REGISTERS = 112  # for 16 warps; an address for every entry
 VECTOR_BYTES = 16  # of the widest access of a thread
 
+# Hopper and large Blackwell GPUs, by compute capability: their products read both operands from shared memory, 96 KiB
+# here. Elsewhere operands pass through registers, and 24 KiB fit any GPU. With 128 x 128 entries every variant spills.
+DUAL_TILES = dict.fromkeys((9, 10), DualTile(128, 64, 64, 8, 4))
+ANY_DUAL_TILE = DualTile(128, 64, 32, 8, 3)
+DUAL_MERGED = 512  # tiles that tiles_row_kernel merges at a time, by 8 warps
+DUAL_ROW_BLOCK = 2048  # entries of which it makes the gradient at a time
+
 
 @cache
 def limits_of(device: torch.device) -> Limits:
@@ -92,6 +116,11 @@ def limits_of(device: torch.device) -> Limits:
     clusters = torch.version.hip is None and found.major in (9, 10) and version >= CLUSTERS_SINCE
     largest = 16 if found.multi_processor_count >= WHOLE_GPU else 8
     return Limits(found.warp_size, largest if clusters else 1)
+
+
+def dual_tile(major: int) -> DualTile:
+    """The tile of both sides' logits for a GPU of that compute capability."""
+    return DUAL_TILES.get(major, ANY_DUAL_TILE)
 
 
 def row_tile(limits: Limits, vocab: int, heavy: bool, each: int) -> RowTile:

@@ -11,6 +11,11 @@ GPU_PAD = 64  # entries: every row of logits starts on a 16-byte boundary in eve
 ROW_MULTIPLE = 128  # of the tokens in a chunk: whole tiles in every product
 FEW_ROWS = 512  # in a chunk below this, the 64 tokens that a multiple of 128 may lose weigh more than half a tile
 
+# dW = Gᵀ X reads and writes 8 bytes of its accumulator for each entry: below about 1064 tokens these bytes take longer
+# than its FLOPs on an H100 (266 FLOPs a byte).
+FULL_DW_ROWS = 1024
+MOST_KEPT = 4
+
 
 class Plan(NamedTuple):
     """How a call of some rows divides its workspace."""
@@ -50,6 +55,26 @@ def plan_linear(
     stride = -(-vocab // pad) * pad
     row_bytes = item * (len(hidden) * stride + sum(hidden) + 2 * hidden[0]) + extra
     return plan_workspace(rows, row_bytes, budget, casts, other, tile)
+
+
+def plan_dual(
+    rows: int, vocab: int, hidden: Sequence[int], budget: int, statistics: int, trained: bool
+) -> tuple[int, int]:
+    """For impl="triton_dual": the tokens of a chunk, and the chunks whose gradients are kept for one product dW.
+
+    A chunk takes 2 bytes an entry for D, and every chunk that is kept 2 for E and the gradient. hidden: hidden size of
+    the student, and of the teacher. statistics: bytes of a token. As many chunks are kept as
+    FULL_DW_ROWS tokens take, at most MOST_KEPT: more would leave fewer tokens to a chunk, and heads are read once a
+    chunk.
+    """
+    stride = -(-vocab // GPU_PAD) * GPU_PAD
+    chunk, kept = 1, 1
+    for kept in range(1, MOST_KEPT + 1):
+        other = 2 * sum(hidden) + 2 * kept * hidden[0] + 4 * hidden[0] + statistics
+        chunk = chunk_rows(rows, 2 * stride * (1 + kept) + other, budget)
+        if not trained or chunk * kept >= min(rows, FULL_DW_ROWS):
+            break
+    return chunk, min(kept, -(-max(1, rows) // chunk))
 
 
 def plan_workspace(
