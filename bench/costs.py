@@ -12,13 +12,14 @@ N tokens, V vocabulary, H hidden size, C tokens of a chunk.
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
-from sdft_kernels.tuning import Limits, on_chip_tile
-from sdft_kernels.workspace import Plan, plan_linear
+from sdft_kernels.tuning import Limits, dual_tile, on_chip_tile
+from sdft_kernels.workspace import Plan, plan_dual, plan_linear
 from sdft_kernels.workspace import default_workspace as workspace_of
 
 from .shapes import Shape
 
 MIB = 2**20
+HOPPER = 9  # compute capability; large Blackwell GPUs have the same tile
 
 
 @dataclass(frozen=True)
@@ -213,29 +214,28 @@ def two_reads(shape: Shape, device: Device, workspace: int | None) -> Made:
 
 
 def dual(shape: Shape, device: Device, workspace: int | None) -> Made:
-    """E = e^(s − tile's maximum) in bf16 and D = s − t in fp16, written by the epilogue of one product for both sides.
+    """impl="triton_dual": one product for both sides, whose epilogue writes E and D, two bytes an entry each.
 
-    The gradient takes E's place; D's memory serves the next chunk. The gradients of several chunks are kept, so that dW
-    is accumulated less often; the numbers of tokens are the best that fit into the workspace.
+    It also writes five sums for each tile of a row. The gradient takes E's place; D's memory serves the next chunk. The
+    gradients of some chunks are kept, so that dW is accumulated less often (see plan_dual).
     """
     v, h = shape.vocab, shape.hidden
     budget = default_workspace(device) if workspace is None else workspace
-    best: Made | None = None
-    for kept in (1, 2, 3, 4, 6, 8) if shape.trained else (1,):
-        c = min(shape.tokens, max(128, budget // (2 * v * (1 + kept)) // 128 * 128))
-        kernels: list[Kernel] = []
-        for rows in parts(shape.tokens, c):
-            kernels.append(Kernel("logits", 4.0 * rows * v * h, 2 * (v * h + rows * h) * shape.item + 4 * rows * v))
-            kernels.append(elementwise("rows", 6.0 * rows * v))
-            kernels.append(input_gradient(shape, rows, 2))
-        if shape.trained:
-            groups = parts(shape.tokens, c * kept)
-            kernels += [weight_gradient(shape, rows, 2, first=i == 0) for i, rows in enumerate(groups)]
+    statistics = 4 * 5 * -(-v // dual_tile(HOPPER).cols)  # bytes of a token
+    c, kept = plan_dual(shape.tokens, v, [h, h], budget, statistics, shape.trained)
+    kernels: list[Kernel] = []
+    for rows in parts(shape.tokens, c):
+        operands = 2 * (v * h + rows * h) * shape.item
+        kernels.append(Kernel("logits", 4.0 * rows * v * h, operands + rows * (4.0 * v + statistics)))
+        kernels.append(elementwise("rows", rows * (6.0 * v + statistics)))
+        kernels.append(input_gradient(shape, rows, 2))
+    if shape.trained:
+        groups = parts(shape.tokens, c * kept)
+        result = shape.item if len(groups) == 1 else 4  # dW is written in the head's dtype
+        kernels += [weight_gradient(shape, rows, 2, i == 0, result) for i, rows in enumerate(groups)]
+        if len(groups) > 1:
             kernels.append(elementwise("dW to its dtype", v * h * 6))
-        if best is None or total(kernels, shape, device) < total(best[0], shape, device):
-            best = kernels, c
-    assert best is not None
-    return best
+    return kernels, c
 
 
 def trl(shape: Shape, device: Device, workspace: int | None) -> Made:

@@ -86,8 +86,9 @@ def predict(found: Found) -> None:
     if device is None:
         return
     for row in rows_of(found, "ours"):
-        if row.get("impl") == "triton":
-            row["bound"] = cost(shape_of(row), device, workspace=row["workspace"]).bound
+        design = {"triton": "chunked", "triton_dual": "dual"}.get(row.get("impl", ""))
+        if design:
+            row["bound"] = cost(shape_of(row), device, design, row["workspace"]).bound
     for row in rows_of(found, "kernels"):
         if row.get("phase") and row["impl"] == "triton":
             made = cost(shape_of(row), device)

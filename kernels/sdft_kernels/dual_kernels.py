@@ -66,6 +66,7 @@ def tile_kernel(
 
     All tokens of a chunk come before the next columns, so that the heads are read from memory once.
     """
+    apart = tl.cast(apart, tl.int64)
     down = tl.cdiv(C, BM)
     across = tl.cdiv(V, BN)
     for tile in range(tl.program_id(0), down * across, tl.num_programs(0)):
@@ -120,7 +121,7 @@ def one_logit(x_ptr, w_ptr, x_step, w_step, H, inner, BLOCK: tl.constexpr):
     """x · w times inner, for one row of each."""
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, H, BLOCK):
-        k = start + tl.arange(0, BLOCK)
+        k = (start + tl.arange(0, BLOCK)).to(tl.int64)
         x = tl.load(x_ptr + k * x_step, mask=k < H, other=0.0).to(tl.float32)
         total += x * tl.load(w_ptr + k * w_step, mask=k < H, other=0.0).to(tl.float32)
     return inner * tl.sum(total, 0)
@@ -161,6 +162,7 @@ def tiles_row_kernel(
         row_factor = factor * weight
 
     across = tl.cdiv(V, BN)
+    apart = tl.cast(apart, tl.int64)
     statistics_ptr += here
     low = tl.full((TILES,), -float("inf"), tl.float32)
     none = tl.zeros((TILES,), tl.float32)

@@ -11,10 +11,8 @@ GPU_PAD = 64  # entries: every row of logits starts on a 16-byte boundary in eve
 ROW_MULTIPLE = 128  # of the tokens in a chunk: whole tiles in every product
 FEW_ROWS = 512  # in a chunk below this, the 64 tokens that a multiple of 128 may lose weigh more than half a tile
 
-# dW = Gᵀ X reads and writes 8 bytes of its accumulator for each entry: below about 1064 tokens these bytes take longer
-# than its FLOPs on an H100 (266 FLOPs a byte).
-FULL_DW_ROWS = 1024
-MOST_KEPT = 4
+MOST_KEPT = 4  # chunks whose gradients stay for one product dW
+RIDGE = 266  # FLOPs of a bf16 product in the time of a byte of memory, on an H100
 
 
 class Plan(NamedTuple):
@@ -63,18 +61,19 @@ def plan_dual(
     """For impl="triton_dual": the tokens of a chunk, and the chunks whose gradients are kept for one product dW.
 
     A chunk takes 2 bytes an entry for D, and every chunk that is kept 2 for E and the gradient. hidden: hidden size of
-    the student, and of the teacher. statistics: bytes of a token. As many chunks are kept as
-    FULL_DW_ROWS tokens take, at most MOST_KEPT: more would leave fewer tokens to a chunk, and heads are read once a
-    chunk.
+    the student, and of the teacher. statistics: bytes of a token.
+
+    With more chunks kept, fewer tokens fit into each. The number is the best for an H100: a product takes the longer of
+    its FLOPs and its bytes; in each chunk the heads are read (6 bytes an entry for 6 FLOPs a token), and for each dW
+    its accumulator is read and written (8 bytes for 2 FLOPs a token).
     """
     stride = -(-vocab // GPU_PAD) * GPU_PAD
-    chunk, kept = 1, 1
-    for kept in range(1, MOST_KEPT + 1):
-        other = 2 * sum(hidden) + 2 * kept * hidden[0] + 4 * hidden[0] + statistics
+    plans = []
+    for kept in range(1, (MOST_KEPT if trained else 1) + 1):
+        other = 2 * sum(hidden) + (2 * kept + 4) * hidden[0] + statistics
         chunk = chunk_rows(rows, 2 * stride * (1 + kept) + other, budget)
-        if not trained or chunk * kept >= min(rows, FULL_DW_ROWS):
-            break
-    return chunk, min(kept, -(-max(1, rows) // chunk))
+        plans.append((chunk, min(kept, -(-max(1, rows) // chunk))))
+    return min(plans, key=lambda plan: max(6, 6 * RIDGE / plan[0]) + max(2, 8 * RIDGE / (plan[0] * plan[1])))
 
 
 def plan_workspace(

@@ -192,6 +192,6 @@ def test_the_chunks_of_a_7b_head() -> None:
         for trained in (True, False):
             chunk, kept = workspace.plan_dual(16384, stride, (3584, 3584), budget, 4 * 8 * 2376, trained)
             held = chunk * (2 * stride * (1 + kept) + 4 * 8 * 2376)
-            assert 0.75 * budget < held < budget or chunk * kept >= 16384
-            assert kept == 1 or (trained and chunk * kept <= 2 * workspace.FULL_DW_ROWS)
+            assert 0.7 * budget < held < budget
+            assert kept == 1 or (trained and budget < 1024 * mib)
         assert chunk > 1.5 * workspace.plan_linear(16384, stride, [3584, 3584], budget).chunk
