@@ -285,7 +285,7 @@ def test_integers_become_floats(tmp_path: Path) -> None:
         ("[model]\nlora_rank = 1\n", "unknown key 'model.lora_rank'; did you mean 'lora.rank'?"),
         ("[loss]\nema_alpa = 1\n", "unknown key 'loss.ema_alpa'; did you mean 'teacher.ema_alpha'?"),
         ("[optim]\nself = 1\n", "unknown key 'optim.self'"),
-        ("optim = 3\n", "optim must be a table, [optim], not 3"),
+        ("optim = 3\n", "optim must be a table, [optim], or OptimConfig(...) in Python, not 3"),
         ("[optim]\nlr = 'x'\n", "optim.lr = 'x' must be a number"),
         ("[optim]\nlr = true\n", "optim.lr = True must be a number"),
         ("[optim]\nlr = nan\n", "optim.lr = nan must be a finite number"),

