@@ -108,7 +108,10 @@ def test_ctrl_c_and_resume(
             with pytest.raises(KeyboardInterrupt):
                 loop.train(make_config(**settings | split | {"train.resume": step > 0}))
         assert latest(tmp_path / "split").name == f"step-{step + 1:06d}"
-        assert f"Stopped after step {step + 1}; saved. Continue with train.resume = true (--resume)." in capsys.readouterr().out
+        assert (
+            f"Stopped after step {step + 1}; saved. Continue with train.resume = true (--resume)."
+            in capsys.readouterr().out
+        )
         assert signal.getsignal(signal.SIGINT) is handler
     loop.train(make_config(**settings | split | {"train.resume": True}))
     assert f"Resumed after step {step + 1} from" in capsys.readouterr().out
