@@ -270,7 +270,7 @@ def test_a_format_of_the_future(trio: Any, tmp_path: Path) -> None:
     folder = save_checkpoint(tmp_path, 2, *trio, {})
     manifest = json.loads((folder / "manifest.json").read_text()) | {"format": 2, "sdft": "7.0"}
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(SdftError, match=r"has format 2 of sdft 7\.0.*reads format 1; install that.*resume-step 1 continues"):
+    with pytest.raises(SdftError, match=r"has format 2 of sdft 7\.0.*reads format 1; .*resume-step 1 continues"):
         read_state(folder)
 
 
